@@ -1,0 +1,246 @@
+"""What a checkpoint's `config.json` and `generation_config.json` say, checked and frozen."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# Values that would change the maths and are not implemented: anything else is refused, an absent key is fine.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "num_kv_shared_layers": (0,),
+    "hidden_size_per_layer_input": (0, None),
+    "enable_moe_block": (False,),
+    "use_double_wide_mlp": (False,),
+    "attention_bias": (False,),
+    "attention_k_eq_v": (True,),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": ("vision",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+}
+ROPE_TYPES = {SLIDING: "default", FULL: "proportional"}
+
+
+class CheckpointError(ValueError):
+    """A model folder that is incomplete, damaged or of another kind; the message is one line for its user."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The shape of one kind of attention layer."""
+
+    head_dim: int
+    num_key_value_heads: int
+    rope_theta: float
+    rotated_dims: int  # of head_dim; the rest pass through RoPE unturned
+    window: int | None  # keys in sight, the query's own included; None: all before it
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    final_logit_softcapping: float | None
+    layer_types: tuple[str, ...]
+    attention: dict[str, AttentionConfig]  # by layer type
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    patch_side: int  # pixels; one soft token covers patch_side x patch_side
+    mm_embed_dim: int
+    mm_posemb_size: int
+    output_proj_dims: int
+    rms_norm_eps: float
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    samples_per_token: int
+    rms_norm_eps: float
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The checkpoint's own defaults for sampling."""
+
+    eos_token_ids: tuple[int, ...]
+    suppress_tokens: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    group_size: int
+    bits: int
+    mode: str
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    text: TextConfig
+    vision: VisionConfig | None
+    audio: AudioConfig | None
+    special_tokens: dict[str, int]  # by config key: image_token_id, boi_token_id, eoi_token_id, audio_token_id, …
+    generation: GenerationConfig
+    quantization: Quantization | None
+    quantization_overrides: dict[str, Quantization]  # by the module's path as the checkpoint writes it
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; expected a model folder with a {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}; expected a JSON object")
+    return found
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a model folder's configuration.
+
+    Keys that change nothing are ignored; a value that would change the maths and is not implemented
+    raises CheckpointError with the key, its value and what is supported.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    try:
+        return parse_config(raw, generation_defaults(folder, raw))
+    except KeyError as error:
+        raise CheckpointError(f"{path} has no {error}; expected a {MODEL_TYPE} checkpoint") from None
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a value of the wrong type: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+MODEL_TYPE = "gemma4_unified"
+
+
+def parse_config(raw: dict[str, Any], generation: GenerationConfig) -> ModelConfig:
+    if raw.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"model_type is {raw.get('model_type')!r}; expected {MODEL_TYPE!r}")
+    text = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)} | raw["text_config"]
+    vision, audio = raw.get("vision_config"), raw.get("audio_config")
+    quantization, overrides = parse_quantization(raw.get("quantization") or raw.get("quantization_config"))
+    specials = {key: raw[key] for key in raw if key.endswith("_token_id") and isinstance(raw[key], int)}
+    if "eoa_token_index" in raw:  # as published; the other ends are called …_token_id
+        specials["eoa_token_id"] = raw["eoa_token_index"]
+    return ModelConfig(
+        text=parse_text(text),
+        vision=parse_vision(vision) if vision else None,
+        audio=parse_audio(audio) if audio else None,
+        special_tokens=specials,
+        generation=generation,
+        quantization=quantization,
+        quantization_overrides=overrides,
+    )
+
+
+def parse_text(raw: dict[str, Any]) -> TextConfig:
+    """The decoder's shape; the drafter's config.json holds one too."""
+    for key, values in SUPPORTED.items():
+        if key in raw and raw[key] not in values:
+            raise CheckpointError(f"{key} is {raw[key]!r}; supported is {values[0]!r}")
+    kinds = tuple(raw["layer_types"])
+    if unknown := set(kinds) - {SLIDING, FULL}:
+        raise CheckpointError(f"layer_types has {sorted(unknown)}; supported are {SLIDING!r} and {FULL!r}")
+    if len(kinds) != raw["num_hidden_layers"]:
+        raise CheckpointError(f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {raw['num_hidden_layers']}")
+    return TextConfig(
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_attention_heads=raw["num_attention_heads"],
+        vocab_size=raw["vocab_size"],
+        max_position_embeddings=raw["max_position_embeddings"],
+        rms_norm_eps=raw["rms_norm_eps"],
+        final_logit_softcapping=raw.get("final_logit_softcapping"),
+        layer_types=kinds,
+        attention={kind: parse_attention(raw, kind) for kind in (SLIDING, FULL)},
+    )
+
+
+def parse_attention(raw: dict[str, Any], kind: str) -> AttentionConfig:
+    rope = raw["rope_parameters"][kind]
+    if rope["rope_type"] != ROPE_TYPES[kind]:
+        raise CheckpointError(f"rope_type of {kind} is {rope['rope_type']!r}; supported is {ROPE_TYPES[kind]!r}")
+    head_dim, heads = raw["head_dim"], raw["num_key_value_heads"]
+    if kind == FULL:
+        head_dim = raw.get("global_head_dim") or head_dim
+        heads = raw.get("num_global_key_value_heads") or heads
+    # transformers >= 5.23 saves the full layers' shape as overrides by layer number ("05")
+    overrides = {int(layer): values for layer, values in (raw.get("per_layer_config") or {}).items()}
+    shapes = {
+        (own.get("head_dim", head_dim), own.get("num_key_value_heads", heads))
+        for own in (overrides.get(layer, {}) for layer, other in enumerate(raw["layer_types"]) if other == kind)
+    }
+    if len(shapes) > 1:
+        raise CheckpointError(f"per_layer_config gives {kind} layers {len(shapes)} shapes; supported is one")
+    head_dim, heads = shapes.pop() if shapes else (head_dim, heads)
+    if raw["num_attention_heads"] % heads:
+        raise CheckpointError(f"num_attention_heads is {raw['num_attention_heads']}; expected a multiple of {heads} key/value heads")
+    return AttentionConfig(
+        head_dim=head_dim,
+        num_key_value_heads=heads,
+        rope_theta=rope["rope_theta"],
+        rotated_dims=2 * int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2),
+        window=raw["sliding_window"] if kind == SLIDING else None,
+    )
+
+
+def parse_vision(raw: dict[str, Any]) -> VisionConfig:
+    return VisionConfig(
+        patch_side=raw["patch_size"] * raw["pooling_kernel_size"],
+        mm_embed_dim=raw["mm_embed_dim"],
+        mm_posemb_size=raw["mm_posemb_size"],
+        output_proj_dims=raw["output_proj_dims"],
+        rms_norm_eps=raw["rms_norm_eps"],
+    )
+
+
+def parse_audio(raw: dict[str, Any]) -> AudioConfig:
+    return AudioConfig(samples_per_token=raw["audio_embed_dim"], rms_norm_eps=raw["rms_norm_eps"])
+
+
+def parse_quantization(raw: dict[str, Any] | None) -> tuple[Quantization | None, dict[str, Quantization]]:
+    if not raw:
+        return None, {}
+    if "group_size" not in raw or "bits" not in raw:
+        raise CheckpointError(f"quantization has the keys {sorted(raw)}; expected group_size and bits, as MLX writes them")
+    mode = raw.get("mode", "affine")
+    default = Quantization(raw["group_size"], raw["bits"], mode)
+    overrides = {
+        path: Quantization(own.get("group_size", default.group_size), own.get("bits", default.bits), own.get("mode", mode))
+        for path, own in raw.items()
+        if isinstance(own, dict)
+    }
+    return default, overrides
+
+
+def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
+    """The checkpoint's sampling defaults; without a generation_config.json, config.json's stop tokens and plain sampling."""
+    path = folder / "generation_config.json"
+    own = read_json(path) if path.exists() else {}
+    eos = own.get("eos_token_id", raw.get("eos_token_id", ()))
+    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    chosen = {key: own[key] for key in keys if own.get(key) is not None}
+    if own.get("do_sample") is False:
+        chosen["temperature"] = 0.0
+    return GenerationConfig(
+        eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
+        suppress_tokens=tuple(own.get("suppress_tokens") or ()),
+        **chosen,
+    )
