@@ -1,0 +1,143 @@
+"""The bytes behind a path, a URL or a data: URL, and the errors of media that cannot be read."""
+
+import base64
+import binascii
+import re
+import sys
+from pathlib import Path
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+
+TIMEOUT = 60  # seconds a server may stay silent
+SHOWN_CHARACTERS = 200  # of a path or URL in a message
+SHOWN_OF_DATA_URL = 40  # its type and a few characters
+
+
+class MediaError(ValueError):
+    """An image, a sound or a video that cannot be read; the message is one line for its user."""
+
+
+def read_source(source: str | Path | bytes, what: str) -> bytes:
+    """The bytes of a local file (path, `~` or file:// URL), of an http(s):// URL or of a data: URL; never empty.
+
+    `bytes` pass through. `what` ("image", "audio" or "video") names the part in messages. MediaError if there is
+    no such file, if it is a folder or empty, if the server gives anything else than the file, and for a bad URL.
+    """
+    if isinstance(source, bytes):
+        data = source
+    elif (path := local_path(source, what)) is not None:
+        data = read_file(path, describe(source, what))
+    elif str(source)[:5].lower() == "data:":
+        data = decode_data_url(str(source), describe(source, what))
+    else:
+        data = download(str(source), describe(source, what))
+    if not data:
+        raise MediaError(f"{describe(source, what)} is empty (0 bytes)")
+    return data
+
+
+def local_path(source: str | Path, what: str) -> Path | None:
+    """The file that a path or a file:// URL names, or None for a URL to fetch; MediaError if there is no such file."""
+    name = describe(source, what)
+    if not isinstance(source, str | Path) or source == "":
+        kind = "empty" if source == "" else f"a {type(source).__name__}"
+        raise MediaError(f"the source of the {what} is {kind}; expected a path, a URL or bytes")
+    scheme = url_scheme(source) if isinstance(source, str) else None
+    if scheme in ("http", "https", "data"):
+        return None
+    if scheme not in (None, "file"):
+        raise MediaError(f"{name} has the scheme {scheme!r}; expected a path or a file, http, https or data URL")
+    try:
+        path = Path(file_url_path(source) if scheme == "file" else source).expanduser()
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise MediaError(f"{name} does not exist") from None
+    except (OSError, ValueError, RuntimeError) as error:  # also a null byte; a `~user` who does not exist
+        raise unreadable(name, error) from None
+    if path.is_dir():
+        raise MediaError(f"{name} is a folder; expected a file")
+    if size == 0 and path.is_file():  # the size of a pipe says nothing
+        raise MediaError(f"{name} is empty (0 bytes)")
+    return path
+
+
+def url_scheme(source: str) -> str | None:
+    """The lower-case scheme of a URL, None for a path."""
+    found = re.match(r"(data)(?=:)|([a-z][a-z0-9+.-]*)(?=://)", source, re.IGNORECASE)
+    return found[0].lower() if found else None
+
+
+def file_url_path(url: str | Path) -> str:
+    parts = urlsplit(str(url))
+    if parts.netloc not in ("", "localhost"):
+        raise ValueError(f"the URL names the host {parts.netloc!r}; expected file:///…")
+    return unquote(parts.path)
+
+
+def read_file(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(name, error) from None
+
+
+def decode_data_url(url: str, name: str) -> bytes:
+    """The bytes in data:[type][;base64],… (RFC 2397)."""
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise MediaError(f"{name} has no comma; expected data:[type][;base64],…")
+    data = unquote_to_bytes(body)
+    if not head.lower().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise MediaError(f"{name} is not valid base64: {error}") from None
+
+
+def download(url: str, name: str) -> bytes:
+    # imported here: they take longer than all else this file and Pillow import (25 to 45 ms), and few sources are URLs
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    import truststore  # the system's own certificates: Python from python.org has none on macOS
+
+    try:
+        address = quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and other letters than ASCII, as browsers take them
+        request = urllib.request.Request(address, headers={"User-Agent": "mlx_gemma4"})
+        context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        with urllib.request.urlopen(request, timeout=TIMEOUT, context=context) as response:
+            return bytes(response.read())
+    except urllib.error.HTTPError as error:
+        raise MediaError(f"{name} cannot be fetched: the server answered {error.code} {error.reason}") from None
+    except urllib.error.URLError as error:
+        raise MediaError(f"{name} cannot be fetched: {error.reason}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # cut off, silent, or not a URL after all
+        raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
+
+
+def describe(source: str | Path | bytes, what: str) -> str:
+    """How messages name a part: image 'x.png'."""
+    if isinstance(source, bytes):
+        return f"{what} of {len(source)} bytes"
+    text = str(source)
+    limit = SHOWN_OF_DATA_URL if text[:5].lower() == "data:" else SHOWN_CHARACTERS
+    return f"{what} {text if len(text) <= limit else text[:limit] + '…'!r}"
+
+
+def unreadable(name: str, error: Exception) -> MediaError:
+    """The MediaError for what a decoder or the file system says."""
+    return MediaError(f"{name} cannot be read: {one_line(error)}")
+
+
+def needs_extra(name: str, library: str, mac_command: str | None) -> MediaError:
+    """The MediaError for a part that needs a library of the extra `video`; on macOS with the way around, if any."""
+    around = f"; or convert it: {mac_command}" if mac_command and sys.platform == "darwin" else ""
+    return MediaError(f'{name} needs {library}: pip install "mlx_gemma4[video]"{around}')
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,205 @@
+"""Video → a few upright frames and their times."""
+
+import struct
+import sys
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlx_gemma4.source import MediaError
+from mlx_gemma4.video import Video, chosen_frames, read_video, timestamp
+
+STEP = 6  # of brightness from frame to frame
+
+
+def ramp(count: int) -> list[Image.Image]:
+    """Frames 64 x 48, each brighter than the one before, with a black lower half but for a white left corner."""
+    frames = []
+    for i in range(count):
+        pixels = np.full((48, 64, 3), STEP * i, np.uint8)
+        pixels[24:] = 0
+        pixels[24:, :32] = 255
+        frames.append(Image.fromarray(pixels))
+    return frames
+
+
+def encoded(count: int, rate: Fraction | int = 10, format: str = "mp4", codec: str = "mpeg4") -> bytes:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        for image in ramp(count):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def which(video: Video) -> list[int]:
+    """The numbers of the ramp's frames in an upright video."""
+    return [round(np.asarray(frame)[4:20].mean() / STEP) for frame in video.frames]
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    return encoded(40)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 7, 32, 39, 40, 41, 100])
+def test_frames_are_spread_evenly_with_their_times(clip: bytes, num_frames: int) -> None:
+    video = read_video(clip, None, num_frames)
+    expected = [i * 40 // num_frames for i in range(num_frames)] if num_frames < 40 else list(range(40))
+    assert which(video) == expected
+    assert video.seconds == tuple(i / 10 for i in expected)
+    assert {(frame.mode, frame.size) for frame in video.frames} == {("RGB", (64, 48))}
+
+
+def test_all_ways_to_give_a_file_agree(clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(clip)
+    for source in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), (tmp_path / "a.mp4").as_uri()):
+        assert which(read_video(source, None, 4)) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "rate"),
+    [
+        ("mp4", "mpeg4", Fraction(30000, 1001)),
+        ("matroska", "mpeg4", 9),
+        ("mpegts", "mpeg2video", 25),
+        ("avi", "mpeg4", 4),
+    ],
+)
+def test_containers_of_any_kind_are_read(format: str, codec: str, rate: Fraction | int) -> None:
+    video = read_video(encoded(20, rate, format, codec), None, 4)
+    assert which(video) == [0, 5, 10, 15]
+    assert np.allclose(video.seconds, [i / float(rate) for i in (0, 5, 10, 15)])
+
+
+@pytest.mark.parametrize("clockwise", [0, 90, 180, 270])
+def test_the_rotation_of_a_phone_is_applied(clip: bytes, clockwise: int) -> None:
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
+    matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]  # ISO/IEC 14496-12, 6.2.2
+    place = clip.index(b"tkhd") + 44
+    turned = clip[:place] + struct.pack(">9i", *matrix) + clip[place + 36 :]
+    frame = read_video(turned, None, 1).frames[0]
+    shown = ramp(1)[0].rotate(-clockwise, expand=True)
+    assert frame.size == shown.size
+    assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
+def test_hidden_frames_are_not_counted() -> None:
+    av = pytest.importorskip("av")
+    if "libvpx" not in av.codecs_available:
+        pytest.skip("PyAV without libvpx")
+    file = BytesIO()
+    with (
+        av.open(BytesIO(encoded(20, 10, "matroska", "libvpx"))) as shown,
+        av.open(file, "w", format="matroska") as container,
+    ):
+        stream = container.add_stream_from_template(shown.streams.video[0])
+        for i, packet in enumerate(p for p in shown.demux(video=0) if p.size):
+            data = bytearray(bytes(packet))
+            if i % 2:
+                data[0] &= ~0x10  # VP8's show_frame (RFC 6386, 9.1)
+            hidden = av.Packet(bytes(data))
+            hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+            hidden.is_keyframe, hidden.stream = packet.is_keyframe, stream
+            container.mux(hidden)
+    assert which(read_video(file.getvalue(), None, 5)) == [0, 4, 8, 12, 16]
+
+
+def test_a_list_of_images_is_spread_evenly_at_its_frame_rate(tmp_path: Path) -> None:
+    images = ramp(9)
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(9)]
+    for source in (images, tuple(paths), [str(path) for path in paths], [path.read_bytes() for path in paths]):
+        video = read_video(source, 0.5, 4)
+        assert which(video) == [0, 2, 4, 6]
+        assert video.seconds == (0, 4, 8, 12)
+    assert which(read_video(images, 2, 32)) == list(range(9))
+
+
+def test_only_the_chosen_images_are_read(tmp_path: Path) -> None:
+    ramp(1)[0].save(tmp_path / "a.png")
+    assert len(read_video([tmp_path / "a.png", "missing.png"], 1, 1).frames) == 1
+
+
+@given(st.integers(0, 5000), st.integers(1, 100))
+def test_chosen_frames_are_distinct_in_order_and_begin_with_the_first(total: int, num_frames: int) -> None:
+    chosen = list(chosen_frames(total, num_frames))
+    assert len(chosen) == min(total, num_frames) and chosen == sorted(set(chosen))
+    assert not chosen or (chosen[0] == 0 and chosen[-1] < total)
+    gaps = np.diff([*chosen, total])
+    assert not chosen or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("fps", [None, 0, -1, float("nan"), float("inf"), "2"])
+def test_a_list_of_images_needs_their_frame_rate(fps: float | None) -> None:
+    with pytest.raises(MediaError, match=rf'^a video of 2 images has "fps" {fps}; expected their number a second'):
+        read_video(ramp(2), fps, 32)
+
+
+def test_a_file_takes_no_frame_rate(clip: bytes) -> None:
+    with pytest.raises(MediaError, match=r'has its own frame rate, but "fps" is 2; expected only beside a list'):
+        read_video(clip, 2, 32)
+
+
+def test_what_is_no_video_is_an_error(clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(b"not a video at all")
+    (tmp_path / "empty.mp4").touch()
+    cases: dict[object, str] = {
+        tmp_path / "x.mp4": r"^video '.*x\.mp4' cannot be read: Invalid data found when processing input$",
+        tmp_path / "empty.mp4": r"^video '.*empty\.mp4' is empty \(0 bytes\)$",
+        tmp_path / "no.mp4": r"^video '.*no\.mp4' does not exist$",
+        tmp_path: r"is a folder; expected a file$",
+        clip[: len(clip) // 2]: r"^video of \d+ bytes cannot be read: ",
+        b"": r"^video of 0 bytes is empty",
+        5: r"^the source of the video is a int; expected",
+    }
+    for source, message in cases.items():
+        with pytest.raises(MediaError, match=message):
+            read_video(source, None, 32)  # type: ignore[arg-type]
+    with pytest.raises(MediaError, match=r"^video is an empty list; expected at least one image$"):
+        read_video([], 1, 32)
+    with pytest.raises(MediaError, match=r"^image 'no\.png' does not exist$"):
+        read_video(["no.png"], 1, 32)
+    with pytest.raises(ValueError, match=r"^num_frames is 0; expected at least 1$"):
+        read_video(clip, None, 0)
+
+
+def test_a_sound_is_no_video() -> None:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(MediaError, match=r"has no video track$"):
+        read_video(file.getvalue(), None, 32)
+
+
+def test_a_playlist_opens_no_other_file(clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.ts").write_bytes(encoded(5, 25, "mpegts", "mpeg2video"))
+    (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n")
+    with pytest.raises(MediaError, match=r"cannot be read: "):
+        read_video(tmp_path / "a.m3u8", None, 32)
+
+
+def test_without_pyav_the_message_names_the_extra(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match=r'^video of \d+ bytes needs PyAV: pip install "mlx_gemma4\[video\]"$'):
+        read_video(clip, None, 32)
+
+
+def test_timestamps_are_minutes_and_seconds() -> None:
+    assert [timestamp(t) for t in (0, 0.99, 59.999, 60, 61.5, 5999, 6000, 100_000)] == [
+        "00:00", "00:00", "00:59", "01:00", "01:01", "99:59", "100:00", "1666:40"
+    ]  # fmt: skip
