@@ -1,0 +1,107 @@
+"""The whole model: a prompt in, hidden states and logits out."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from mlx_gemma4.cache import PromptCache
+from mlx_gemma4.config import FULL, SLIDING, ModelConfig
+from mlx_gemma4.decoder import Decoder
+from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder
+from mlx_gemma4.mask import attention_mask
+from mlx_gemma4.prompt import Prompt, SoftTokens
+
+# Tokens read at once: enough to keep the multipliers busy, few enough for activations of tens of MB.
+CHUNK = 512
+
+
+class Model(nn.Module):
+    """Gemma 4: text, image, audio and video in, text out. Stateless: what is kept lives in caches."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.language_model = Decoder(config.text)
+        if config.vision is not None:
+            self.vision_embedder = VisionEmbedder(config.vision)
+            self.embed_vision = MultimodalProjection(
+                config.vision.output_proj_dims, config.vision.rms_norm_eps, config.text
+            )
+        if config.audio is not None:
+            self.embed_audio = MultimodalProjection(
+                config.audio.samples_per_token, config.audio.rms_norm_eps, config.text
+            )
+
+    def logits(self, prompt: Prompt) -> mx.array:
+        """Logits of every position, [1, L, vocab] float32, soft-capped, nothing suppressed."""
+        cache = PromptCache(self.config.text, len(prompt.token_ids))
+        hidden = mx.concatenate(list(self.read(prompt, cache)), axis=1)
+        return self.language_model.head(hidden)
+
+    def read(self, prompt: Prompt, cache: PromptCache, chunk: int = CHUNK) -> Iterator[mx.array]:
+        """Read a prompt into an empty cache, chunk by chunk; yields each chunk's hidden states, [1, l, hidden].
+
+        A chunk never ends inside an image block, whose tokens see each other; beyond that its size changes nothing.
+        """
+        for start, end in chunks(prompt, chunk):
+            offset = mx.array(start)
+            masks = self.prompt_masks(prompt, start, end)
+            hidden = self.language_model(self.embed(prompt, start, end), offset, masks, cache.stores)
+            cache.length = end
+            mx.eval(hidden, cache.arrays())
+            mx.clear_cache()
+            yield hidden
+
+    def embed(self, prompt: Prompt, start: int, end: int) -> mx.array:
+        """Embeddings of token_ids[start:end], soft tokens in their places, [1, end - start, hidden]."""
+        h = self.language_model.embed(mx.array(prompt.token_ids[start:end])[None])
+        for run in prompt.media:
+            first, last = max(run.start, start), min(run.start + len(run), end)
+            if first < last:
+                rows = self.soft_tokens(run, first - run.start, last - run.start)
+                h[:, first - start : last - start] = rows.astype(h.dtype)
+        return h
+
+    def soft_tokens(self, run: SoftTokens, first: int, last: int) -> mx.array:
+        """Rows first … last of one run, [last - first, hidden]; they are not scaled as token embeddings are."""
+        values = mx.array(run.values[first:last])
+        if run.positions is None:
+            return self.embed_audio(values.astype(self.language_model.dtype))
+        return self.embed_vision(self.vision_embedder(values, mx.array(run.positions[first:last])))
+
+    def prompt_masks(self, prompt: Prompt, start: int, end: int) -> dict[str, mx.array]:
+        """The mask of each kind of layer for the chunk start … end and the keys that its stores give."""
+        window = self.config.text.attention[SLIDING].window
+        oldest = start - min(start, window)
+        blocks = mx.array(image_blocks(prompt, start, end))
+        # keys before the chunk are in no block of it, for a chunk never splits one
+        key_blocks = mx.concatenate([mx.full((start - oldest,), -1, blocks.dtype), blocks])
+        queries = mx.arange(start, end)
+        return {
+            FULL: attention_mask(queries, mx.arange(end), None),
+            SLIDING: attention_mask(queries, mx.arange(oldest, end), window, blocks, key_blocks),
+        }
+
+
+def chunks(prompt: Prompt, size: int) -> Iterator[tuple[int, int]]:
+    """Where to cut a prompt: (start, end) of at most `size` tokens, or of one whole image block if that is longer."""
+    length, start = len(prompt.token_ids), 0
+    blocks = [run for run in prompt.media if run.positions is not None]
+    while start < length:
+        end = min(start + size, length)
+        for block in blocks:
+            if block.start < end < block.start + len(block):
+                end = block.start if block.start > start else block.start + len(block)
+        yield start, end
+        start = end
+
+
+def image_blocks(prompt: Prompt, start: int, end: int) -> np.ndarray:
+    """For token_ids[start:end] the number of its image block, -1 outside of one, [end - start] int32."""
+    blocks = np.full(end - start, -1, np.int32)
+    for number, run in enumerate(prompt.media):
+        if run.positions is not None:
+            blocks[max(run.start - start, 0) : max(run.start + len(run) - start, 0)] = number
+    return blocks
