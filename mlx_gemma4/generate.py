@@ -1,0 +1,13 @@
+"""`python -m mlx_gemma4.generate`; the command itself lives in command.py."""
+
+import sys
+
+if __name__ == "__main__":
+    from mlx_gemma4.command import main
+
+    sys.exit(main())
+else:
+    # Importing a submodule puts it into the package under its name: let that be the function, not a module over it.
+    from mlx_gemma4.generation import generate
+
+    sys.modules[__name__] = generate  # type: ignore[assignment]
