@@ -8,7 +8,7 @@ are forgotten by not counting them.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -28,6 +28,10 @@ class Store(Protocol):
         """Take the rows of this pass, [1, heads, L, head_dim]; give all rows to attend to, [1, heads, S, head_dim]."""
         ...
 
+    def rows(self) -> tuple[mx.array, mx.array]:
+        """All rows, for layers that add none."""
+        ...
+
 
 @dataclass
 class FullStore:
@@ -35,17 +39,20 @@ class FullStore:
 
     capacity: int
     length: int = 0
-    keys: mx.array | None = None
-    values: mx.array | None = None
+    keys: Any = None  # mx.array after the first update
+    values: Any = None
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         end = self.length + keys.shape[2]
         self.keys = self._write(self.keys, keys)
         self.values = self._write(self.values, values)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.rows()
 
-    def _write(self, buffer: mx.array | None, rows: mx.array) -> mx.array:
+    def rows(self) -> tuple[mx.array, mx.array]:
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def _write(self, buffer: Any, rows: mx.array) -> mx.array:
         if buffer is None:
             buffer = mx.zeros((*rows.shape[:2], self.capacity, rows.shape[3]), rows.dtype)
         return mx.slice_update(buffer, rows, mx.array(self.length), axes=(2,))
@@ -56,17 +63,20 @@ class SlidingStore:
     """The last `window` keys and values: one more than the next query needs, for a drafter looks from one place back."""
 
     window: int
-    keys: mx.array | None = None
-    values: mx.array | None = None
+    keys: Any = None  # mx.array after the first update
+    values: Any = None
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is not None and self.values is not None:
+        if self.keys is not None:
             keys = mx.concatenate([self.keys, keys], axis=2)
             values = mx.concatenate([self.values, values], axis=2)
         # a copy, not a view: a view would keep the whole chunk alive
         self.keys = mx.contiguous(keys[:, :, -self.window :])
         self.values = mx.contiguous(values[:, :, -self.window :])
         return keys, values
+
+    def rows(self) -> tuple[mx.array, mx.array]:
+        return self.keys, self.values
 
 
 @dataclass
@@ -80,6 +90,9 @@ class Slots:
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys = mx.slice_update(self.keys, keys, self.slot, axes=(2,))
         self.values = mx.slice_update(self.values, values, self.slot, axes=(2,))
+        return self.rows()
+
+    def rows(self) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
 
 
@@ -94,7 +107,7 @@ class PromptCache:
         ]
 
     def arrays(self) -> list[mx.array]:
-        return [array for store in self.stores for array in (store.keys, store.values) if array is not None]
+        return [array for store in self.stores if store.keys is not None for array in store.rows()]
 
 
 class Cache:
@@ -113,7 +126,7 @@ class Cache:
         self.layers: list[tuple[mx.array, mx.array]] = []
         self.is_sliding = [isinstance(store, SlidingStore) for store in prompt.stores]
         for store in prompt.stores:
-            if store.keys is None or store.values is None:
+            if store.keys is None:
                 raise ValueError("the cache is empty; expected a prompt that has been read")
             keys, values = store.keys, store.values
             if isinstance(store, SlidingStore):

@@ -1,9 +1,10 @@
 """What a checkpoint's `config.json` and `generation_config.json` say, checked and frozen."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -20,6 +21,9 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
 }
 ROPE_TYPES = {SLIDING: "default", FULL: "proportional"}
+
+
+Parsed = TypeVar("Parsed")
 
 
 class CheckpointError(ValueError):
@@ -115,12 +119,16 @@ def read_config(folder: Path) -> ModelConfig:
     Keys that change nothing are ignored; a value that would change the maths and is not implemented
     raises CheckpointError with the key, its value and what is supported.
     """
-    path = folder / "config.json"
+    return read_checked(folder / "config.json", lambda raw: parse_config(raw, generation_defaults(folder, raw)))
+
+
+def read_checked(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+    """What `parse` makes of a JSON file; what it misses or cannot take becomes a CheckpointError that names the file."""
     raw = read_json(path)
     try:
-        return parse_config(raw, generation_defaults(folder, raw))
+        return parse(raw)
     except KeyError as error:
-        raise CheckpointError(f"{path} has no {error}; expected a {MODEL_TYPE} checkpoint") from None
+        raise CheckpointError(f"{path} has no {error}; expected a Gemma 4 checkpoint") from None
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has a value of the wrong type: {error}") from None
     except CheckpointError as error:
@@ -235,12 +243,14 @@ def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
     path = folder / "generation_config.json"
     own = read_json(path) if path.exists() else {}
     eos = own.get("eos_token_id", raw.get("eos_token_id", ()))
+    # the embeddings of these two hold folded projections and would win with the tied head
+    suppressed = [raw[key] for key in ("eoi_token_id", "eoa_token_index", "eoa_token_id") if isinstance(raw.get(key), int)]
     keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     chosen = {key: own[key] for key in keys if own.get(key) is not None}
     if own.get("do_sample") is False:
         chosen["temperature"] = 0.0
     return GenerationConfig(
         eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos or ()),
-        suppress_tokens=tuple(own.get("suppress_tokens") or ()),
+        suppress_tokens=tuple(own.get("suppress_tokens") or suppressed),
         **chosen,
     )

@@ -62,34 +62,49 @@ class RoPE:
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self.periods)
 
 
-class Attention(nn.Module):
+class QueryAttention(nn.Module):
+    """Attention to keys and values that are there already: all that a drafter's layer has."""
+
     def __init__(self, text: TextConfig, kind: str):
         super().__init__()
         config = text.attention[kind]
-        hidden, eps = text.hidden_size, text.rms_norm_eps
-        self.heads, self.kv_heads, self.head_dim = text.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.eps = eps
+        self.heads, self.head_dim = text.num_attention_heads, config.head_dim
         self.is_full = kind == FULL
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
-        if not self.is_full:  # full layers take their values from k_proj
-            self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps)
+        self.q_proj = nn.Linear(text.hidden_size, self.heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, text.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, text.rms_norm_eps)
         self.rope = RoPE(config)
 
     def __call__(self, x: mx.array, offset: mx.array, mask: mx.array, store: Store) -> mx.array:
         batch, length, _ = x.shape
         q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = k if self.is_full else self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
         q = self.rope(self.q_norm(q).swapaxes(1, 2), offset)  # [B, L, H, hd] -> [B, H, L, hd]
-        k = self.rope(self.k_norm(k).swapaxes(1, 2), offset)
-        v = mx.fast.rms_norm(v, None, self.eps).swapaxes(1, 2)
-        k, v = store.update(k, v)
+        k, v = self.keys_and_values(x, offset, store)
         out = attend(q, k, v, mask, fold=self.is_full)
         return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+
+    def keys_and_values(self, x: mx.array, offset: mx.array, store: Store) -> tuple[mx.array, mx.array]:
+        return store.rows()
+
+
+class SelfAttention(QueryAttention):
+    """Attention to its own keys and values, which it adds to the store."""
+
+    def __init__(self, text: TextConfig, kind: str):
+        super().__init__(text, kind)
+        self.kv_heads = text.attention[kind].num_key_value_heads
+        self.eps = text.rms_norm_eps
+        self.k_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        if not self.is_full:  # full layers take their values from k_proj
+            self.v_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.k_norm = nn.RMSNorm(self.head_dim, text.rms_norm_eps)
+
+    def keys_and_values(self, x: mx.array, offset: mx.array, store: Store) -> tuple[mx.array, mx.array]:
+        batch, length, _ = x.shape
+        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = k if self.is_full else self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
+        k = self.rope(self.k_norm(k).swapaxes(1, 2), offset)
+        return store.update(k, mx.fast.rms_norm(v, None, self.eps).swapaxes(1, 2))
 
 
 @partial(mx.compile, shapeless=True)
@@ -112,10 +127,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, text: TextConfig, kind: str):
+    def __init__(self, text: TextConfig, kind: str, attention: QueryAttention):
         super().__init__()
         self.kind = kind
-        self.self_attn = Attention(text, kind)
+        self.self_attn = attention
         self.mlp = MLP(text.hidden_size, text.intermediate_size)
         self.input_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
@@ -135,7 +150,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [Layer(config, kind) for kind in config.layer_types]
+        self.layers = [Layer(config, kind, SelfAttention(config, kind)) for kind in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.softcap = config.final_logit_softcapping
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 from mlx import nn
 
-from mlx_gemma4.config import AudioConfig, TextConfig, VisionConfig
+from mlx_gemma4.config import TextConfig, VisionConfig
 
 # Not rms_norm_eps: the published modules are torch LayerNorms with their default.
 LAYER_NORM_EPS = 1e-5

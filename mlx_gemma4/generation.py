@@ -3,20 +3,21 @@
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
 from mlx_gemma4.chat import request_messages
+from mlx_gemma4.controller import MAX_DRAFTS, FixedLength, Pace
 from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import Processor, Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 from mlx_gemma4.sampling import Sampler, Sampling
-from mlx_gemma4.speculate import State, first_state, launch, make_round
+from mlx_gemma4.speculate import Round, State, first_state, launch, make_round
 
 # Freed buffers that MLX may keep for reuse; unbounded, they crowd the weights out of a 16 GB machine.
 BUFFER_CACHE_BYTES = 512 * 2**20
@@ -115,38 +116,55 @@ def generation_events(
     """Check the request, then give what happens: how far the prompt is read, then the pieces of the reply."""
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens!r}; expected a whole number, 1 or more")
-    if draft_length not in ("auto", 0):
-        raise ValueError(f"draft_length is {draft_length!r}; expected 'auto' or 0, for drafting is not there yet")
     check_length(prompt, model.config)
-    return run(model, processor, prompt, max_tokens, sampling, started)
+    pace = choose_pace(model, draft_length)
+    return run(model, processor, prompt, max_tokens, sampling, pace, started)
+
+
+def choose_pace(model: Model, draft_length: int | str) -> Pace:
+    if isinstance(draft_length, bool) or draft_length not in ("auto", *range(MAX_DRAFTS + 1)):
+        raise ValueError(f"draft_length is {draft_length!r}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
+    if model.drafter is None and draft_length not in ("auto", 0):
+        raise ValueError(f"draft_length is {draft_length} and the model has no drafter; expected 0, or load one")
+    if draft_length == "auto":
+        return model.controller if model.drafter is not None else FixedLength(0)
+    return FixedLength(int(draft_length))
 
 
 def run(
-    model: Model, processor: Processor, prompt: Prompt, max_tokens: int, sampling: Sampling, started: float
+    model: Model,
+    processor: Processor,
+    prompt: Prompt,
+    max_tokens: int,
+    sampling: Sampling,
+    pace: Pace,
+    started: float,
 ) -> Iterator[Reading | Piece]:
-    config, length = model.config, len(prompt.token_ids)
+    config, length = model.config, len(prompt)
     limit = min(max_tokens, config.text.max_position_embeddings - length)
+    stops = config.generation.eos_token_ids
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
     mx.reset_peak_memory()
     with bounded_memory():
-        cache = PromptCache(config.text, capacity_for(length, limit))
         read_from = time.perf_counter()
+        cache = PromptCache(config.text, capacity_for(length, limit))
         for hidden in model.read(prompt, cache):
             yield Reading(cache.length, length)
         state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], seed)
-        count, finish_reason, first_at = 0, "length", 0.0
-        for ids in decode(model, sampler, cache, state, limit):
-            first_at = first_at or time.perf_counter()
-            stop = next((i for i, token in enumerate(ids) if token in config.generation.eos_token_ids), len(ids))
-            count += stop
-            if stop < len(ids):
-                finish_reason = "stop"
-            if stop:
-                yield Piece(*parser.feed(ids[:stop]), ids[:stop])
-            if finish_reason == "stop":
-                break
+        ids, finish_reason = until_stop(tokens_of(state["token"]), stops, limit)
+        first_at = time.perf_counter()
+        yield Piece(*parser.feed(ids), ids)
+        count, tally = len(ids), Tally()
+        if finish_reason is None:
+            for drafted, new in decode(model, sampler, Cache(cache, pace.longest + 1), state, length, pace, limit):
+                tally.add(drafted, len(new) - 1)
+                ids, finish_reason = until_stop(new, stops, limit - count)
+                count += len(ids)
+                yield Piece(*parser.feed(ids), ids)
+                if finish_reason is not None:
+                    break
         ended = time.perf_counter()
     if finish_reason == "length" and parser.in_thought:
         warnings.warn(f"the {count} tokens ran out inside the thought; raise max_tokens", stacklevel=2)
@@ -157,37 +175,102 @@ def run(
         generation_tps=max(count - 1, 0) / (ended - first_at),
         time_to_first_token=first_at - started,
         peak_memory=mx.get_peak_memory(),
-        rounds=count,
-        drafted_tokens=0,
-        accepted_tokens=0,
-        acceptance_by_position=[],
-        tokens_per_round=1.0,
+        rounds=tally.rounds,
+        drafted_tokens=sum(tally.drafted),
+        accepted_tokens=sum(tally.accepted),
+        acceptance_by_position=[hits / tries for hits, tries in zip(tally.accepted, tally.drafted, strict=True)],
+        tokens_per_round=1 + sum(tally.accepted) / max(tally.rounds, 1),
     )
-    text, thinking = parser.finish()
-    yield Piece(text, thinking, [], finish_reason, parser.tool_calls, stats)
+    yield Piece(*parser.finish(), [], finish_reason, parser.tool_calls, stats)
 
 
-def decode(model: Model, sampler: Sampler, prompt: PromptCache, state: State, limit: int) -> Iterator[list[int]]:
-    """The ids of up to `limit` tokens, one list a round; close it to stop earlier.
+@dataclass
+class Tally:
+    """What the rounds did, whole ones, by draft position."""
+
+    rounds: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        missing = drafted - len(self.drafted)
+        self.drafted += [0] * missing
+        self.accepted += [0] * missing
+        for position in range(drafted):
+            self.drafted[position] += 1
+            self.accepted[position] += position < accepted
+
+
+def until_stop(ids: list[int], stops: Collection[int], room: int) -> tuple[list[int], str | None]:
+    """The ids before a stop token, `room` at most, and why they end there, if they do."""
+    for index, token in enumerate(ids[:room]):
+        if token in stops:
+            return ids[:index], "stop"
+    return ids[:room], "length" if len(ids) >= room else None
+
+
+def decode(
+    model: Model, sampler: Sampler, cache: Cache, state: State, length: int, pace: Pace, limit: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Rounds until `limit` tokens: (tokens drafted, ids). `length` positions are cached and the newest token is known.
 
     The host runs one round behind: while it reads the tokens of one round, the device works on the next.
     """
-    length, count = prompt.length, 1
-    yield tokens_of(state["token"])
-    cache = Cache(prompt, rows=1)
-    round_ = make_round(model, sampler, cache.is_sliding)
-    waiting: mx.array | None = None
+    rounds: dict[int, Round] = {}
+    count = 1  # tokens known
+    waiting: tuple[int, mx.array] | None = None
+    clock = RoundClock()
     while count < limit:
-        ahead = 0 if waiting is None else 1
         following = None
-        if count + ahead < limit:
-            cache.reserve(length + count - 1, length + count - 1 + ahead)
-            following, state = launch(round_, state, cache)
+        least = 1 if waiting else 0  # tokens of the round that is waited for
+        most = waiting[0] + 1 if waiting else 0
+        if count + least < limit:
+            draft = pace.choose()
+            clock.launched(draft, is_new=draft not in rounds)
+            if draft not in rounds:
+                rounds[draft] = make_round(model, sampler, draft)
+            cache.reserve(length + count - 1 + least, length + count - 1 + most)
+            tokens, state = launch(rounds[draft], state, cache)
+            following = draft, tokens
         if waiting is not None:
-            ids = tokens_of(waiting)
+            draft, tokens = waiting
+            ids = [token for token in tokens_of(tokens) if token >= 0]
             count += len(ids)
-            yield ids
+            pace.record(draft, len(ids) - 1, clock.read())
+            yield draft, ids
+            clock.resumed()
         waiting = following
+
+
+class RoundClock:
+    """Seconds a round, from one read to the next: the device works on without a gap, if nobody makes it wait.
+
+    MLX bounds how far it runs ahead, so between two reads the device does parts of two rounds. Only if they draft
+    alike, and neither a trace nor the caller took long, is the time that of one round.
+    """
+
+    def __init__(self) -> None:
+        self.last_read: float | None = None
+        self.outside = 0.0  # of the time since then, how long the caller kept the tokens
+        self.lengths: list[int] = []  # of the last two rounds launched
+        self.traced = False
+
+    def launched(self, length: int, is_new: bool) -> None:
+        self.lengths = [*self.lengths[-1:], length]
+        self.traced = is_new
+
+    def read(self) -> float | None:
+        """Seconds since the last read, None if they say nothing."""
+        now = time.perf_counter()
+        seconds = None if self.last_read is None else now - self.last_read
+        alike = len(set(self.lengths)) == 1 and not self.traced
+        self.last_read = now
+        return seconds if alike and seconds is not None and self.outside < 0.2 * seconds else None
+
+    def resumed(self) -> None:
+        if self.last_read is not None:
+            self.outside = time.perf_counter() - self.last_read
 
 
 def tokens_of(array: mx.array) -> list[int]:

@@ -1,6 +1,9 @@
-"""A path or a hub id -> a folder on this machine, downloaded with its progress shown."""
+"""A hub id -> a folder on this machine, downloaded with its progress shown."""
 
+import json
+import re
 import sys
+import warnings
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,6 +11,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of the HTTP library, of which not all is caught and turned into the errors below it
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -15,24 +19,88 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 
 from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.source import TRY_AGAIN
 
-# What a model folder is made of; the rest of a repository (other formats, pictures) stays where it is.
-PATTERNS = ["*.json", "*.jinja", "model*.safetensors"]
+# What this package reads; a repository's other formats, folders and pictures stay where they are. Whole names where
+# they are known, for here a * takes slashes too.
+NAMES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "model.safetensors.index.json",
+    "model*.safetensors",
+]
+PATTERNS = [folder + name for folder in ("", "drafter/") for name in NAMES]
 
 
 def download(hub_id: str) -> Path:
-    """The folder of a hub's snapshot; only what is not in the cache is fetched.
+    """The folder of a hub's snapshot; only what is not in the cache is fetched, all of it is there without network.
 
-    CheckpointError if there is no such repository or it is gated, ConnectionError if the hub cannot be reached.
+    CheckpointError if there is no such repository or it is closed to this user, ConnectionError if the hub cannot be
+    reached or fails.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
     except GatedRepoError:
-        raise CheckpointError(f"{hub_id} is gated; accept its licence on its page and log in with `hf auth login`") from None
+        raise CheckpointError(
+            f"{hub_id} is gated; accept its licence on its page of the hub, then log in here with `hf auth login`"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise CheckpointError(f"{hub_id!r} is neither a folder here nor a repository on the hub") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConnectionError(f"{hub_id} is not on this machine and the hub cannot be reached: {reason}") from None
+        raise CheckpointError(
+            f"{hub_id!r} is neither a folder here nor a repository on the hub; expected a model folder or a hub id "
+            "such as google/gemma-4-12B-it (a private one needs `hf auth login`)"
+        ) from None
+    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, json.JSONDecodeError) as error:
+        return cached(hub_id, error)
+
+
+def partners(hub_id: str) -> list[str]:
+    """Hub ids under which a model's drafter may be published: by the same owner, with and without suffix, by Google."""
+    owner, name = hub_id.split("/")
+    match = re.fullmatch(r"(?P<base>.*-it(?P<qat>-qat)?(?:-q4_0-unquantized)?)(?P<suffix>-.*)?", name)
+    if match is None:
+        return []
+    base, suffix = match["base"], match["suffix"] or ""
+    original = re.sub("-qat$", "-qat-q4_0-unquantized", base)
+    own = [f"{owner}/{base}-assistant{suffix}", f"{owner}/{base}-assistant", f"google/{original}-assistant"]
+    return list(dict.fromkeys(own))
+
+
+def download_partner(hub_id: str) -> tuple[Path, str] | None:
+    """The folder and hub id of a model's drafter; None, with a warning, if none can be had."""
+    for partner in partners(hub_id):
+        try:
+            return download(partner), partner
+        except (CheckpointError, ConnectionError):
+            continue
+    warnings.warn(f"no drafter was found for {hub_id}: it decodes plainly, more slowly", stacklevel=2)
+    return None
+
+
+def cached(hub_id: str, failure: Exception) -> Path:
+    """The folder in the cache if it is whole; else the error that `failure` amounts to."""
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not there, or only a part of it
+    cause = failure
+    if isinstance(failure, LocalEntryNotFoundError) and isinstance(failure.__cause__, Exception):
+        cause = failure.__cause__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
+    if status < 500 and status not in TRY_AGAIN:
+        raise CheckpointError(f"the hub refuses {hub_id}: {reason(cause)} (`hf auth login` says who you are)")
+    raise ConnectionError(f"{hub_id} is not (wholly) on this machine and the hub cannot be reached: {reason(cause)}")
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message; the others are advice of huggingface_hub's."""
+    if isinstance(error, json.JSONDecodeError):
+        return "the answer is no JSON; is it the login page of a network?"
+    return next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)

@@ -8,10 +8,13 @@ from mlx import nn
 
 from mlx_gemma4.cache import PromptCache
 from mlx_gemma4.config import FULL, SLIDING, ModelConfig
+from mlx_gemma4.controller import Controller
 from mlx_gemma4.decoder import Decoder
+from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder
 from mlx_gemma4.mask import attention_mask
 from mlx_gemma4.prompt import Prompt, SoftTokens
+from mlx_gemma4.sampling import Sampler, Sampling
 
 # Tokens read at once: enough to keep the multipliers busy, few enough for activations of tens of MB.
 CHUNK = 512
@@ -23,6 +26,8 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.drafter: Drafter | None = None
+        self.controller = Controller()  # what is learnt of drafting holds for the next request too
         self.language_model = Decoder(config.text)
         if config.vision is not None:
             self.vision_embedder = VisionEmbedder(config.vision)
@@ -39,6 +44,30 @@ class Model(nn.Module):
         cache = PromptCache(self.config.text, len(prompt.token_ids))
         hidden = mx.concatenate(list(self.read(prompt, cache)), axis=1)
         return self.language_model.head(hidden)
+
+    def draft(self, prompt: Prompt, length: int) -> list[int]:
+        """The drafter's `length` greedy proposals; the prompt's last token is the newest one.
+
+        ValueError without a drafter, or if the prompt is shorter than two tokens.
+        """
+        if self.drafter is None:
+            raise ValueError("the model has no drafter; expected one, load(…, drafter=…)")
+        if len(prompt) < 2:
+            raise ValueError("the prompt has 1 token; expected at least 2, one before the newest")
+        committed = Prompt(prompt.token_ids[:-1], prompt.media)
+        cache = PromptCache(self.config.text, len(committed))
+        for hidden in self.read(committed, cache):  # noqa: B007
+            pass
+        stores = dict(zip(self.config.text.layer_types, cache.stores, strict=True))  # the last of each kind
+        masks = {kind: mx.ones((1, store.rows()[0].shape[2]), mx.bool_) for kind, store in stores.items()}
+        sampler = Sampler(Sampling(temperature=0), self.config.generation, self.config.text.vocab_size)
+        token, hidden, proposals = mx.array(prompt.token_ids[-1:]), hidden[:, -1:], []
+        for _ in range(length):
+            embedding = self.language_model.embed(token[None])
+            logits, hidden = self.drafter(embedding, hidden, mx.array(len(committed) - 1), masks, stores)
+            token = sampler.draw(sampler.probabilities(logits[0]), mx.random.key(0))
+            proposals.append(token)
+        return [int(token.item()) for token in proposals]
 
     def read(self, prompt: Prompt, cache: PromptCache, chunk: int = CHUNK) -> Iterator[mx.array]:
         """Read a prompt into an empty cache, chunk by chunk; yields each chunk's hidden states, [1, l, hidden].

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 TIMEOUT = 60  # seconds a server may stay silent
+TRY_AGAIN = (408, 425, 429)  # of the answers 4xx, those that do not blame the request (RFC 9110, 8470, 6585)
 SHOWN_CHARACTERS = 200  # of a path or URL in a message
 SHOWN_OF_DATA_URL = 40  # its type and a few characters
 
@@ -16,11 +17,16 @@ class MediaError(ValueError):
     """An image, a sound or a video that cannot be read; the message is one line for its user."""
 
 
+class FetchError(MediaError):
+    """A URL whose server cannot be reached or fails: it may be right, and another try may do."""
+
+
 def read_source(source: str | Path | bytes, what: str) -> bytes:
     """The bytes of a local file (path, `~` or file:// URL), of an http(s):// URL or of a data: URL; never empty.
 
     `bytes` pass through. `what` ("image", "audio" or "video") names the part in messages. MediaError if there is
-    no such file, if it is a folder or empty, if the server gives anything else than the file, and for a bad URL.
+    no such file, if it is a folder or empty, if the server has no such file, and for a bad URL; its subclass FetchError
+    if the network or the server fails.
     """
     if isinstance(source, bytes):
         data = source
@@ -110,11 +116,16 @@ def download(url: str, name: str) -> bytes:
         with urllib.request.urlopen(request, timeout=TIMEOUT, context=context) as response:
             return bytes(response.read())
     except urllib.error.HTTPError as error:
-        raise MediaError(f"{name} cannot be fetched: the server answered {error.code} {error.reason}") from None
-    except urllib.error.URLError as error:
-        raise MediaError(f"{name} cannot be fetched: {error.reason}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:  # cut off, silent, or not a URL after all
+        error.close()  # it is also the response
+        kind = FetchError if error.code >= 500 or error.code in TRY_AGAIN else MediaError
+        raise kind(f"{name} cannot be fetched: the server answered {error.code} {error.reason}") from None
+    except (http.client.InvalidURL, ValueError) as error:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
+    except urllib.error.URLError as error:
+        kind = FetchError if isinstance(error.reason, OSError) else MediaError  # a str: not a URL after all
+        raise kind(f"{name} cannot be fetched: {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:  # cut off or silent
+        raise FetchError(f"{name} cannot be fetched: {one_line(error)}") from None
 
 
 def describe(source: str | Path | bytes, what: str) -> str:

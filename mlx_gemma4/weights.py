@@ -1,24 +1,30 @@
 """From a folder to a model: which tensors there are, whether they fit, and their values."""
 
-import json
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from mlx_gemma4.config import CheckpointError, ModelConfig, read_config
+from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
+from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import Processor, load_processor
 
+logger = logging.getLogger("mlx_gemma4")
+
+DRAFTER_BITS, DRAFTER_GROUP_SIZE = 4, 64  # of a partner in full precision: its acceptance stays, its cost falls
 INDEX = "model.safetensors.index.json"
 # Parts a conversion may have left out; the rest of the model is then used without them.
 OPTIONAL_PARTS = {"vision": ("vision_embedder.", "embed_vision."), "audio": ("embed_audio.",)}
+NAMED = 20  # tensors named in one warning
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -49,15 +55,19 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118: not a dict
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
                     view = opened.get_slice(name)
                     shape = tuple(view.get_shape())
                     size = ITEM_BYTES.get(view.get_dtype(), 1)
                     for side in shape:
                         size *= side
                     found[module_path(name)] = Tensor(name, file, shape, size)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged or incomplete ({error}); expected a whole safetensors file") from None
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} is damaged or incomplete ({error}); expected a whole safetensors file, so fetch it again"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
     return found
 
 
@@ -69,44 +79,59 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder} has no model*.safetensors; expected a model folder")
         return files
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError):
-        raise CheckpointError(f"{index} is damaged; expected a JSON object with a weight_map") from None
-    if missing := [name for name in names if not (folder / name).exists()]:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+    except (KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index} has no weight_map; expected the file of each tensor under this key") from None
+    if missing:
         raise CheckpointError(f"{folder} lacks {missing[0]}, {len(missing)} of {len(names)} weight files missing")
     return [folder / name for name in names]
 
 
-def build_model(config: ModelConfig, tensors: dict[str, Tensor]) -> Model:
-    """An empty model, quantized where the tensors are."""
-    model = Model(config)
-    overrides = {module_path(path): own for path, own in config.quantization_overrides.items()}
+def quantize_empty(model: nn.Module, tensors: dict[str, Tensor], quantization: Mapping[str, Quantization]) -> None:
+    """Give an empty model quantized modules where the tensors are.
 
-    def quantization(path: str, module: nn.Module) -> bool | dict[str, int | str]:
+    quantization: by the beginning of a module's path, the longest one counts.
+    """
+
+    def parameters_of(path: str, module: nn.Module) -> bool | dict[str, int | str]:
         if f"{path}.scales" not in tensors:
             return False
-        own = overrides.get(path, config.quantization)
-        if own is None:
+        prefix = max((prefix for prefix in quantization if path.startswith(prefix)), key=len, default=None)
+        if prefix is None:
             raise CheckpointError(f"{path} is quantized, but config.json has no quantization")
+        own = quantization[prefix]
         return {"group_size": own.group_size, "bits": own.bits, "mode": own.mode}
 
     try:
-        nn.quantize(model, class_predicate=quantization)
+        nn.quantize(model, class_predicate=parameters_of)
     except ValueError as error:
         raise CheckpointError(f"config.json has a quantization that MLX cannot do: {error}") from None
-    return model
+
+
+def quantization_by_path(config: ModelConfig | DrafterConfig, root: str) -> dict[str, Quantization]:
+    default = {root: config.quantization} if config.quantization else {}
+    return default | {root + module_path(path): own for path, own in config.quantization_overrides.items()}
 
 
 def check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """CheckpointError for a tensor that is missing or of another shape; a warning for tensors without a place."""
-    expected = {path: array.shape for path, array in tree_flatten(model.parameters())}
+    expected = {path: array.shape for path, array in parameters(model).items()}
     if missing := sorted(expected.keys() - tensors.keys()):
         raise CheckpointError(f"the checkpoint lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}")
     for path, shape in expected.items():
         if tensors[path].shape != shape:
             raise CheckpointError(f"{tensors[path].name} has shape {list(tensors[path].shape)}; expected {list(shape)}")
     if unknown := sorted(tensors[path].name for path in tensors.keys() - expected.keys()):
-        warnings.warn(f"the model has no place for {len(unknown)} tensors, left out: {', '.join(unknown)}", stacklevel=2)
+        names = ", ".join(unknown[:NAMED]) + (f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else "")
+        warnings.warn(f"the model has no place for {len(unknown)} tensors, left out: {names}", stacklevel=2)
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """All parameters by their path."""
+    found: dict[str, mx.array] = {}
+    tree_flatten(model.parameters(), destination=found)
+    return found
 
 
 def check_memory(needed: int) -> None:
@@ -128,31 +153,17 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def load_values(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[int]:
-    """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each."""
-    places = {path for path, _ in tree_flatten(model.parameters())}
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        try:
-            arrays = mx.load(str(file))
-        except RuntimeError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from None
-        values = {path: arrays.pop(tensors[path].name) for path in places & tensors.keys() if tensors[path].file == file}
-        model.load_weights(list(values.items()), strict=False)
-        del arrays
-        while values:
-            path, value = values.popitem()
-            mx.eval(value)
-            yield tensors[path].nbytes
-
-
 def find_folder(path_or_hub_id: str | Path) -> Path:
     """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none."""
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder} is a file; expected a model folder or a hub id")
     text = str(path_or_hub_id)
+    try:
+        folder = Path(path_or_hub_id).expanduser()
+        if text and folder.is_dir():
+            return folder
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; expected a model folder or a hub id")
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, a `~user` who does not exist
+        raise CheckpointError(f"{text!r} cannot be read: {error}; expected a model folder or a hub id") from None
     if text.count("/") != 1 or text.startswith(("/", ".", "~")) or text.endswith("/"):
         raise CheckpointError(f"{text!r} is no folder; expected a model folder or a hub id such as owner/name")
     from mlx_gemma4.hub import download  # here: a folder needs no HTTP client
@@ -160,24 +171,31 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
     return download(text)
 
 
-def load(path_or_hub_id: str | Path, drafter: str | Path | None = "auto") -> tuple[Model, Processor]:
-    """A model and its processor, from a folder or a hub id.
+@dataclass(frozen=True)
+class DrafterChoice:
+    folder: Path
+    name: str
+    quantize: bool  # to 4 bits if it is not quantized yet
 
-    drafter: "auto" or None; drafting is not there yet, and anything else is refused.
-    CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
-    weights cannot fit here, ConnectionError if the hub cannot be reached.
+
+def find_drafter(path_or_hub_id: str | Path, folder: Path, drafter: str | Path | None) -> DrafterChoice | None:
+    """The drafter to use with the model in `folder`, which was asked for as `path_or_hub_id`.
+
+    "auto": its subfolder `drafter/`, else, for a hub id, the published partner; None where there is none.
     """
-    check_drafter(drafter)
-    checkpoint = open_checkpoint(find_folder(path_or_hub_id))
-    processor = load_processor(checkpoint.folder, checkpoint.config)
-    for _ in load_values(checkpoint.model, checkpoint.tensors):
-        pass
-    return checkpoint.model, processor
+    if drafter is None:
+        return None
+    if drafter != "auto":
+        return DrafterChoice(find_folder(drafter), str(drafter), quantize=False)
+    own = folder / "drafter"
+    if own.is_dir():
+        return DrafterChoice(own, str(own), quantize=False)
+    if folder == Path(path_or_hub_id).expanduser():
+        return None
+    from mlx_gemma4.hub import download_partner
 
-
-def check_drafter(drafter: str | Path | None) -> None:
-    if drafter not in ("auto", None):
-        raise ValueError(f"drafter is {str(drafter)!r}; expected 'auto' or none, for drafting is not there yet")
+    partner = download_partner(str(path_or_hub_id))
+    return DrafterChoice(*partner, quantize=True) if partner else None
 
 
 @dataclass(frozen=True)
@@ -186,22 +204,31 @@ class Checkpoint:
 
     folder: Path
     config: ModelConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # by path; the drafter's begin with `drafter.`
     model: Model  # shapes only
+    drafter: DrafterChoice | None
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, drafter: DrafterChoice | None) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit."""
     config = read_config(folder)
     tensors = list_tensors(folder)
     config = without_missing_parts(config, tensors)
-    model = build_model(config, tensors)
+    model = Model(config)
+    quantization = quantization_by_path(config, "")
+    if drafter is not None:
+        own = read_drafter_config(drafter.folder)
+        check_fit(own, config.text)
+        model.drafter = Drafter(own)
+        tensors |= {f"drafter.{path}": tensor for path, tensor in list_tensors(drafter.folder).items()}
+        quantization |= quantization_by_path(own, "drafter.")
+    quantize_empty(model, tensors, quantization)
     check_tensors(model, tensors)
-    checkpoint = Checkpoint(folder, config, tensors, model)
+    checkpoint = Checkpoint(folder, config, tensors, model, drafter)
     check_memory(checkpoint.nbytes)
     return checkpoint
 
@@ -212,3 +239,52 @@ def without_missing_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> Mo
     return replace(
         config, vision=config.vision if found["vision"] else None, audio=config.audio if found["audio"] else None
     )
+
+
+def load_values(checkpoint: Checkpoint) -> Iterator[int]:
+    """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each."""
+    model, tensors = checkpoint.model, checkpoint.tensors
+    places = parameters(model).keys()
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        try:
+            arrays = cast(dict[str, mx.array], mx.load(str(file)))
+        except RuntimeError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+        values = {
+            path: arrays.pop(tensors[path].name) for path in places & tensors.keys() if tensors[path].file == file
+        }
+        model.load_weights(list(values.items()), strict=False)
+        del arrays
+        while values:
+            path, value = values.popitem()
+            mx.eval(value)
+            yield tensors[path].nbytes
+    if checkpoint.drafter is not None:
+        quantize_drafter(model.drafter, checkpoint.drafter)
+
+
+def quantize_drafter(drafter: nn.Module, choice: DrafterChoice) -> None:
+    """Quantize a partner that was found in full precision, and say which drafter it is."""
+    note = ""
+    if choice.quantize and isinstance(drafter.embed_tokens, nn.Embedding):
+        nn.quantize(drafter, DRAFTER_GROUP_SIZE, DRAFTER_BITS)
+        for array in parameters(drafter).values():  # one by one, as they are loaded
+            mx.eval(array)
+        note = f", quantized to {DRAFTER_BITS} bits"
+    logger.info("drafter: %s%s", choice.name, note)
+
+
+def load(path_or_hub_id: str | Path, drafter: str | Path | None = "auto") -> tuple[Model, Processor]:
+    """A model and its processor, from a folder or a hub id.
+
+    drafter: a folder or hub id; None: none; "auto": the model folder's subfolder `drafter/`, else the published
+    partner of a hub id. Which it took is logged, by the logger `mlx_gemma4`.
+    CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
+    weights cannot fit here, ConnectionError if the hub cannot be reached.
+    """
+    folder = find_folder(path_or_hub_id)
+    checkpoint = open_checkpoint(folder, find_drafter(path_or_hub_id, folder, drafter))
+    processor = load_processor(checkpoint.folder, checkpoint.config)
+    for _ in load_values(checkpoint):
+        pass
+    return checkpoint.model, processor
