@@ -154,8 +154,12 @@ class Cache:
 
 
 def capacity_for(length: int, more: int) -> int:
-    """Slots of a full layer for a prompt of `length` tokens and at first `more` generated ones, if those are few."""
-    return length + min(more, max(GROWTH, length // 8))
+    """Slots of a full layer for a prompt of `length` tokens and at first `more` generated ones, if those are few.
+
+    A multiple of GROWTH, so that requests of about one length share their compiled rounds.
+    """
+    slots = length + min(more, max(GROWTH, length // 8))
+    return -(-slots // GROWTH) * GROWTH
 
 
 def append_empty(rows: mx.array, slots: int) -> mx.array:

@@ -1,12 +1,14 @@
 """How many tokens to draft: as many as the rounds measured so far say pays, none if drafting does not."""
 
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
-SMOOTHING = 0.2  # weight of the newest round's time
+FIRST_TIMED = ((0, 3), (2, 2))  # lengths and how many of their rounds, to know what a draft costs
+WINDOW = 12  # rounds of a length whose times are remembered
 MEMORY = 0.97  # what a trial of a draft position still counts after each later one: about 33 are remembered
 GUESSED_ACCEPTANCE = 0.6  # of the first draft, before any trial
-GUESSED_DRAFT_COST = 0.3  # of one draft more, in plain rounds, before two lengths have been timed
 GAIN = 1.02  # another length must promise this much more tokens a second
 FIRST_PROBE, LAST_PROBE = 32, 1024  # rounds between probes, doubled as long as they change nothing
 
@@ -44,34 +46,31 @@ class Controller:
     """Learns what a round of each length costs and how often each draft position is accepted.
 
     It maximizes expected tokens a round over seconds a round. The best length stays in use; now and then another is
-    probed for a round, and for longer only while its drafts are accepted.
+    probed for two rounds, and for longer only while its drafts are accepted.
     """
 
     longest: int = MAX_DRAFTS
-    seconds: dict[int, float] = field(default_factory=dict)  # a round, by draft length, smoothed
+    times: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the last rounds, by draft length
     trials: list[float] = field(default_factory=list)  # by draft position: rounds that got so far
     hits: list[float] = field(default_factory=list)  # of these, accepted
     best: int = 0
     probe: int | None = None
-    wait: int = FIRST_PROBE
+    wait: int = FIRST_PROBE  # rounds until the next probe
     rounds: int = 0  # since the last probe
     probes: int = 0
 
     def choose(self) -> int:
-        for length in (0, min(2, self.longest)):  # two lengths, to know what a draft costs
-            if length not in self.seconds:
+        for length, enough in FIRST_TIMED:
+            if len(self.times.get(length, ())) < enough:
                 return length
-        if self.probe is not None:
-            return self.probe
-        if self.rounds >= self.wait:
-            self.rounds, self.wait = 0, min(2 * self.wait, LAST_PROBE)
-            self.probes += 1
+        if self.probe is None and self.rounds >= self.wait:
             others = (self.best + 1, self.best - 1, self.best + 2, 0) if self.best else (1, 2)
-            self.probe = min(max(others[self.probes % len(others)], 0), self.longest)
-            return self.probe
-        return self.best
+            self.probe = min(others[self.probes % len(others)], self.longest)
+            self.rounds, self.wait, self.probes = 0, min(2 * self.wait, LAST_PROBE), self.probes + 1
+        return self.best if self.probe is None else self.probe
 
     def record(self, length: int, accepted: int, seconds: float | None) -> None:
+        self.rounds += 1
         for position in range(min(length, accepted + 1)):
             if position == len(self.trials):
                 self.trials.append(0.0)
@@ -79,37 +78,37 @@ class Controller:
             self.trials[position] = MEMORY * self.trials[position] + 1
             self.hits[position] = MEMORY * self.hits[position] + (position < accepted)
         if seconds is not None:
-            known = self.seconds.get(length, seconds)
-            # a hiccup of the machine must not count for more than a slow round
-            self.seconds[length] = known + SMOOTHING * (min(seconds, 2 * known) - known)
-        self.rounds += 1
-        if length == self.probe and seconds is not None and accepted < max(length, 1):
-            self.probe = None
-        if len(self.seconds) > 1:
+            self.times.setdefault(length, deque(maxlen=WINDOW)).append(seconds)
+            if length == self.probe and (accepted < length or length == 0):
+                self.probe = None
+        if len(self.times) >= len(FIRST_TIMED):
             self.settle()
 
     def settle(self) -> None:
         """Change to a length that promises clearly more."""
         best = max(range(self.longest + 1), key=self.tokens_per_second)
-        if best != self.best and self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.best):
+        if self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.best):
             self.best, self.wait, self.rounds, self.probe = best, FIRST_PROBE, 0, None
 
     def tokens_per_second(self, length: int) -> float:
         tokens, chance, acceptance = 1.0, 1.0, GUESSED_ACCEPTANCE
         for position in range(length):
-            if position < len(self.trials):  # the position before is worth one trial
+            if position < len(self.trials):  # the guess from the position before is worth one trial
                 acceptance = (self.hits[position] + acceptance) / (self.trials[position] + 1)
             chance *= acceptance
             tokens += chance
         return tokens / self.cost(length)
 
     def cost(self, length: int) -> float:
-        """Seconds a round, measured or on the line through the nearest measured lengths."""
-        if length in self.seconds:
-            return self.seconds[length]
-        known = sorted(self.seconds, key=lambda other: abs(other - length))[:2]
-        if len(known) == 1:
-            return self.seconds[known[0]] * (1 + GUESSED_DRAFT_COST * (length - known[0]))
-        near, far = known
-        slope = (self.seconds[near] - self.seconds[far]) / (near - far)
-        return max(self.seconds[near] + slope * (length - near), self.seconds[min(self.seconds)])
+        """Seconds a round: measured, no more than a longer one's, or on the line through the nearest measured ones."""
+        measured = {known: quartile(times) for known, times in self.times.items()}
+        if length in measured:
+            return min(cost for known, cost in measured.items() if known >= length)
+        near, far = sorted(measured, key=lambda known: abs(known - length))[:2]
+        slope = max((measured[near] - measured[far]) / (near - far), 0.0)
+        return measured[near] + slope * (length - near)
+
+
+def quartile(times: Collection[float]) -> float:
+    """The lower one: what disturbs a round only ever makes it slower."""
+    return sorted(times)[len(times) // 4]

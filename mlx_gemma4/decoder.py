@@ -69,6 +69,7 @@ class QueryAttention(nn.Module):
         super().__init__()
         config = text.attention[kind]
         self.heads, self.head_dim = text.num_attention_heads, config.head_dim
+        self.eps = text.rms_norm_eps
         self.is_full = kind == FULL
         self.q_proj = nn.Linear(text.hidden_size, self.heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, text.hidden_size, bias=False)
@@ -79,32 +80,44 @@ class QueryAttention(nn.Module):
         batch, length, _ = x.shape
         q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
         q = self.rope(self.q_norm(q).swapaxes(1, 2), offset)  # [B, L, H, hd] -> [B, H, L, hd]
-        k, v = self.keys_and_values(x, offset, store)
-        out = attend(q, k, v, mask, fold=self.is_full)
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+        return self.output(q, *store.rows(), mask)
 
-    def keys_and_values(self, x: mx.array, offset: mx.array, store: Store) -> tuple[mx.array, mx.array]:
-        return store.rows()
+    def output(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+        out = attend(q, k, v, mask, fold=self.is_full).swapaxes(1, 2)  # [B, H, L, hd] -> [B, L, H, hd]
+        return self.o_proj(out.flatten(2))
 
 
 class SelfAttention(QueryAttention):
-    """Attention to its own keys and values, which it adds to the store."""
+    """Attention to its own keys and values, which it adds to the store.
+
+    Queries, keys and values go through one norm and one rotation: values are normed without a weight, and those of
+    full layers are the keys before theirs.
+    """
 
     def __init__(self, text: TextConfig, kind: str):
         super().__init__(text, kind)
         self.kv_heads = text.attention[kind].num_key_value_heads
-        self.eps = text.rms_norm_eps
         self.k_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=False)
         if not self.is_full:  # full layers take their values from k_proj
             self.v_proj = nn.Linear(text.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.k_norm = nn.RMSNorm(self.head_dim, text.rms_norm_eps)
 
-    def keys_and_values(self, x: mx.array, offset: mx.array, store: Store) -> tuple[mx.array, mx.array]:
-        batch, length, _ = x.shape
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = k if self.is_full else self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        k = self.rope(self.k_norm(k).swapaxes(1, 2), offset)
-        return store.update(k, mx.fast.rms_norm(v, None, self.eps).swapaxes(1, 2))
+    def __call__(self, x: mx.array, offset: mx.array, mask: mx.array, store: Store) -> mx.array:
+        parts = [self.q_proj(x), self.k_proj(x)] + ([] if self.is_full else [self.v_proj(x)])
+        rows = mx.unflatten(mx.concatenate(parts, axis=-1), -1, (-1, self.head_dim))  # [B, L, heads, hd]
+        # rounded to the cache's type only after the weight, as a norm with weight does
+        normed = mx.fast.rms_norm(rows.astype(mx.float32), None, self.eps).swapaxes(1, 2)  # [B, heads, L, hd]
+        v = normed[:, -self.kv_heads :].astype(x.dtype)
+        weighted = (normed[:, : self.heads + self.kv_heads] * self.norm_weights()).astype(x.dtype)
+        turned = self.rope(weighted, offset)
+        k, v = store.update(turned[:, self.heads :], v)
+        return self.output(turned[:, : self.heads], k, v, mask)
+
+    def norm_weights(self) -> mx.array:
+        """The weight of each query and key head's norm, [heads, 1, head_dim]."""
+        q = mx.broadcast_to(self.q_norm.weight, (self.heads, 1, self.head_dim))
+        k = mx.broadcast_to(self.k_norm.weight, (self.kv_heads, 1, self.head_dim))
+        return mx.concatenate([q, k])
 
 
 @partial(mx.compile, shapeless=True)

@@ -17,7 +17,7 @@ from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import Processor, Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 from mlx_gemma4.sampling import Sampler, Sampling
-from mlx_gemma4.speculate import Round, State, first_state, launch, make_round
+from mlx_gemma4.speculate import State, compiled_round, first_state, launch
 
 # Freed buffers that MLX may keep for reuse; unbounded, they crowd the weights out of a 16 GB machine.
 BUFFER_CACHE_BYTES = 512 * 2**20
@@ -217,7 +217,6 @@ def decode(
 
     The host runs one round behind: while it reads the tokens of one round, the device works on the next.
     """
-    rounds: dict[int, Round] = {}
     count = 1  # tokens known
     waiting: tuple[int, mx.array] | None = None
     clock = RoundClock()
@@ -227,11 +226,10 @@ def decode(
         most = waiting[0] + 1 if waiting else 0
         if count + least < limit:
             draft = pace.choose()
-            clock.launched(draft, is_new=draft not in rounds)
-            if draft not in rounds:
-                rounds[draft] = make_round(model, sampler, draft)
+            round_, is_new = compiled_round(model, sampler, draft)
+            clock.launched(draft, is_new)
             cache.reserve(length + count - 1 + least, length + count - 1 + most)
-            tokens, state = launch(rounds[draft], state, cache)
+            tokens, state = launch(round_, state, cache)
             following = draft, tokens
         if waiting is not None:
             draft, tokens = waiting

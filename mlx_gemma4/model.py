@@ -1,13 +1,14 @@
 """The whole model: a prompt in, hidden states and logits out."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
 from mlx_gemma4.cache import PromptCache
-from mlx_gemma4.config import FULL, SLIDING, ModelConfig
+from mlx_gemma4.config import FULL, SLIDING, GenerationConfig, ModelConfig
 from mlx_gemma4.controller import Controller
 from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.drafter import Drafter
@@ -20,14 +21,20 @@ from mlx_gemma4.sampling import Sampler, Sampling
 CHUNK = 512
 
 
+# compiled rounds by sampling settings and draft length, see speculate.py
+RoundCache = dict[tuple[GenerationConfig, int], Any]
+
+
 class Model(nn.Module):
-    """Gemma 4: text, image, audio and video in, text out. Stateless: what is kept lives in caches."""
+    """Gemma 4: text, image, audio and video in, text out. What is kept of a request lives in caches."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.drafter: Drafter | None = None
-        self.controller = Controller()  # what is learnt of drafting holds for the next request too
+        # what is learnt of drafting and what has been compiled hold for the next request too
+        self.controller = Controller()
+        self.rounds: RoundCache = {}
         self.language_model = Decoder(config.text)
         if config.vision is not None:
             self.vision_embedder = VisionEmbedder(config.vision)

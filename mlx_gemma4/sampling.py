@@ -48,7 +48,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, defaults: GenerationConfig, vocab_size: int):
         own = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: value for name, value in vars(sampling).items() if name in own and value is not None}
-        chosen = replace(defaults, **given)
+        chosen = self.chosen = replace(defaults, **given)
         self.temperature, self.top_p, self.min_p = chosen.temperature, chosen.top_p, chosen.min_p
         self.top_k = min(chosen.top_k, vocab_size)
         self.penalty = chosen.repetition_penalty

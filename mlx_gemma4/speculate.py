@@ -21,6 +21,8 @@ Layers = list[tuple[mx.array, mx.array]]
 # tokens [k + 1] int32 (the accepted ones and one more, then -1), the next state, the caches' layers
 Round = Callable[[State, mx.array, Layers], tuple[mx.array, State, Layers]]
 
+KEPT_ROUNDS = 64  # a program that changes its sampling settings all the time must not fill the memory
+
 
 def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int) -> State:
     """The state after a prompt has been read, from the hidden state of its last position, [1, 1, D]."""
@@ -34,8 +36,18 @@ def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: m
     return see(state, token) | {"token": token}
 
 
+def compiled_round(model: Model, sampler: Sampler, length: int) -> tuple[Round, bool]:
+    """The round that drafts `length` tokens, and whether it is new: the model keeps those that have been made."""
+    key = sampler.chosen, length
+    is_new = key not in model.rounds
+    if is_new:
+        if len(model.rounds) >= KEPT_ROUNDS:
+            model.rounds.clear()
+        model.rounds[key] = make_round(model, sampler, length)
+    return model.rounds[key], is_new
+
+
 def make_round(model: Model, sampler: Sampler, length: int) -> Round:
-    """The compiled round that drafts `length` tokens."""
     kinds = model.config.text.layer_types
 
     def round_(state: State, start: mx.array, layers: Layers) -> tuple[mx.array, State, Layers]:
