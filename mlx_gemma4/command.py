@@ -1,6 +1,7 @@
 """The command `mlx_gemma4.generate`: the answer goes to standard output, everything else to standard error."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -19,7 +21,7 @@ from mlx_gemma4.prompt import check_length, load_processor
 from mlx_gemma4.reply import Piece, Stats
 from mlx_gemma4.sampling import Sampling
 from mlx_gemma4.source import FetchError, local_path
-from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
+from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, load_values, logger, open_checkpoint
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -116,9 +118,9 @@ def read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not {error.encoding.upper()}: {error.reason}") from None
+        raise ValueError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def parse_draft_length(text: str) -> int | str:
@@ -202,6 +204,17 @@ def stats_line(stats: Stats) -> str:
         f"prompt {stats.prompt_tokens} tokens, {stats.prompt_tps:.1f} tokens/s; "
         f"reply {stats.generation_tokens} tokens, {stats.generation_tps:.1f} tokens/s; "
         f"first token after {stats.time_to_first_token:.2f} s; peak memory {stats.peak_memory / 1e9:.2f} GB"
+        + drafting(stats)
+    )
+
+
+def drafting(stats: Stats) -> str:
+    if not stats.drafted_tokens:
+        return ""
+    by_position = " ".join(f"{part:.2f}" for part in stats.acceptance_by_position)
+    return (
+        f"; {stats.rounds} rounds, {stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted "
+        f"({by_position}), {stats.tokens_per_round:.2f} tokens a round"
     )
 
 
@@ -250,6 +263,11 @@ def on_warning(
 def main() -> int:
     """Run the command; errors become one line and an exit status."""
     warnings.showwarning = on_warning
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
+    news = logging.StreamHandler(sys.stderr)
+    logger.addHandler(news)
+    logger.setLevel(logging.INFO)
     try:
         return app(standalone_mode=False) or 0  # typer gives 130 for Ctrl-C and 1 for a closed pipe
     except (TyperException, ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -259,3 +277,5 @@ def main() -> int:
         print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)
         return WRONG_REQUEST if wrong else FAILED
+    finally:
+        logger.removeHandler(news)

@@ -51,6 +51,7 @@ class TextConfig:
     rms_norm_eps: float
     final_logit_softcapping: float | None
     layer_types: tuple[str, ...]
+    sliding_window: int
     attention: dict[str, AttentionConfig]  # by layer type
 
 
@@ -106,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; expected a model folder with a {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; expected a JSON object")
@@ -135,6 +136,24 @@ def read_checked(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Parse
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def count(raw: dict[str, Any], key: str) -> int:
+    value = raw[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+        raise CheckpointError(f"{key} is {value!r}; expected a whole number above 0")
+    return value
+
+
+def amount(raw: dict[str, Any], key: str) -> float:
+    value = raw[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise CheckpointError(f"{key} is {value!r}; expected a number above 0")
+    return float(value)  # MLX takes no larger integers than C does
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
 MODEL_TYPE = "gemma4_unified"
 
 
@@ -144,9 +163,8 @@ def parse_config(raw: dict[str, Any], generation: GenerationConfig) -> ModelConf
     text = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)} | raw["text_config"]
     vision, audio = raw.get("vision_config"), raw.get("audio_config")
     quantization, overrides = parse_quantization(raw.get("quantization") or raw.get("quantization_config"))
-    specials = {key: raw[key] for key in raw if key.endswith("_token_id") and isinstance(raw[key], int)}
-    if "eoa_token_index" in raw:  # as published; the other ends are called …_token_id
-        specials["eoa_token_id"] = raw["eoa_token_index"]
+    given = raw if "eoa_token_index" not in raw else raw | {"eoa_token_id": raw["eoa_token_index"]}  # as published
+    specials = {key: value for key, value in given.items() if key.endswith("_token_id") and is_id(value)}
     return ModelConfig(
         text=parse_text(text),
         vision=parse_vision(vision) if vision else None,
@@ -167,16 +185,19 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
     if unknown := set(kinds) - {SLIDING, FULL}:
         raise CheckpointError(f"layer_types has {sorted(unknown)}; supported are {SLIDING!r} and {FULL!r}")
     if len(kinds) != raw["num_hidden_layers"]:
-        raise CheckpointError(f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {raw['num_hidden_layers']}")
+        raise CheckpointError(
+            f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {raw['num_hidden_layers']}"
+        )
     return TextConfig(
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_attention_heads=raw["num_attention_heads"],
-        vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
-        rms_norm_eps=raw["rms_norm_eps"],
-        final_logit_softcapping=raw.get("final_logit_softcapping"),
+        hidden_size=count(raw, "hidden_size"),
+        intermediate_size=count(raw, "intermediate_size"),
+        num_attention_heads=count(raw, "num_attention_heads"),
+        vocab_size=count(raw, "vocab_size"),
+        max_position_embeddings=count(raw, "max_position_embeddings"),
+        rms_norm_eps=amount(raw, "rms_norm_eps"),
+        final_logit_softcapping=amount(raw, "final_logit_softcapping") if raw.get("final_logit_softcapping") else None,
         layer_types=kinds,
+        sliding_window=count(raw, "sliding_window"),
         attention={kind: parse_attention(raw, kind) for kind in (SLIDING, FULL)},
     )
 
@@ -190,48 +211,61 @@ def parse_attention(raw: dict[str, Any], kind: str) -> AttentionConfig:
         head_dim = raw.get("global_head_dim") or head_dim
         heads = raw.get("num_global_key_value_heads") or heads
     # transformers >= 5.23 saves the full layers' shape as overrides by layer number ("05")
-    overrides = {int(layer): values for layer, values in (raw.get("per_layer_config") or {}).items()}
+    overrides = {
+        int(layer) if str(layer).isdecimal() else -1: values
+        for layer, values in (raw.get("per_layer_config") or {}).items()
+    }
     shapes = {
         (own.get("head_dim", head_dim), own.get("num_key_value_heads", heads))
         for own in (overrides.get(layer, {}) for layer, other in enumerate(raw["layer_types"]) if other == kind)
     }
     if len(shapes) > 1:
         raise CheckpointError(f"per_layer_config gives {kind} layers {len(shapes)} shapes; supported is one")
-    head_dim, heads = shapes.pop() if shapes else (head_dim, heads)
-    if raw["num_attention_heads"] % heads:
-        raise CheckpointError(f"num_attention_heads is {raw['num_attention_heads']}; expected a multiple of {heads} key/value heads")
+    if shapes:
+        head_dim, heads = shapes.pop()
+    shape = {"head_dim": head_dim, "num_key_value_heads": heads}
+    head_dim, heads = count(shape, "head_dim"), count(shape, "num_key_value_heads")
+    if (queries := count(raw, "num_attention_heads")) % heads:
+        raise CheckpointError(f"num_attention_heads is {queries}; expected a multiple of {heads} key/value heads")
+    rotated = amount({"partial_rotary_factor": 1.0} | rope, "partial_rotary_factor")
+    if rotated > 1:
+        raise CheckpointError(f"partial_rotary_factor is {rotated}; expected at most 1")
     return AttentionConfig(
         head_dim=head_dim,
         num_key_value_heads=heads,
-        rope_theta=rope["rope_theta"],
-        rotated_dims=2 * int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2),
-        window=raw["sliding_window"] if kind == SLIDING else None,
+        rope_theta=amount(rope, "rope_theta"),
+        rotated_dims=2 * int(rotated * head_dim // 2),
+        window=count(raw, "sliding_window") if kind == SLIDING else None,
     )
 
 
 def parse_vision(raw: dict[str, Any]) -> VisionConfig:
     return VisionConfig(
-        patch_side=raw["patch_size"] * raw["pooling_kernel_size"],
-        mm_embed_dim=raw["mm_embed_dim"],
-        mm_posemb_size=raw["mm_posemb_size"],
-        output_proj_dims=raw["output_proj_dims"],
-        rms_norm_eps=raw["rms_norm_eps"],
+        patch_side=count(raw, "patch_size") * count(raw, "pooling_kernel_size"),
+        mm_embed_dim=count(raw, "mm_embed_dim"),
+        mm_posemb_size=count(raw, "mm_posemb_size"),
+        output_proj_dims=count(raw, "output_proj_dims"),
+        rms_norm_eps=amount(raw, "rms_norm_eps"),
     )
 
 
 def parse_audio(raw: dict[str, Any]) -> AudioConfig:
-    return AudioConfig(samples_per_token=raw["audio_embed_dim"], rms_norm_eps=raw["rms_norm_eps"])
+    return AudioConfig(samples_per_token=count(raw, "audio_embed_dim"), rms_norm_eps=amount(raw, "rms_norm_eps"))
 
 
 def parse_quantization(raw: dict[str, Any] | None) -> tuple[Quantization | None, dict[str, Quantization]]:
     if not raw:
         return None, {}
     if "group_size" not in raw or "bits" not in raw:
-        raise CheckpointError(f"quantization has the keys {sorted(raw)}; expected group_size and bits, as MLX writes them")
+        raise CheckpointError(
+            f"quantization has the keys {sorted(raw)}; expected group_size and bits, as MLX writes them"
+        )
     mode = raw.get("mode", "affine")
     default = Quantization(raw["group_size"], raw["bits"], mode)
     overrides = {
-        path: Quantization(own.get("group_size", default.group_size), own.get("bits", default.bits), own.get("mode", mode))
+        path: Quantization(
+            own.get("group_size", default.group_size), own.get("bits", default.bits), own.get("mode", mode)
+        )
         for path, own in raw.items()
         if isinstance(own, dict)
     }
@@ -244,9 +278,18 @@ def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
     own = read_json(path) if path.exists() else {}
     eos = own.get("eos_token_id", raw.get("eos_token_id", ()))
     # the embeddings of these two hold folded projections and would win with the tied head
-    suppressed = [raw[key] for key in ("eoi_token_id", "eoa_token_index", "eoa_token_id") if isinstance(raw.get(key), int)]
-    keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    chosen = {key: own[key] for key in keys if own.get(key) is not None}
+    suppressed = [raw[key] for key in ("eoi_token_id", "eoa_token_index", "eoa_token_id") if is_id(raw.get(key))]
+    ranges = {"temperature": 1e9, "top_k": 2**31, "top_p": 1, "min_p": 1, "repetition_penalty": 1e9}
+    chosen = {key: own[key] for key in ranges if own.get(key) is not None}
+    for key, value in chosen.items():
+        kinds = int if key == "top_k" else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value <= ranges[key]:
+            raise CheckpointError(
+                f"generation_config.json: {key} is {value!r}; expected a number from 0 to {ranges[key]:g}"
+            )
+    for key, ids in (("eos_token_id", eos), ("suppress_tokens", own.get("suppress_tokens"))):
+        if not all(map(is_id, ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])):
+            raise CheckpointError(f"generation_config.json: {key} is {ids!r}; expected ids of tokens")
     if own.get("do_sample") is False:
         chosen["temperature"] = 0.0
     return GenerationConfig(

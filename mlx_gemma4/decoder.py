@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         return self.norm.weight.dtype
 
     def embed(self, token_ids: mx.array) -> mx.array:
-        """[B, L] ids -> [B, L, hidden], scaled by √hidden in the embedding's own type: 62.0 in bf16, 61.97 in float32."""
+        """[B, L] ids -> [B, L, hidden], times √hidden in the embedding's own type: 62.0 in bf16, 61.97 in float32."""
         rows = self.embed_tokens(token_ids).astype(self.dtype)
         return rows * mx.array(rows.shape[-1] ** 0.5, self.dtype)
 

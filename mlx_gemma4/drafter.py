@@ -43,10 +43,9 @@ def parse_drafter(raw: dict[str, Any]) -> DrafterConfig:
     if raw.get("use_ordered_embeddings"):
         raise CheckpointError("use_ordered_embeddings is True; supported is False")
     text = raw["text_config"]
-    if text["num_kv_shared_layers"] not in (0, text["num_hidden_layers"]):
-        raise CheckpointError(
-            f"num_kv_shared_layers is {text['num_kv_shared_layers']}; supported is all {text['num_hidden_layers']} layers"
-        )
+    shared, layers = text["num_kv_shared_layers"], text["num_hidden_layers"]
+    if shared not in (0, layers):
+        raise CheckpointError(f"num_kv_shared_layers is {shared}; supported is all {layers} layers")
     quantization, overrides = parse_quantization(raw.get("quantization") or raw.get("quantization_config"))
     return DrafterConfig(
         text=parse_text(text | {"num_kv_shared_layers": 0}),

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -34,12 +34,12 @@ class Reading:
 def generate(
     model: Model,
     processor: Processor,
-    request: str | Sequence[dict[str, Any]] | Prompt,
+    request: str | list[dict[str, Any]] | Prompt,
     images: Sequence[Any] = (),
     audios: Sequence[Any] = (),
     videos: Sequence[Any] = (),
     system: str | None = None,
-    tools: Sequence[dict[str, Any]] | None = None,
+    tools: list[dict[str, Any]] | None = None,
     thinking: bool = False,
     image_budget: int | None = None,
     max_tokens: int = 1024,
@@ -62,12 +62,12 @@ def generate(
 def stream_generate(
     model: Model,
     processor: Processor,
-    request: str | Sequence[dict[str, Any]] | Prompt,
+    request: str | list[dict[str, Any]] | Prompt,
     images: Sequence[Any] = (),
     audios: Sequence[Any] = (),
     videos: Sequence[Any] = (),
     system: str | None = None,
-    tools: Sequence[dict[str, Any]] | None = None,
+    tools: list[dict[str, Any]] | None = None,
     thinking: bool = False,
     image_budget: int | None = None,
     max_tokens: int = 1024,
@@ -83,12 +83,12 @@ def stream_generate(
 
 def make_prompt(
     processor: Processor,
-    request: str | Sequence[dict[str, Any]] | Prompt,
+    request: str | list[dict[str, Any]] | Prompt,
     images: Sequence[Any],
     audios: Sequence[Any],
     videos: Sequence[Any],
     system: str | None,
-    tools: Sequence[dict[str, Any]] | None,
+    tools: list[dict[str, Any]] | None,
     thinking: bool,
     image_budget: int | None,
 ) -> Prompt:
@@ -96,7 +96,9 @@ def make_prompt(
     if isinstance(request, str):
         request = request_messages(request, images, audios, videos, system)
     elif images or audios or videos or system is not None:
-        raise ValueError("images, audios, videos and system go with a request that is a string; put them in the messages")
+        raise ValueError(
+            "images, audios, videos and system go with a request that is a string; put them in the messages"
+        )
     if isinstance(request, Prompt):
         if tools or thinking or image_budget is not None:
             raise ValueError("tools, thinking and image_budget go with messages; a Prompt is taken as it stands")
@@ -127,7 +129,7 @@ def choose_pace(model: Model, draft_length: int | str) -> Pace:
     if model.drafter is None and draft_length not in ("auto", 0):
         raise ValueError(f"draft_length is {draft_length} and the model has no drafter; expected 0, or load one")
     if draft_length == "auto":
-        return model.controller if model.drafter is not None else FixedLength(0)
+        return model.learnt.controller if model.drafter is not None else FixedLength(0)
     return FixedLength(int(draft_length))
 
 
@@ -150,7 +152,7 @@ def run(
     with bounded_memory():
         read_from = time.perf_counter()
         cache = PromptCache(config.text, capacity_for(length, limit))
-        for hidden in model.read(prompt, cache):
+        for hidden in model.read(prompt, cache):  # noqa: B007
             yield Reading(cache.length, length)
         state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], seed)
         ids, finish_reason = until_stop(tokens_of(state["token"]), stops, limit)
@@ -273,7 +275,7 @@ class RoundClock:
 
 def tokens_of(array: mx.array) -> list[int]:
     """The one place where the host waits for the device."""
-    return array.tolist()
+    return cast(list[int], array.tolist())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.logging import set_verbosity_error
 
 from mlx_gemma4.config import CheckpointError
 from mlx_gemma4.source import TRY_AGAIN
@@ -46,6 +47,7 @@ def download(hub_id: str) -> Path:
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
+    set_verbosity_error()  # or every retry of every file writes two lines; the last error is told here
     try:
         return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
     except GatedRepoError:
@@ -95,7 +97,9 @@ def cached(hub_id: str, failure: Exception) -> Path:
         cause = failure.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
     if status < 500 and status not in TRY_AGAIN:
-        raise CheckpointError(f"the hub refuses {hub_id}: {reason(cause)} (`hf auth login` says who you are)")
+        raise CheckpointError(
+            f"the hub refuses {hub_id}: {reason(cause)}; expected one open to you (log in with `hf auth login`)"
+        )
     raise ConnectionError(f"{hub_id} is not (wholly) on this machine and the hub cannot be reached: {reason(cause)}")
 
 

@@ -1,7 +1,8 @@
 """The whole model: a prompt in, hidden states and logits out."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +22,12 @@ from mlx_gemma4.sampling import Sampler, Sampling
 CHUNK = 512
 
 
-# compiled rounds by sampling settings and draft length, see speculate.py
-RoundCache = dict[tuple[GenerationConfig, int], Any]
+@dataclass
+class Learnt:
+    """What one request leaves for the next: no part of it changes an answer."""
+
+    controller: Controller = field(default_factory=Controller)
+    rounds: dict[tuple[GenerationConfig, int], Any] = field(default_factory=dict)  # compiled, see speculate.py
 
 
 class Model(nn.Module):
@@ -32,9 +37,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.drafter: Drafter | None = None
-        # what is learnt of drafting and what has been compiled hold for the next request too
-        self.controller = Controller()
-        self.rounds: RoundCache = {}
+        self.learnt = Learnt()
         self.language_model = Decoder(config.text)
         if config.vision is not None:
             self.vision_embedder = VisionEmbedder(config.vision)
@@ -74,7 +77,7 @@ class Model(nn.Module):
             logits, hidden = self.drafter(embedding, hidden, mx.array(len(committed) - 1), masks, stores)
             token = sampler.draw(sampler.probabilities(logits[0]), mx.random.key(0))
             proposals.append(token)
-        return [int(token.item()) for token in proposals]
+        return cast(list[int], mx.concatenate(proposals).tolist())
 
     def read(self, prompt: Prompt, cache: PromptCache, chunk: int = CHUNK) -> Iterator[mx.array]:
         """Read a prompt into an empty cache, chunk by chunk; yields each chunk's hidden states, [1, l, hidden].
@@ -109,7 +112,7 @@ class Model(nn.Module):
 
     def prompt_masks(self, prompt: Prompt, start: int, end: int) -> dict[str, mx.array]:
         """The mask of each kind of layer for the chunk start … end and the keys that its stores give."""
-        window = self.config.text.attention[SLIDING].window
+        window = self.config.text.sliding_window
         oldest = start - min(start, window)
         blocks = mx.array(image_blocks(prompt, start, end))
         # keys before the chunk are in no block of it, for a chunk never splits one

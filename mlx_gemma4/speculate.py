@@ -38,13 +38,13 @@ def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: m
 
 def compiled_round(model: Model, sampler: Sampler, length: int) -> tuple[Round, bool]:
     """The round that drafts `length` tokens, and whether it is new: the model keeps those that have been made."""
-    key = sampler.chosen, length
-    is_new = key not in model.rounds
+    rounds, key = model.learnt.rounds, (sampler.chosen, length)
+    is_new = key not in rounds
     if is_new:
-        if len(model.rounds) >= KEPT_ROUNDS:
-            model.rounds.clear()
-        model.rounds[key] = make_round(model, sampler, length)
-    return model.rounds[key], is_new
+        if len(rounds) >= KEPT_ROUNDS:
+            rounds.clear()
+        rounds[key] = make_round(model, sampler, length)
+    return rounds[key], is_new
 
 
 def make_round(model: Model, sampler: Sampler, length: int) -> Round:
@@ -82,18 +82,20 @@ def propose(
     model: Model, sampler: Sampler, length: int, state: State, start: mx.array, stores: list[Slots], key: mx.array
 ) -> tuple[list[mx.array], mx.array]:
     """Draft `length` tokens: k arrays [1], and the distributions they were drawn from, [k, V]."""
+    if model.drafter is None or not length:
+        return [], mx.zeros((0, model.config.text.vocab_size))
     drafts: list[mx.array] = []
     q: list[mx.array] = []
     token, hidden, last = state["token"], state["hidden"], state["offset"] - 1
     shared = dict(zip(model.config.text.layer_types, stores, strict=True))  # the last layer of each kind
     masks = slot_masks(model, last[None], start, stores)
-    for draft_key in mx.random.split(key, length) if length else ():
+    for draft_key in mx.random.split(key, length):
         logits, hidden = model.drafter(model.language_model.embed(token[None]), hidden, last, masks, shared)
         seen = seen_by_row(state, drafts)
         q.append(sampler.probabilities(logits[0], None if seen is None else seen[-1:]))
         token = sampler.draw(q[-1], draft_key)
         drafts.append(token)
-    return drafts, mx.concatenate(q) if q else mx.zeros((0, model.config.text.vocab_size))
+    return drafts, mx.concatenate(q)
 
 
 def accept(p: mx.array, q: mx.array, drafts: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:

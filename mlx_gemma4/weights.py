@@ -259,11 +259,11 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
             path, value = values.popitem()
             mx.eval(value)
             yield tensors[path].nbytes
-    if checkpoint.drafter is not None:
+    if model.drafter is not None and checkpoint.drafter is not None:
         quantize_drafter(model.drafter, checkpoint.drafter)
 
 
-def quantize_drafter(drafter: nn.Module, choice: DrafterChoice) -> None:
+def quantize_drafter(drafter: Drafter, choice: DrafterChoice) -> None:
     """Quantize a partner that was found in full precision, and say which drafter it is."""
     note = ""
     if choice.quantize and isinstance(drafter.embed_tokens, nn.Embedding):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma4.source import MediaError, describe, local_path, needs_extra, read_source
+from mlx_gemma4.source import FetchError, MediaError, describe, local_path, needs_extra, read_source
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(bodies[self.path])
         else:
-            self.send_error(404, "Not Found")
+            self.send_error(int(self.path[1:]) if self.path[1:].isdecimal() else 404)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -84,23 +84,31 @@ def test_urls_are_fetched(server: str) -> None:
     assert read_source(f"{server.upper()}/agent", "audio") == b"mlx_gemma4"
 
 
-def test_a_url_that_fails_says_why(server: str) -> None:
+def test_a_url_of_no_file_says_why(server: str) -> None:
     with pytest.raises(
         MediaError, match=r"^audio 'http.*/b\.wav' cannot be fetched: the server answered 404 Not Found$"
-    ):
+    ) as caught:
         read_source(f"{server}/b.wav", "audio")
-    with pytest.raises(MediaError, match=r"cannot be fetched: IncompleteRead"):
-        read_source(f"{server}/short", "audio")
+    assert not isinstance(caught.value, FetchError)
     with pytest.raises(MediaError, match=r"is empty \(0 bytes\)$"):
         read_source(f"{server}/empty", "audio")
-    with pytest.raises(MediaError, match=r"^image 'http://127.0.0.1:1/' cannot be fetched: .*refused"):
+
+
+def test_a_failing_network_or_server_is_told_from_a_wrong_url(server: str) -> None:
+    with pytest.raises(FetchError, match=r"cannot be fetched: IncompleteRead"):
+        read_source(f"{server}/short", "audio")
+    with pytest.raises(FetchError, match=r"^image 'http://127.0.0.1:1/' cannot be fetched: .*refused"):
         read_source("http://127.0.0.1:1/", "image")
+    for status in (500, 503, 429):
+        with pytest.raises(FetchError, match=f"the server answered {status} "):
+            read_source(f"{server}/{status}", "image")
 
 
 @pytest.mark.parametrize("url", ["http://", "https:///a", "http://127.0.0.1:port/", "http://[::1/"])
 def test_what_is_no_url_is_an_error(url: str) -> None:
-    with pytest.raises(MediaError, match=r"^video 'https?://.*' cannot be fetched: "):
+    with pytest.raises(MediaError, match=r"^video 'https?://.*' cannot be fetched: ") as caught:
         read_source(url, "video")
+    assert not isinstance(caught.value, FetchError)
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
