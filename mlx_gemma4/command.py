@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from typer.exceptions import TyperException
 
-from mlx_gemma4.chat import Message, media_parts, request_messages
 from mlx_gemma4.generation import Reading, generation_events, make_prompt
+from mlx_gemma4.messages import Message, media_parts, request_messages
 from mlx_gemma4.prompt import check_length, load_processor
 from mlx_gemma4.reply import Piece, Stats
 from mlx_gemma4.sampling import Sampling

@@ -11,8 +11,8 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
-from mlx_gemma4.chat import request_messages
 from mlx_gemma4.controller import MAX_DRAFTS, FixedLength, Pace
+from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import Processor, Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect

@@ -10,16 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma4.chat import (
+from mlx_gemma4.chat import compile_template, render, shield, unused_character
+from mlx_gemma4.messages import (
     check_messages,
     check_tools,
-    compile_template,
     media_parts,
-    render,
     request_messages,
-    shield,
     strip_thinking,
-    unused_character,
     without_sources,
 )
 

@@ -23,9 +23,9 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 from mlx_gemma4 import Sampling, generate, load, stream_generate
-from mlx_gemma4.chat import request_messages
 from mlx_gemma4.command import main
 from mlx_gemma4.config import SUPPORTED
+from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import OLD_TEMPLATE_BYTES, Processor
 from mlx_gemma4.weights import INDEX
