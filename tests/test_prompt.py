@@ -52,7 +52,7 @@ BOI, EOI, BOA, EOA = (IDS[f"{key}_token_id"] for key in ("boi", "eoi", "boa", "e
 
 def toy_config(vision: bool = True, audio: bool = True, positions: int = 4096) -> ModelConfig:
     return ModelConfig(
-        text=TextConfig(64, 128, 4, VOCAB, positions, 1e-6, 30.0, (), {}),
+        text=TextConfig(64, 128, 4, VOCAB, positions, 1e-6, 30.0, (), 16, {}),
         vision=VisionConfig(48, 64, 64, 64, 1e-6) if vision else None,
         audio=AudioConfig(640, 1e-6) if audio else None,
         special_tokens=IDS,
