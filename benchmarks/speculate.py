@@ -39,7 +39,7 @@ def main(
     if loaded.drafter is None:
         raise ValueError(f"{model} has no drafter; expected one in its folder, or --drafter")
     if acceptance is not None:
-        speculate.accept = simulated(acceptance)
+        speculate.accept = simulated(acceptance)  # type: ignore[assignment]
     prompt = random_prompt(loaded, processor, prompt_tokens, max_tokens, seed)
     sampling = Sampling(temperature=temp, seed=seed)
     lengths = list(dict.fromkeys(["0", *length]))

@@ -60,7 +60,7 @@ class FullStore:
 
 @dataclass
 class SlidingStore:
-    """The last `window` keys and values: one more than the next query needs, for a drafter looks from one place back."""
+    """The last `window` keys and values: one more than the next query needs, for a drafter looks from one back."""
 
     window: int
     keys: Any = None  # mx.array after the first update

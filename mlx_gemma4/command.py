@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from typer.exceptions import TyperException
 
+from mlx_gemma4.controller import check_draft_length
 from mlx_gemma4.generation import Reading, generation_events, make_prompt
 from mlx_gemma4.messages import Message, media_parts, request_messages
-from mlx_gemma4.prompt import check_length, load_processor
+from mlx_gemma4.prompt import load_processor
 from mlx_gemma4.reply import Piece, Stats
 from mlx_gemma4.sampling import Sampling
 from mlx_gemma4.source import FetchError, local_path
@@ -108,9 +109,9 @@ def generate(
     processor = load_processor(checkpoint.folder, checkpoint.config)
     started = time.perf_counter()
     request = make_prompt(processor, messages, (), (), (), None, None, thinking, image_budget)
-    check_length(request, checkpoint.config)
-    loading = load_shown(checkpoint)
-    events = generation_events(checkpoint.model, processor, request, max_tokens, sampling, length, started + loading)
+    prepared = time.perf_counter() - started
+    events = generation_events(checkpoint.model, processor, request, max_tokens, sampling, length, prepared)
+    load_shown(checkpoint)
     print_reply(events)
 
 
@@ -124,9 +125,9 @@ def read_prompt(prompt: str) -> str:
 
 
 def parse_draft_length(text: str) -> int | str:
-    if text != "auto" and not text.isdecimal():
-        raise ValueError(f"draft_length is {text!r}; expected auto or a whole number")
-    return "auto" if text == "auto" else int(text)
+    length = int(text) if text.isdecimal() else text
+    check_draft_length(length)
+    return length
 
 
 def check_media(messages: list[Message], image_budget: int | None) -> None:
@@ -154,14 +155,13 @@ def ctrl_c_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def load_shown(checkpoint: Checkpoint) -> float:
-    """Load the weights with a bar; returns the seconds it took."""
-    started, done = time.perf_counter(), 0
+def load_shown(checkpoint: Checkpoint) -> None:
+    """Load the weights with a bar."""
+    done = 0
     with Bar("Loading") as bar:
         for nbytes in load_values(checkpoint):
             done += nbytes
             bar.show(done, checkpoint.nbytes)
-    return time.perf_counter() - started
 
 
 def print_reply(events: Iterator[Reading | Piece]) -> None:

@@ -16,6 +16,11 @@ FIRST_PROBE, LAST_PROBE = 32, 1024  # rounds between probes, doubled as long as 
 MAX_DRAFTS = 7  # in a round
 
 
+def check_draft_length(value: int | str) -> None:
+    if isinstance(value, bool) or value not in ("auto", *range(MAX_DRAFTS + 1)):
+        raise ValueError(f"draft_length is {value!r}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
+
+
 class Pace(Protocol):
     """Who says how many tokens to draft."""
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
-from mlx_gemma4.controller import MAX_DRAFTS, FixedLength, Pace
+from mlx_gemma4.controller import FixedLength, Pace, check_draft_length
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import Processor, Prompt, check_length
@@ -77,7 +77,8 @@ def stream_generate(
     """The reply piece by piece; takes what `generate` takes. The request is checked when this is called."""
     started = time.perf_counter()
     prompt = make_prompt(processor, request, images, audios, videos, system, tools, thinking, image_budget)
-    events = generation_events(model, processor, prompt, max_tokens, sampling, draft_length, started)
+    prepared = time.perf_counter() - started
+    events = generation_events(model, processor, prompt, max_tokens, sampling, draft_length, prepared)
     return (event for event in events if isinstance(event, Piece))
 
 
@@ -113,19 +114,22 @@ def generation_events(
     max_tokens: int,
     sampling: Sampling,
     draft_length: int | str,
-    started: float,
+    prepared: float,
 ) -> Iterator[Reading | Piece]:
-    """Check the request, then give what happens: how far the prompt is read, then the pieces of the reply."""
+    """Check the request, then give what happens: how far the prompt is read, then the pieces of the reply.
+
+    The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
+    prompt took, which count for the time to first token.
+    """
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens!r}; expected a whole number, 1 or more")
     check_length(prompt, model.config)
     pace = choose_pace(model, draft_length)
-    return run(model, processor, prompt, max_tokens, sampling, pace, started)
+    return run(model, processor, prompt, max_tokens, sampling, pace, prepared)
 
 
 def choose_pace(model: Model, draft_length: int | str) -> Pace:
-    if isinstance(draft_length, bool) or draft_length not in ("auto", *range(MAX_DRAFTS + 1)):
-        raise ValueError(f"draft_length is {draft_length!r}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
+    check_draft_length(draft_length)
     if model.drafter is None and draft_length not in ("auto", 0):
         raise ValueError(f"draft_length is {draft_length} and the model has no drafter; expected 0, or load one")
     if draft_length == "auto":
@@ -140,8 +144,9 @@ def run(
     max_tokens: int,
     sampling: Sampling,
     pace: Pace,
-    started: float,
+    prepared: float,
 ) -> Iterator[Reading | Piece]:
+    read_from = time.perf_counter()
     config, length = model.config, len(prompt)
     limit = min(max_tokens, config.text.max_position_embeddings - length)
     stops = config.generation.eos_token_ids
@@ -150,7 +155,6 @@ def run(
     parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
     mx.reset_peak_memory()
     with bounded_memory():
-        read_from = time.perf_counter()
         cache = PromptCache(config.text, capacity_for(length, limit))
         for hidden in model.read(prompt, cache):  # noqa: B007
             yield Reading(cache.length, length)
@@ -175,7 +179,7 @@ def run(
         prompt_tps=length / (first_at - read_from),
         generation_tokens=count,
         generation_tps=max(count - 1, 0) / (ended - first_at),
-        time_to_first_token=first_at - started,
+        time_to_first_token=prepared + first_at - read_from,
         peak_memory=mx.get_peak_memory(),
         rounds=tally.rounds,
         drafted_tokens=sum(tally.drafted),
