@@ -10,8 +10,9 @@ from mlx import nn
 from mlx_gemma4.cache import Store
 from mlx_gemma4.config import FULL, AttentionConfig, TextConfig
 
-# Scores of one pass over the keys, per layer: queries are split so that they stay below it at any length.
-MAX_SCORE_BYTES = 64 * 2**20
+# Scores of one pass over the keys: queries are split so that they stay below it at any length. MLX allocates a few
+# operations ahead, so about six times as much is alive.
+MAX_SCORE_BYTES = 32 * 2**20
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array, fold: bool) -> mx.array:

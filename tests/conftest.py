@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from toy_checkpoint import OTHER, write_checkpoint
+from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import load
 from mlx_gemma4.model import Model
@@ -28,3 +28,30 @@ def tiny(tiny_folder: Path) -> tuple[Model, Processor]:
 @pytest.fixture(scope="session")
 def other(other_folder: Path) -> tuple[Model, Processor]:
     return load(other_folder)
+
+
+def write_planted(folder: Path, shape: Shape, seed: int, plant: float) -> Path:
+    """A model and, in its folder, a drafter that agrees with it often but not always."""
+    write_checkpoint(folder, shape, seed, plant=plant)
+    write_drafter(folder / "drafter", shape, seed, tensors(shape, seed, plant), planted=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_planted(tmp_path_factory.mktemp("planted"), TINY, seed=1, plant=2.2)
+
+
+@pytest.fixture(scope="session")
+def planted_other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_planted(tmp_path_factory.mktemp("planted_other"), OTHER, seed=1, plant=1.5)
+
+
+@pytest.fixture(scope="session")
+def planted(planted_folder: Path) -> tuple[Model, Processor]:
+    return load(planted_folder)
+
+
+@pytest.fixture(scope="session")
+def planted_other(planted_other_folder: Path) -> tuple[Model, Processor]:
+    return load(planted_other_folder)

@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 from toy import MEDIA, toy_tokenizer
 
-from mlx_gemma4.prompt import PACKAGED_TEMPLATE
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,11 @@ def config(shape: Shape) -> dict:
     }
 
 
-def tensors(shape: Shape, seed: int) -> dict[str, np.ndarray]:
-    """Weights under Google's names; the same for a seed on every machine."""
+def tensors(shape: Shape, seed: int, plant: float = 1.0) -> dict[str, np.ndarray]:
+    """Weights under Google's names; the same for a seed on every machine.
+
+    plant: how strongly the layers speak against the token's own embedding. A planted drafter knows only the latter.
+    """
     rng, h = np.random.default_rng(seed), shape.hidden
     weights: dict[str, np.ndarray] = {}
 
@@ -120,7 +124,7 @@ def tensors(shape: Shape, seed: int) -> dict[str, np.ndarray]:
         for which in ("q_norm", "k_norm"):  # the scale is 1: unit norms would saturate the softmax
             norm(f"{layer}.self_attn.{which}.weight", dims, dims**-0.25)
         for which in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            norm(f"{layer}.{which}_layernorm.weight", h)
+            norm(f"{layer}.{which}_layernorm.weight", h, plant if which.startswith("post_") else 1.0)
         weights[f"{layer}.layer_scalar"] = np.array([0.9], np.float32)
         matrix(f"{layer}.mlp.gate_proj.weight", shape.mlp, h)
         matrix(f"{layer}.mlp.up_proj.weight", shape.mlp, h)
@@ -137,8 +141,93 @@ def tensors(shape: Shape, seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def write_checkpoint(folder: Path, shape: Shape = TINY, seed: int = 0, dtype: mx.Dtype = mx.float32) -> Path:
-    """Write the whole model folder and return it."""
+def drafter_config(shape: Shape) -> dict:
+    """As the published assistant's: a decoder's config of its own in the target's config.json."""
+    target = config(shape)
+    text = target["text_config"] | {
+        "final_logit_softcapping": None,
+        "hidden_size": shape.hidden // 2,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 4,
+        "vocab_size_per_layer_input": 0,
+    }
+    media = ("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index", "image_token_id", "audio_token_id")
+    return {
+        "architectures": ["Gemma4UnifiedAssistantForCausalLM"],
+        "model_type": "gemma4_unified_assistant",
+        "backbone_hidden_size": shape.hidden,
+        "centroid_intermediate_top_k": 32,
+        "num_centroids": 2048,
+        "text_config": text,
+        "tie_word_embeddings": True,
+        "use_ordered_embeddings": False,
+        "dtype": "float32",
+    } | {key: target[key] for key in media}
+
+
+def drafter_tensors(shape: Shape, seed: int, target: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """A drafter's weights under Google's names, queries only.
+
+    Planted on a target's weights, it reads its newest token in half of that one's embedding space and scores in the
+    same half, so that it agrees with a target whose layers say little.
+    """
+    rng, h, d = np.random.default_rng([seed, 1]), shape.hidden, shape.hidden // 2
+    weights: dict[str, np.ndarray] = {}
+
+    def matrix(name: str, *size: int, scale: float = 1.0) -> None:
+        weights[name] = (rng.standard_normal(size) * scale * size[-1] ** -0.5).astype(np.float32)
+
+    def norm(name: str, size: int, scale: float = 1.0) -> None:
+        weights[name] = ((1 + 0.1 * rng.standard_normal(size)) * scale).astype(np.float32)
+
+    matrix("model.embed_tokens.weight", shape.vocab, d)
+    norm("model.norm.weight", d)
+    for i in range(4):
+        layer, dims = f"model.layers.{i}", shape.global_head_dim if i == 3 else shape.head_dim
+        matrix(f"{layer}.self_attn.q_proj.weight", shape.heads * dims, d)
+        norm(f"{layer}.self_attn.q_norm.weight", dims, dims**-0.25)
+        matrix(f"{layer}.self_attn.o_proj.weight", d, shape.heads * dims)
+        for which in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            norm(f"{layer}.{which}_layernorm.weight", d, 0.1 if target and which.startswith("post_") else 1.0)
+        weights[f"{layer}.layer_scalar"] = np.array([0.9], np.float32)
+        matrix(f"{layer}.mlp.gate_proj.weight", shape.mlp, d)
+        matrix(f"{layer}.mlp.up_proj.weight", shape.mlp, d)
+        matrix(f"{layer}.mlp.down_proj.weight", d, shape.mlp)
+    matrix("pre_projection.weight", d, 2 * h)
+    matrix("post_projection.weight", h, d)
+    if target:
+        half = np.linalg.qr(rng.standard_normal((h, d)))[0].astype(np.float32)  # [h, d], orthonormal columns
+        matrix("pre_projection.weight", d, 2 * h, scale=0.2)
+        weights["pre_projection.weight"][:, :h] = half.T
+        weights["model.embed_tokens.weight"] = target["model.language_model.embed_tokens.weight"] @ half
+        weights["post_projection.weight"] = half
+    return weights
+
+
+def write_drafter(
+    folder: Path, shape: Shape = TINY, seed: int = 0, target_weights: dict[str, np.ndarray] | None = None,
+    planted: bool = False, dtype: "mx.Dtype | None" = None,
+) -> Path:  # fmt: skip
+    """Write a drafter's folder, in float32 if nothing else is asked for, and return it."""
+    import mlx.core as mx
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(drafter_config(shape), indent=2))
+    made = drafter_tensors(shape, seed, target_weights if planted else None)
+    weights = {name: mx.array(value).astype(dtype or mx.float32) for name, value in made.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    return folder
+
+
+def write_checkpoint(
+    folder: Path, shape: Shape = TINY, seed: int = 0, dtype: "mx.Dtype | None" = None, plant: float = 1.0
+) -> Path:
+    """Write the whole model folder, in float32 if nothing else is asked for, and return it."""
+    import mlx.core as mx  # here: make_golden.py needs the rest of this file where there is no MLX
+
+    from mlx_gemma4.prompt import PACKAGED_TEMPLATE
+
     folder.mkdir(parents=True, exist_ok=True)
     ids = media_ids(shape)
     generation = {
@@ -150,6 +239,6 @@ def write_checkpoint(folder: Path, shape: Shape = TINY, seed: int = 0, dtype: mx
     (folder / "chat_template.jinja").write_bytes(PACKAGED_TEMPLATE.read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
     toy_tokenizer(shape.vocab).save(str(folder / "tokenizer.json"))
-    weights = {name: mx.array(value).astype(dtype) for name, value in tensors(shape, seed).items()}
+    weights = {name: mx.array(value).astype(dtype or mx.float32) for name, value in tensors(shape, seed, plant).items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     return folder

@@ -1,0 +1,362 @@
+"""From a request to a reply: where it ends, what is streamed and counted, thoughts and calls, wrong requests."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rounds import GREEDY
+from toy_checkpoint import TINY
+
+from mlx_gemma4 import Prompt, Sampling, generate, generation, stream_generate
+from mlx_gemma4.cache import GROWTH
+from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.model import Model
+from mlx_gemma4.prompt import Processor
+from mlx_gemma4.reply import Reply
+from mlx_gemma4.sampling import Sampler
+
+Loaded = tuple[Model, Processor]
+
+IDS = np.random.default_rng(9).integers(110, 500, 20).tolist()
+PROMPTS = [IDS, IDS[::-1], IDS[4:]]
+LENGTHS = [0, 1, 3, 7, "auto"]
+
+
+@pytest.fixture
+def configure(planted: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change the stop tokens, or other defaults of generation, or the context of the planted model."""
+    model, original = planted[0], planted[0].config
+    # no calls and thoughts by chance: their tokens are neither text nor silent
+    silent = (*original.generation.suppress_tokens, 48, 49, 100, 101)
+
+    def configured(context: int | None = None, **generation: Any) -> None:
+        changed: ModelConfig = replace(
+            original, generation=replace(original.generation, **({"suppress_tokens": silent} | generation))
+        )
+        if context is not None:
+            changed = replace(changed, text=replace(changed.text, max_position_embeddings=context))
+        monkeypatch.setattr(model, "config", changed)
+
+    configured(eos_token_ids=())
+    return configured
+
+
+@pytest.fixture
+def endless(planted: Loaded, configure: Callable[..., None]) -> Loaded:
+    """The planted model, which no token stops."""
+    return planted
+
+
+def reply_of(
+    loaded: Loaded, length: int | str = 3, max_tokens: int = 24, sampling: Sampling = GREEDY, ids: list[int] = IDS
+) -> Reply:
+    return generate(*loaded, Prompt(ids), max_tokens=max_tokens, sampling=sampling, draft_length=length)
+
+
+# --- where a reply ends ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", PROMPTS, ids=["0", "1", "2"])
+def test_nothing_behind_a_stop_token_is_shown_or_counted(
+    endless: Loaded, configure: Callable[..., None], ids: list[int]
+) -> None:
+    """At every position of the reply, so at every position of a round's run too."""
+    whole = reply_of(endless, 0, ids=ids).token_ids
+    ends = [n for n, token in enumerate(whole) if token not in whole[:n]]
+    texts = {end: reply_of(endless, 0, end, ids=ids).text if end else "" for end in ends}
+    for end, length in itertools.product(ends, LENGTHS):
+        configure(eos_token_ids=(whole[end], 1))
+        pieces = list(stream_generate(*endless, Prompt(ids), max_tokens=24, sampling=GREEDY, draft_length=length))
+        assert [token for piece in pieces for token in piece.token_ids] == whole[:end]
+        assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+        stats = pieces[-1].stats
+        assert stats is not None and stats.generation_tokens == end
+        assert "".join(piece.text for piece in pieces) == texts[end]
+
+
+def test_stop_tokens_end_runs_at_every_place(endless: Loaded, configure: Callable[..., None]) -> None:
+    """What the test above is worth: with 7 drafts a stop comes behind 0, 1, 2 … tokens of its round."""
+    kept = set()
+    for ids in PROMPTS:
+        configure(eos_token_ids=())
+        whole = reply_of(endless, 0, ids=ids).token_ids
+        for end in range(1, len(whole)):
+            if whole[end] not in whole[:end]:
+                configure(eos_token_ids=(whole[end],))
+                *_, last, final = stream_generate(*endless, Prompt(ids), max_tokens=24, sampling=GREEDY, draft_length=7)
+                assert final.finish_reason == "stop"
+                kept.add(len(last.token_ids))
+    assert {0, 1, 2} <= kept
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_max_tokens_may_lie_inside_a_run(endless: Loaded, length: int | str) -> None:
+    whole = reply_of(endless, 0).token_ids
+    for limit in range(1, 13):
+        reply = reply_of(endless, length, max_tokens=limit)
+        assert reply.token_ids == whole[:limit]
+        assert (reply.finish_reason, reply.stats.generation_tokens) == ("length", limit)
+
+
+def test_the_last_token_may_be_the_stop_token(endless: Loaded, configure: Callable[..., None]) -> None:
+    whole = reply_of(endless, 0).token_ids
+    end = max(n for n, token in enumerate(whole) if token not in whole[:n])
+    configure(eos_token_ids=(whole[end],))
+    for length in LENGTHS:
+        assert reply_of(endless, length, max_tokens=end + 1).finish_reason == "stop"
+        cut = reply_of(endless, length, max_tokens=end)
+        assert (cut.finish_reason, cut.token_ids) == ("length", whole[:end])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_full_context_ends_a_reply(endless: Loaded, configure: Callable[..., None], length: int | str) -> None:
+    whole = reply_of(endless, 0).token_ids
+    for room in (1, 2, 5, 11):
+        configure(context=len(IDS) + room, eos_token_ids=())
+        reply = reply_of(endless, length)
+        assert (reply.finish_reason, reply.token_ids) == ("length", whole[:room])
+
+
+def test_a_prompt_that_fills_the_context_is_refused(endless: Loaded, configure: Callable[..., None]) -> None:
+    configure(context=len(IDS), eos_token_ids=())
+    with pytest.raises(ValueError, match="20 tokens"):
+        stream_generate(*endless, Prompt(IDS))
+
+
+# --- pieces and stats --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_pieces_in_their_order_are_the_reply(endless: Loaded, length: int | str) -> None:
+    reply = reply_of(endless, length, max_tokens=40)
+    pieces = list(stream_generate(*endless, Prompt(IDS), max_tokens=40, sampling=GREEDY, draft_length=length))
+    assert "".join(piece.text for piece in pieces) == reply.text
+    assert list(itertools.chain(*(piece.token_ids for piece in pieces))) == reply.token_ids
+    assert all(piece.stats is None and piece.tool_calls is None for piece in pieces[:-1])
+    final = pieces[-1]
+    assert (final.token_ids, final.finish_reason, final.tool_calls) == ([], "length", [])
+    assert final.stats is not None
+    assert len(pieces) == final.stats.rounds + 2  # the first token, the rounds, the end
+    assert len(pieces[0].token_ids) == 1
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=1)], ids=str)
+def test_stats_fit_together(endless: Loaded, length: int | str, sampling: Sampling) -> None:
+    pieces = list(stream_generate(*endless, Prompt(IDS), max_tokens=41, sampling=sampling, draft_length=length))
+    stats = pieces[-1].stats
+    assert stats is not None
+    runs = [len(piece.token_ids) for piece in pieces[1:-1]]  # without the prompt's own token
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.rounds) == (len(IDS), 41, len(runs))
+    assert sum(runs) == 40
+    whole = stats.rounds + stats.accepted_tokens  # the last round's tokens beyond max_tokens included
+    assert 40 <= whole <= 47
+    assert stats.tokens_per_round == pytest.approx(whole / stats.rounds)
+    if length != "auto":
+        assert stats.drafted_tokens == length * stats.rounds
+        assert len(stats.acceptance_by_position) == length
+        assert sum(stats.acceptance_by_position) * stats.rounds == pytest.approx(stats.accepted_tokens)
+        for place, share in enumerate(stats.acceptance_by_position):
+            # all runs but the last are whole
+            kept = sum(run > place + 1 for run in runs[:-1])
+            assert kept <= round(share * stats.rounds) <= kept + 1
+    assert stats.acceptance_by_position == sorted(stats.acceptance_by_position, reverse=True) or length == "auto"
+    assert stats.accepted_tokens <= stats.drafted_tokens
+    assert stats.time_to_first_token > 0
+    assert min(stats.prompt_tps, stats.generation_tps, stats.peak_memory) > 0
+
+
+def test_a_reply_of_one_token_has_no_rounds(endless: Loaded) -> None:
+    stats = reply_of(endless, 3, max_tokens=1).stats
+    assert (stats.rounds, stats.drafted_tokens, stats.accepted_tokens, stats.generation_tps) == (0, 0, 0, 0)
+    assert (stats.acceptance_by_position, stats.tokens_per_round) == ([], 1)
+
+
+@pytest.mark.parametrize("length", [0, 5])
+def test_a_cache_may_grow_while_tokens_are_generated(endless: Loaded, length: int) -> None:
+    model, processor = endless
+    count = 3 * GROWTH
+    sampling = Sampling(temperature=0, repetition_penalty=1.05)
+    reply = generate(
+        model, processor, Prompt(IDS[:3]), max_tokens=count, sampling=sampling, draft_length=length
+    )  # fmt: skip
+    grown = [*IDS[:3], *reply.token_ids]
+    logits = np.array(model.logits(Prompt(grown)))[0]
+    sampler = Sampler(sampling, model.config.generation, TINY.vocab)
+    for n in (*range(2, 40), *range(GROWTH - 20, GROWTH + 20), *range(2 * GROWTH - 9, 2 * GROWTH + 50), count + 1):
+        seen = mx.array(np.isin(np.arange(TINY.vocab), grown[: n + 1]))[None]
+        best = sampler.probabilities(mx.array(logits[n : n + 1]), seen).argmax(axis=1).item()
+        assert grown[n + 1] == best, n
+    assert len(set(reply.token_ids)) > 30
+
+
+# --- the machine is left as it was -------------------------------------------------------------
+
+
+def test_closing_a_reply_early_is_clean(endless: Loaded) -> None:
+    before = mx.set_cache_limit(123 * 2**20)
+    try:
+        for taken in (0, 1, 4):
+            pieces = stream_generate(*endless, Prompt(IDS), max_tokens=500, sampling=GREEDY, draft_length=3)
+            for _ in range(taken):
+                next(pieces)
+            pieces.close()  # type: ignore[attr-defined]
+            assert mx.set_cache_limit(123 * 2**20) == 123 * 2**20
+        reply_of(endless)
+        assert mx.set_cache_limit(123 * 2**20) == 123 * 2**20
+        with pytest.raises(ZeroDivisionError):
+            for _ in stream_generate(*endless, Prompt(IDS), max_tokens=500, sampling=GREEDY):
+                raise ZeroDivisionError
+        assert reply_of(endless, 3).token_ids == reply_of(endless, 0).token_ids
+    finally:
+        mx.set_cache_limit(before)
+
+
+def test_requests_may_be_interleaved(endless: Loaded) -> None:
+    """They share compiled rounds and the controller, and nothing else."""
+    prompts = [IDS, IDS[3:9], IDS[::-1]]
+    alone = [generate(*endless, Prompt(ids), max_tokens=30, sampling=GREEDY).token_ids for ids in prompts]
+    together: list[list[int]] = [[], [], []]
+    streams = [stream_generate(*endless, Prompt(ids), max_tokens=30, sampling=GREEDY) for ids in prompts]
+    for pieces in itertools.zip_longest(*streams):
+        for found, piece in zip(together, pieces, strict=True):
+            found += piece.token_ids if piece else []
+    assert together == alone
+
+
+# --- sampling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_seed_makes_a_reply_again(endless: Loaded, length: int) -> None:
+    def reply(seed: int | None) -> list[int]:
+        sampling = Sampling(temperature=2.0, top_k=0, top_p=1.0, seed=seed)
+        return reply_of(endless, length, sampling=sampling).token_ids
+
+    assert reply(5) == reply(5) != reply(6)
+    assert reply(None) != reply(None)
+
+
+def test_what_sampling_leaves_open_comes_from_the_checkpoint(endless: Loaded, configure: Callable[..., None]) -> None:
+    configure(eos_token_ids=(), temperature=0.0)
+    greedy = reply_of(endless, 0).token_ids
+    assert reply_of(endless, 1, sampling=Sampling()).token_ids == greedy
+    configure(eos_token_ids=(), temperature=1.5, top_k=1)
+    assert reply_of(endless, 1, sampling=Sampling()).token_ids == greedy
+    assert reply_of(endless, 1, sampling=Sampling(top_k=0, top_p=1.0, seed=3)).token_ids != greedy
+    configure(eos_token_ids=(), temperature=0.0, repetition_penalty=1.5)
+    penalized = reply_of(endless, 0, sampling=Sampling()).token_ids
+    assert penalized != greedy
+    assert reply_of(endless, 1, sampling=Sampling(repetition_penalty=1.5, temperature=0)).token_ids == penalized
+    assert reply_of(endless, 1, sampling=Sampling(repetition_penalty=1.0)).token_ids == greedy
+
+
+# --- thoughts and tool calls -------------------------------------------------------------------
+
+CALL = '<|tool_call>call:weather{city:<|"|>rome<|"|>}<tool_call|>'
+CALLED = [{"name": "weather", "arguments": {"city": "rome"}}]
+
+Say = Callable[..., Reply]
+
+
+@pytest.fixture
+def say(planted: Loaded, configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Say:
+    """say("yes<turn|>") is the reply when what the host reads of the device are these tokens, in runs of 1 to 3."""
+    configure(eos_token_ids=(1, 106, 50))
+    tokenizer = planted[1].tokenizer
+
+    def said(text: str, prompt: str = "a", max_tokens: int = 200, seed: int = 0) -> Reply:
+        left = tokenizer.encode(text, add_special_tokens=False).ids
+        rng = np.random.default_rng(seed)
+
+        def tokens_of(array: mx.array) -> list[int]:
+            run = [left.pop(0) for _ in range(min(len(left), int(rng.integers(1, array.size + 1))))]
+            return run + [-1] * (array.size - len(run))
+
+        monkeypatch.setattr(generation, "tokens_of", tokens_of)
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        return generate(*planted, Prompt(ids), max_tokens=max_tokens, sampling=GREEDY, draft_length=2)
+
+    return said
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_thought_answer_and_calls_are_told_apart(say: Say, seed: int) -> None:
+    """However they are cut into rounds."""
+    reply = say(f"<|channel>thought\nhm, the quick<channel|>héllo {CALL}you<turn|>", seed=seed)
+    assert (reply.thinking, reply.text, reply.tool_calls) == ("hm, the quick", "héllo you", CALLED)
+    assert reply.finish_reason == "stop"
+    assert reply.message["content"] == "héllo you"
+
+
+def test_a_reply_need_not_think_or_call(say: Say) -> None:
+    reply = say("yes<turn|>")
+    assert (reply.thinking, reply.text, reply.tool_calls, reply.finish_reason) == (None, "yes", [], "stop")
+
+
+def test_a_call_waits_for_its_response(say: Say) -> None:
+    """The model opens the response itself, which is a stop token."""
+    reply = say(f"{CALL}<|tool_response>and more")
+    assert (reply.text, reply.tool_calls, reply.finish_reason) == ("", CALLED, "stop")
+
+
+def test_a_reply_may_begin_inside_the_thought(say: Say) -> None:
+    reply = say("go on<channel|>done<turn|>", prompt="a<|turn>model\n<|channel>thought\nhm")
+    assert (reply.thinking, reply.text) == ("go on", "done")
+
+
+def test_a_thought_that_runs_out_of_tokens_is_said(say: Say) -> None:
+    with pytest.warns(UserWarning, match=r"^the 9 tokens ran out inside the thought; raise max_tokens$"):
+        reply = say("<|channel>thought\nhm, the quick one goes on", max_tokens=9)
+    assert reply.text == "" and reply.thinking and reply.finish_reason == "length"
+
+
+def test_an_answer_that_runs_out_of_tokens_is_not_warned_of(say: Say) -> None:
+    assert say("<|channel>thought\nhm<channel|>and the quick one", max_tokens=14).finish_reason == "length"
+
+
+# --- wrong requests ----------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "a"}]
+WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "max_tokens 0": ("a", {"max_tokens": 0}, "max_tokens is 0; expected a whole number, 1 or more"),
+    "max_tokens 1.5": ("a", {"max_tokens": 1.5}, "max_tokens is 1.5; expected a whole number, 1 or more"),
+    "max_tokens True": ("a", {"max_tokens": True}, "max_tokens is True; expected a whole number, 1 or more"),
+    "draft_length 8": ("a", {"draft_length": 8}, "draft_length is 8; expected 'auto' or a whole number from 0 to 7"),
+    "draft_length -1": ("a", {"draft_length": -1}, "draft_length is -1; expected 'auto' or a whole number"),
+    "draft_length 'no'": ("a", {"draft_length": "no"}, "draft_length is 'no'; expected 'auto' or a whole number"),
+    "draft_length True": ("a", {"draft_length": True}, "draft_length is True; expected 'auto' or a whole number"),
+    "images": (MESSAGES, {"images": ["a.png"]}, "put them in the messages"),
+    "audios": (MESSAGES, {"audios": ["a.wav"]}, "put them in the messages"),
+    "videos": (Prompt(IDS), {"videos": ["a.mp4"]}, "put them in the messages"),
+    "system": (MESSAGES, {"system": "be brief"}, "put them in the messages"),
+    "tools": (Prompt(IDS), {"tools": [{"name": "weather"}]}, "a Prompt is taken as it stands"),
+    "thinking": (Prompt(IDS), {"thinking": True}, "a Prompt is taken as it stands"),
+    "image_budget": (Prompt(IDS), {"image_budget": 70}, "a Prompt is taken as it stands"),
+}
+
+
+@pytest.mark.parametrize("function", [generate, stream_generate])
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_request_is_refused_when_it_is_made(planted: Loaded, what: str, function: Callable[..., Any]) -> None:
+    """`stream_generate` too: not only when its first piece is asked for."""
+    request, more, message = WRONG[what]
+    with pytest.raises(ValueError) as refused:
+        function(*planted, request, **more)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_drafting_without_a_drafter_is_refused(tiny: Loaded) -> None:
+    with pytest.raises(ValueError, match=r"draft_length is 2 and the model has no drafter; expected 0, or load one"):
+        generate(*tiny, Prompt(IDS), draft_length=2)
+
+
+@pytest.mark.filterwarnings("ignore:the .* tokens ran out inside the thought", "ignore:a tool call is kept as text")
+def test_without_a_drafter_it_decodes_plainly(tiny: Loaded) -> None:
+    for length in ("auto", 0):
+        stats = generate(*tiny, Prompt(IDS), max_tokens=6, sampling=GREEDY, draft_length=length).stats
+        assert (stats.drafted_tokens, stats.accepted_tokens, stats.tokens_per_round) == (0, 0, 1)
