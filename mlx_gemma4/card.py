@@ -1,0 +1,66 @@
+"""The model card of a conversion, and the figures that it shows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE_MODEL = "google/gemma-4-12B-it"  # of a folder that does not say what it is
+CARD = "README.md"
+NOT_MEASURED = "Quality: not measured."  # the line that an evaluation replaces
+
+# What mlx-community and mlx-vlm write, so that the hub lists it among the conversions of its base model.
+TEMPLATE = """\
+---
+language: en
+library_name: mlx
+license: apache-2.0
+pipeline_tag: image-text-to-text
+base_model: {base_model}
+tags:
+- mlx
+- gemma4
+---
+
+# {name}
+
+{source}, converted to MLX by mlx_gemma4.
+
+- Recipe: {recipe}
+- Size: {size}
+- {quality}
+
+Text, images, audio and video in, text out, with mlx_gemma4:
+
+```sh
+mlx_gemma4.generate --model {name} --prompt "What is this?" --image photo.jpg
+```
+
+It loads in mlx-vlm too, and in what builds on it:
+
+```sh
+mlx_vlm.generate --model {name} --prompt "What is this?" --image photo.jpg
+```
+"""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How large a conversion became."""
+
+    nbytes: int
+    weights: int  # values, before they were packed
+
+    @property
+    def text(self) -> str:
+        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.2f} MB"
+        return f"{size}, {8 * self.nbytes / max(1, self.weights):.2f} bits a weight"
+
+
+def write_card(
+    folder: Path, name: str, source: str, base_model: str, recipe: str, target: Figures, drafter: Figures | None
+) -> None:
+    """Write the README.md of a model folder. `name` is what it will be called, `source` what it was made from."""
+    size = target.text + (f"; the drafter in `drafter/`: {drafter.text}" if drafter else "")
+    text = TEMPLATE.format(
+        base_model=base_model, name=name, source=source, recipe=recipe, size=size, quality=NOT_MEASURED
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")

@@ -1,0 +1,224 @@
+"""Tensors between files, a block of rows at a time: read from safetensors, written as shards with an index."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4.config import CheckpointError, Quantization
+from mlx_gemma4.weights import INDEX, Tensor
+
+BLOCK_BYTES = 2**25  # of rows read at once
+SHARD_BYTES = 2**30  # a file's size, if no single tensor is larger
+HEADER_BYTES = 2**17  # kept free at a shard's beginning, for what it holds is known at its end: about 800 names
+
+Shape = tuple[int, ...]
+Stored = tuple[np.dtype[Any], mx.Dtype]
+STORED: dict[str, Stored] = {  # as integers of their size: NumPy has no bfloat16
+    "BF16": (np.dtype("<u2"), mx.bfloat16),
+    "F16": (np.dtype("<u2"), mx.float16),
+    "F32": (np.dtype("<u4"), mx.float32),
+    "U32": (np.dtype("<u4"), mx.uint32),
+    "U8": (np.dtype("u1"), mx.uint8),
+}
+DTYPE_NAMES = {dtype: name for name, (_, dtype) in STORED.items()}
+
+
+class Rows(Protocol):
+    """A tensor that is read by blocks of its first dimension."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+    def rows(self, start: int, stop: int) -> mx.array: ...
+
+
+def element_count(shape: Shape) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def nbytes(shape: Shape, dtype: mx.Dtype) -> int:
+    return element_count(shape) * dtype.size
+
+
+def block_ranges(tensor: Rows) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the blocks that a tensor is read by."""
+    step = max(1, BLOCK_BYTES * tensor.shape[0] // max(1, nbytes(tensor.shape, tensor.dtype)))
+    for start in range(0, tensor.shape[0], step):
+        yield start, min(start + step, tensor.shape[0])
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    name: str  # as the checkpoint writes it
+    file: Path
+    shape: Shape
+    stored: Stored
+    offset: int  # of its first byte in the file
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.stored[1]
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Rows start … stop, read into memory: pages of a mapped file would count as the process's."""
+        shape = (stop - start, *self.shape[1:])
+        raw = read_raw(self.file, self.stored[0], self.offset + start * nbytes(self.shape[1:], self.dtype), shape)
+        return mx.array(raw).view(self.dtype)
+
+
+def read_raw(file: Path, dtype: np.dtype[Any], offset: int, shape: Shape) -> np.ndarray:
+    count = element_count(shape)
+    raw = np.fromfile(file, dtype, count, offset=offset)
+    if len(raw) != count:
+        raise CheckpointError(f"{file} ends early; expected {offset + count * dtype.itemsize} bytes, so fetch it again")
+    return raw.reshape(shape)
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized tensor, whose rows are read as what they stand for."""
+
+    name: str
+    dtype: mx.Dtype  # of the rows
+    quantization: Quantization
+    weight: StoredTensor
+    scales: StoredTensor
+    biases: StoredTensor | None
+
+    @property
+    def shape(self) -> Shape:
+        return (self.weight.shape[0], self.weight.shape[1] * 32 // self.quantization.bits)
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        own = self.quantization
+        scales = self.scales.rows(start, stop)
+        biases = None if self.biases is None else self.biases.rows(start, stop)
+        if biases is not None:  # in float32, or scale · q and the sum are both rounded
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        weight = self.weight.rows(start, stop)
+        return mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode).astype(self.dtype)
+
+
+def stored_tensors(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Where the values of a checkpoint's tensors lie in their files, by path, in the order of the files."""
+    headers = {file: read_header(file) for file in {tensor.file for tensor in tensors.values()}}
+    found: dict[str, StoredTensor] = {}
+    for path, tensor in tensors.items():
+        start, header = headers[tensor.file]
+        kind = header[tensor.name]["dtype"]
+        if kind not in STORED:
+            raise CheckpointError(f"{tensor.name} is stored as {kind}; supported are {', '.join(STORED)}")
+        offset = start + header[tensor.name]["data_offsets"][0]
+        found[path] = StoredTensor(tensor.name, tensor.file, tensor.shape, STORED[kind], offset)
+    return dict(sorted(found.items(), key=lambda item: (item[1].file, item[1].offset)))
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's data begin, and what it says of each tensor; `list_tensors` has checked it."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        return 8 + size, json.loads(opened.read(size))
+
+
+class ShardWriter:
+    """Writes tensors into `model-….safetensors` of at most SHARD_BYTES and, when closed, their index.
+
+    Blocks go to their places in the file as they come, so that no more than one is in memory.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shards: list[dict[str, Any]] = []  # each one's header
+        self.file: BinaryIO | None = None
+        self.end = 0  # of the data in the open shard
+        self.group: dict[str, int] = {}  # where the next block of each tensor of the open group goes
+        self.nbytes = 0  # of all tensors
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self.file is not None:
+            self.file.close()
+
+    def begin(self, group: Mapping[str, tuple[Shape, mx.Dtype]]) -> None:
+        """Make room for the tensors of one module, which stay in one file."""
+        size = sum(nbytes(shape, dtype) for shape, dtype in group.values())
+        if self.file is None or (self.end and not self.has_room(group, size)):
+            self.open_shard()
+        header, self.group = self.shards[-1], {}
+        for name, (shape, dtype) in group.items():
+            stop = self.end + nbytes(shape, dtype)
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [self.end, stop]}
+            self.group[name] = self.end
+            self.end = stop
+        self.nbytes += size
+
+    def has_room(self, group: Mapping[str, tuple[Shape, mx.Dtype]], size: int) -> bool:
+        entries = len(self.shards[-1]) + len(group)
+        names = sum(map(len, [*self.shards[-1], *group]))
+        return HEADER_BYTES + self.end + size <= SHARD_BYTES and names + 100 * entries < HEADER_BYTES
+
+    def write(self, blocks: Mapping[str, mx.array]) -> None:
+        """The next rows of the open group's tensors."""
+        assert self.file is not None
+        for name, block in blocks.items():
+            self.file.seek(HEADER_BYTES + self.group[name])
+            self.file.write(np.asarray(mx.contiguous(block).view(mx.uint8)).data)
+            self.group[name] += block.nbytes
+
+    def drop(self) -> None:
+        """Take the open group back."""
+        header = self.shards[-1]
+        begins = [header.pop(name)["data_offsets"] for name in self.group]
+        self.end = min(start for start, _ in begins)
+        self.nbytes -= sum(stop - start for start, stop in begins)
+
+    def open_shard(self) -> None:
+        self.close_shard()
+        self.shards.append({})
+        self.file, self.end = open(self.part(len(self.shards)), "wb"), 0  # noqa: SIM115 (open for long)
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.part"
+
+    def close_shard(self) -> None:
+        if self.file is None:
+            return
+        header = json.dumps({"__metadata__": {"format": "mlx"}} | self.shards[-1], separators=(",", ":")).encode()
+        self.file.truncate(HEADER_BYTES + self.end)
+        self.file.seek(0)
+        size = HEADER_BYTES - 8
+        self.file.write(size.to_bytes(8, "little") + header.ljust(size))
+        self.file.close()
+        self.file = None
+
+    def close(self) -> None:
+        """Write the open shard's header, name the files and write their index."""
+        self.close_shard()
+        count = len(self.shards)
+        places: dict[str, str] = {}
+        for number, header in enumerate(self.shards, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+            self.part(number).rename(self.folder / name)
+            places |= dict.fromkeys(header, name)
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(places.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=4), encoding="utf-8")
