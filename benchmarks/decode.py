@@ -26,7 +26,7 @@ from rich.table import Table
 
 from mlx_gemma4 import Prompt, Sampling, load, stream_generate
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 from mlx_gemma4.reply import Stats
 
 

@@ -3,7 +3,7 @@
 What a user types stays text. Before rendering, `shield` puts a mark, a character that occurs nowhere in the request,
 behind every character with which a control token can begin. So whatever stands in a message or a tool, alone or across
 a seam that the template makes, no control token in the rendered text comes from there: those are the template's own.
-The mark is taken out again when the text between them is encoded (`prompt.py`).
+The mark is taken out again when the text between them is encoded (`processor.py`).
 """
 
 import json

@@ -1,59 +1,27 @@
 """The command `mlx_gemma4.generate`: the answer goes to standard output, everything else to standard error."""
 
 import json
-import logging
-import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import TextIOWrapper
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
 from mlx_gemma4.controller import check_draft_length
 from mlx_gemma4.generation import Reading, generation_events, make_prompt
 from mlx_gemma4.messages import Message, media_parts, request_messages
-from mlx_gemma4.prompt import load_processor
+from mlx_gemma4.processor import load_processor
 from mlx_gemma4.reply import Piece, Stats
 from mlx_gemma4.sampling import Sampling
-from mlx_gemma4.source import FetchError, local_path
-from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, load_values, logger, open_checkpoint
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from mlx_gemma4.source import local_path
+from mlx_gemma4.terminal import Bar, SizeBar, ctrl_c_at_once, number, run, show_warning, whole_above_0, whole_number
+from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
 
 DEFAULT_MODEL = "mlx-community/gemma-4-12B-it-4bit"
-WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-# Parsers of options: typer's own messages do not say which value was wrong.
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected a number") from None
-
-
-def whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected a whole number") from None
-
-
-def whole_above_0(text: str) -> int:
-    if (value := whole_number(text)) < 1:
-        raise typer.BadParameter(f"{text!r}; expected a whole number above 0")
-    return value
 
 
 @app.command()
@@ -140,25 +108,10 @@ def check_media(messages: list[Message], image_budget: int | None) -> None:
         check_budget(image_budget)
 
 
-@contextmanager
-def ctrl_c_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process; the threads of a download would be waited for, until their files are complete."""
-
-    def leave(*_: object) -> None:
-        os.write(sys.stderr.fileno(), b"\n")  # below the bars
-        os._exit(STOPPED)
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def load_shown(checkpoint: Checkpoint) -> None:
     """Load the weights with a bar."""
     done = 0
-    with Bar("Loading") as bar:
+    with SizeBar("Loading") as bar:
         for nbytes in load_values(checkpoint):
             done += nbytes
             bar.show(done, checkpoint.nbytes)
@@ -218,64 +171,5 @@ def drafting(stats: Stats) -> str:
     )
 
 
-class Bar:
-    """A progress bar on standard error, if that is a terminal; it appears with the first step of several."""
-
-    def __init__(self, title: str):
-        self.title = title
-        self.shown: Progress | None = None
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def show(self, done: int, total: int) -> None:
-        if self.shown is None and done < total and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.shown = Progress(console=Console(stderr=True), transient=True)
-            self.shown.add_task(self.title, total=total)
-            self.shown.start()
-        if self.shown is not None:
-            self.shown.update(self.shown.task_ids[0], completed=done)
-
-    def close(self) -> None:
-        if self.shown is not None:
-            self.shown.stop()
-            self.shown = None
-
-
-def show_warning(message: Warning | str) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def on_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int,
-    file: TextIO | None = None, line: str | None = None,
-) -> None:  # fmt: skip
-    """For `warnings.showwarning`: what is wrong, not where in the code."""
-    show_warning(message)
-
-
 def main() -> int:
-    """Run the command; errors become one line and an exit status."""
-    warnings.showwarning = on_warning
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
-    news = logging.StreamHandler(sys.stderr)
-    logger.addHandler(news)
-    logger.setLevel(logging.INFO)
-    try:
-        return app(standalone_mode=False) or 0  # typer gives 130 for Ctrl-C and 1 for a closed pipe
-    except (TyperException, ValueError, OSError, MemoryError, RuntimeError) as error:
-        if "--debug" in sys.argv:
-            raise
-        text = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
-        wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)
-        return WRONG_REQUEST if wrong else FAILED
-    finally:
-        logger.removeHandler(news)
+    return run(app)

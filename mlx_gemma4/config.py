@@ -124,7 +124,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_checked(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
-    """What `parse` makes of a JSON file; what it misses or cannot take becomes a CheckpointError that names the file."""
+    """What `parse` makes of a JSON file; what it misses or cannot take is a CheckpointError that names the file."""
     raw = read_json(path)
     try:
         return parse(raw)
@@ -273,7 +273,7 @@ def parse_quantization(raw: dict[str, Any] | None) -> tuple[Quantization | None,
 
 
 def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
-    """The checkpoint's sampling defaults; without a generation_config.json, config.json's stop tokens and plain sampling."""
+    """The checkpoint's sampling defaults; without a generation_config.json, stop tokens of config.json, no filters."""
     path = folder / "generation_config.json"
     own = read_json(path) if path.exists() else {}
     eos = own.get("eos_token_id", raw.get("eos_token_id", ()))

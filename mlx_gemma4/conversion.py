@@ -18,7 +18,7 @@ from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_c
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.gguf import Q4_0, GGUFTensor, list_media, list_text
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
+from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
 from mlx_gemma4.recipes import Recipe, Shape, config_quantization, plan, weights_nbytes
 from mlx_gemma4.shards import (
     PackedTensor,

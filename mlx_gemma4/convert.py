@@ -2,18 +2,14 @@
 
 import shutil
 import sys
-import warnings
 from dataclasses import dataclass, replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
 import typer
-from typer.exceptions import TyperException
 
 from mlx_gemma4.card import BASE_MODEL, write_card
-from mlx_gemma4.command import FAILED, WRONG_REQUEST, Bar, ctrl_c_at_once, on_warning, whole_number
 from mlx_gemma4.config import CheckpointError, ModelConfig
 from mlx_gemma4.conversion import (
     DTYPES,
@@ -31,7 +27,7 @@ from mlx_gemma4.conversion import (
     write_model,
 )
 from mlx_gemma4.recipes import RECIPES, Recipe, named_recipe, uniform_recipe
-from mlx_gemma4.source import FetchError
+from mlx_gemma4.terminal import SizeBar, ctrl_c_at_once, run, whole_number
 from mlx_gemma4.weights import find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -364,35 +360,8 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-class SizeBar(Bar):
-    """A bar that counts bytes."""
-
-    def show(self, done: int, total: int) -> None:
-        if self.shown is None and done < total and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-            self.shown = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.shown.add_task(self.title, total=total)
-            self.shown.start()
-        super().show(done, total)
-
-
 def main() -> int:
-    """Run the command; errors become one line and an exit status, as in command.py."""
-    warnings.showwarning = on_warning
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        return app(standalone_mode=False) or 0
-    except (TyperException, ValueError, OSError, MemoryError, RuntimeError) as error:
-        if "--debug" in sys.argv:
-            raise
-        text = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
-        wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)
-        return WRONG_REQUEST if wrong else FAILED
+    return run(app)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from mlx_gemma4.cache import Cache, PromptCache, capacity_for
 from mlx_gemma4.controller import FixedLength, Pace, check_draft_length
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor, Prompt, check_length
+from mlx_gemma4.processor import Processor
+from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 from mlx_gemma4.sampling import Sampler, Sampling
 from mlx_gemma4.speculate import State, compiled_round, first_state, launch

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor, load_processor
+from mlx_gemma4.processor import Processor, load_processor
 
 logger = logging.getLogger("mlx_gemma4")
 

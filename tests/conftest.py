@@ -7,7 +7,7 @@ from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_
 
 from mlx_gemma4 import load
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 
 
 @pytest.fixture(scope="session")

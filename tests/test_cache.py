@@ -26,7 +26,7 @@ from mlx_gemma4.cache import (
 )
 from mlx_gemma4.config import SLIDING, GenerationConfig, TextConfig, parse_config
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 
 Loaded = tuple[Model, Processor]
 

@@ -27,7 +27,7 @@ from mlx_gemma4.command import main
 from mlx_gemma4.config import SUPPORTED
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import OLD_TEMPLATE_BYTES, Processor
+from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, Processor
 from mlx_gemma4.weights import INDEX
 
 Loaded = tuple[Model, Processor]

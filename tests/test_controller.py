@@ -9,7 +9,7 @@ from rounds import GREEDY
 from mlx_gemma4 import Prompt, generate
 from mlx_gemma4.controller import MAX_DRAFTS, Controller, FixedLength, Pace
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 
 Cost = Callable[[int], float]
 

@@ -24,7 +24,7 @@ from mlx_gemma4.convert import main
 from mlx_gemma4.gguf import MEDIA_NAMES, model_path, unpack_q4_0, unpack_q6_k
 from mlx_gemma4.lattice import find_lattice, round_bfloat16
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE
+from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE
 from mlx_gemma4.shards import HEADER_BYTES
 from mlx_gemma4.weights import INDEX, list_tensors, parameters
 

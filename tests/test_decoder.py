@@ -13,7 +13,7 @@ from mlx_gemma4 import decoder as decoder_module
 from mlx_gemma4.config import AttentionConfig
 from mlx_gemma4.decoder import Decoder, RoPE, attend, folded_attention, fused_attention, geglu
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 
 Loaded = tuple[Model, Processor]
 

@@ -21,7 +21,7 @@ from mlx_gemma4 import hub as hub_module
 from mlx_gemma4.config import CheckpointError, ModelConfig
 from mlx_gemma4.hub import partners
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 from mlx_gemma4.weights import find_drafter, open_checkpoint
 
 Loaded = tuple[Model, Processor]

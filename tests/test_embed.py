@@ -10,7 +10,8 @@ from toy_checkpoint import OTHER, TINY, Shape, tensors
 from mlx_gemma4.config import TextConfig
 from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor, Prompt, SoftTokens
+from mlx_gemma4.processor import Processor
+from mlx_gemma4.prompt import Prompt, SoftTokens
 
 Loaded = tuple[Model, Processor]
 PIXELS = 48 * 48 * 3

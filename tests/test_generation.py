@@ -15,7 +15,7 @@ from mlx_gemma4 import Prompt, Sampling, generate, generation, stream_generate
 from mlx_gemma4.cache import GROWTH
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 from mlx_gemma4.reply import Reply
 from mlx_gemma4.sampling import Sampler
 

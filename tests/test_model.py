@@ -19,7 +19,8 @@ from mlx_gemma4 import model as model_module
 from mlx_gemma4.cache import PromptCache
 from mlx_gemma4.config import SLIDING, GenerationConfig, parse_config
 from mlx_gemma4.model import Model, chunks
-from mlx_gemma4.prompt import Processor, SoftTokens
+from mlx_gemma4.processor import Processor
+from mlx_gemma4.prompt import SoftTokens
 
 Loaded = tuple[Model, Processor]
 

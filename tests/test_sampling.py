@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mlx_gemma4 import Sampling, generate
 from mlx_gemma4.config import GenerationConfig
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor, Prompt
+from mlx_gemma4.processor import Processor
+from mlx_gemma4.prompt import Prompt
 from mlx_gemma4.sampling import Sampler, largest
 
 PLAIN = GenerationConfig(eos_token_ids=(1,))

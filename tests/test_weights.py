@@ -18,7 +18,7 @@ from mlx_gemma4 import Prompt, Sampling, generate, generation, load
 from mlx_gemma4.cache import PromptCache
 from mlx_gemma4.config import CheckpointError
 from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import Processor
+from mlx_gemma4.processor import Processor
 from mlx_gemma4.weights import (
     INDEX,
     check_memory,

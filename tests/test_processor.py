@@ -26,13 +26,8 @@ from mlx_gemma4.config import (
     TextConfig,
     VisionConfig,
 )
-from mlx_gemma4.prompt import (
-    MediaSettings,
-    Processor,
-    Prompt,
-    check_length,
-    load_processor,
-)
+from mlx_gemma4.processor import MediaSettings, Processor, load_processor
+from mlx_gemma4.prompt import Prompt, check_length
 
 VOCAB = 512
 TEMPLATE = resources.files("mlx_gemma4").joinpath("chat_template.jinja").read_text(encoding="utf-8")
@@ -482,6 +477,6 @@ def test_ids_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
 
 
 def test_importing_and_a_text_prompt_load_no_media_libraries() -> None:
-    code = "import sys, mlx_gemma4.prompt; print({'PIL', 'soundfile', 'av', 'transformers'} & set(sys.modules))"
+    code = "import sys, mlx_gemma4.processor; print({'PIL', 'soundfile', 'av', 'transformers'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -1,0 +1,354 @@
+"""Chat messages -> a prompt: the template's text as token ids, and media read, with runs of soft tokens in place."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Template, TemplateSyntaxError
+from tokenizers import AddedToken, Tokenizer
+
+from mlx_gemma4.chat import compile_template, render, shield, unused_character
+from mlx_gemma4.config import CheckpointError, ModelConfig, read_json
+from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
+from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
+
+# What the published processor_config.json and tokenizer_config.json say, for conversions that lack them.
+IMAGE_BUDGET = 280  # soft tokens an image: image_processor.max_soft_tokens
+VIDEO_BUDGET = 70  # soft tokens a frame: video_processor.max_soft_tokens
+NUM_FRAMES = 32  # video_processor.num_frames
+SAMPLING_RATE = 16000  # Hz: feature_extractor.sampling_rate
+BOS_TOKEN = "<bos>"
+
+PACKAGED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")  # as published on 2026-07-09
+OLD_TEMPLATE_BYTES = 17466  # its predecessor leaks thoughts and loops on tools: reference/architecture.md, section 5
+
+# The config's ids that each kind of media is written with: begin, soft token, end. A video is a row of images.
+RUN_KEYS = {
+    "image": ("boi_token_id", "image_token_id", "eoi_token_id"),
+    "audio": ("boa_token_id", "audio_token_id", "eoa_token_id"),
+    "video": ("boi_token_id", "video_token_id", "eoi_token_id"),
+}
+
+
+@dataclass(frozen=True)
+class MediaSettings:
+    """The checkpoint's own way to turn media into soft tokens."""
+
+    image_budget: int = IMAGE_BUDGET
+    video_budget: int = VIDEO_BUDGET  # a frame
+    num_frames: int = NUM_FRAMES  # of a video
+    sampling_rate: int = SAMPLING_RATE  # Hz
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a kind of media stands in the prompt: begin, n times token, end."""
+
+    begin: int
+    token: int
+    end: int
+    placeholder: str  # what the chat template writes for it
+    size: int  # of a token: the side of its square in pixels, or its samples
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """The soft tokens of one run before it has a place; a video has one for each frame."""
+
+    values: np.ndarray
+    positions: np.ndarray | None
+    caption: str = ""  # text in front of it: a frame's time
+
+
+@dataclass(frozen=True, eq=False)
+class ControlText:
+    """Text with control tokens -> ids, where only the template's control tokens count as such."""
+
+    ids: dict[str, int]  # of each control token
+    plain: Tokenizer  # takes control tokens for text
+    split: re.Pattern[str]  # matches a control token, in a group, so that re.split keeps it
+    starts: re.Pattern[str]  # matches each character that a control token begins with
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> "ControlText":
+        added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
+        plain = Tokenizer(tokenizer.model)  # shares the vocabulary; a copy through JSON takes a second
+        if tokenizer.normalizer is not None:
+            plain.normalizer = tokenizer.normalizer
+        if tokenizer.pre_tokenizer is not None:
+            plain.pre_tokenizer = tokenizer.pre_tokenizer
+        plain.add_tokens(list(added.values()))
+        plain.encode_special_tokens = True
+        ids = {token.content: index for index, token in added.items() if token.special}
+        longest_first = sorted(ids, key=len, reverse=True)  # as the tokenizer matches them
+        return cls(
+            ids=ids,
+            plain=plain,
+            split=re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
+            starts=re.compile("|".join(sorted({re.escape(token[0]) for token in ids}))),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text in which nothing is a control token."""
+        return self.plain.encode(text, add_special_tokens=False).ids if text else []
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """Turns chat messages into prompts; made by `load_processor`."""
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    template: Template
+    bos_token: str
+    control: ControlText
+    settings: MediaSettings
+    runs: dict[str, Run]  # by kind of media, of those that the checkpoint takes
+
+    def __call__(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        thinking: bool = False,
+        image_budget: int | None = None,
+    ) -> Prompt:
+        """The prompt that asks for the reply to `messages`, media read and their placeholders expanded.
+
+        messages and tools are in Hugging Face's or OpenAI's spelling. `image_budget`: the most soft tokens for each
+        image, None for the checkpoint's own. A control token typed in any message or tool stays text.
+        Raises ValueError, in one line, if the request, its media or the prompt's length is wrong.
+        """
+        checked, functions = check_messages(messages), check_tools(tools)
+        budget = self.image_budget(image_budget)
+        media = media_parts(checked)
+        for part in media:
+            if part["type"] not in self.runs:
+                takes = ", ".join(["text", *self.runs])
+                raise ValueError(f"this checkpoint takes no {part['type']}; it takes {takes}")
+        shown = without_sources(checked)
+        mark = unused_character([shown, functions])
+        shown, functions = (shield(value, self.control.starts, mark) for value in (shown, functions))
+        text = render(self.template, shown, functions, thinking, self.bos_token)
+        self.check_placeholders(text, media)
+        prompt = self.assemble(text, mark, [(part["type"], self.read(part, budget)) for part in media])
+        check_length(prompt, self.config)
+        return prompt
+
+    def image_budget(self, asked: int | None) -> int:
+        if asked is None:
+            return self.settings.image_budget
+        from mlx_gemma4.image import check_budget  # here: it imports Pillow, which a text prompt does not need
+
+        check_budget(asked)
+        return asked
+
+    def check_placeholders(self, text: str, media: list[Part]) -> None:
+        for kind, run in self.runs.items():
+            given, written = sum(part["type"] == kind for part in media), text.count(run.placeholder)
+            if given != written:
+                raise ValueError(f"the messages hold {given} {kind} parts; the chat template has places for {written}")
+
+    def read(self, part: Part, image_budget: int) -> list[Loaded]:
+        """The soft tokens of a media part, one entry for each run."""
+        size = self.runs[part["type"]].size
+        if part["type"] == "audio":  # the imports are here: Pillow and soundfile are of no use to a text prompt
+            from mlx_gemma4.audio import audio_frames, read_audio
+
+            samples = read_audio(part["audio"], self.settings.sampling_rate)
+            return [Loaded(audio_frames(samples, size), None)]
+        from mlx_gemma4.image import image_patches, read_image
+
+        if part["type"] == "image":
+            patches = image_patches(read_image(part["image"]), image_budget, size)
+            return [Loaded(patches.pixels, patches.positions)]
+        from mlx_gemma4.video import read_video, timestamp
+
+        video = read_video(part["video"], part.get("fps"), self.settings.num_frames)
+        loaded = []
+        for frame, seconds in zip(video.frames, video.seconds, strict=True):
+            patches = image_patches(frame, self.settings.video_budget, size)
+            loaded.append(Loaded(patches.pixels, patches.positions, caption=f"{timestamp(seconds)} "))
+        return loaded
+
+    def assemble(self, text: str, mark: str, media: list[tuple[str, list[Loaded]]]) -> Prompt:
+        """Rendered text -> ids, the mark removed, the media put in at their placeholders in this order."""
+        if "video" in self.runs:
+            # The times are text, encoded as one with the text around them: they go in before it is split.
+            placeholder = self.runs["video"].placeholder
+            rows = iter([frames for kind, frames in media if kind == "video"])
+            text = re.sub(
+                re.escape(placeholder),
+                lambda _: " ".join(frame.caption + placeholder for frame in next(rows)),
+                text,
+            )
+        waiting = {kind: iter_runs(media, kind) for kind in self.runs}
+        kinds = {run.placeholder: kind for kind, run in self.runs.items()}
+        ids: list[int] = []
+        soft_tokens: list[SoftTokens] = []
+        for index, piece in enumerate(self.control.split.split(text)):
+            if index % 2 == 0:  # between control tokens
+                ids += self.control.encode(piece.replace(mark, ""))
+            elif piece in kinds:
+                kind, run = kinds[piece], self.runs[kinds[piece]]
+                loaded = next(waiting[kind])
+                soft_tokens.append(SoftTokens(kind, len(ids) + 1, loaded.values, loaded.positions))
+                ids += [run.begin, *[run.token] * len(loaded.values), run.end]
+            else:
+                ids.append(self.control.ids[piece])
+        return Prompt(ids, tuple(soft_tokens))
+
+
+def iter_runs(media: list[tuple[str, list[Loaded]]], wanted: str) -> Iterator[Loaded]:
+    return (loaded for kind, part in media if kind == wanted for loaded in part)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_processor(folder: Path, config: ModelConfig) -> Processor:
+    """The processor of a model folder, of its tokenizer.json and, if they are there, its other files.
+
+    Raises CheckpointError in one line for a file that is missing or damaged. Warns if the folder has no chat template,
+    when the packaged one is used, or an old one.
+    """
+    names = optional_json(folder / "tokenizer_config.json")
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    runs = media_runs(tokenizer, config)
+    bos_token = token_text(names.get("bos_token")) or BOS_TOKEN
+    mark_special(tokenizer, named_tokens(names) | {bos_token} | {run.placeholder for run in runs.values()})
+    control = ControlText.from_tokenizer(tokenizer)
+    if bos_token not in control.ids:
+        raise CheckpointError(f"{folder / 'tokenizer.json'} has no token {bos_token!r}; expected Gemma 4's tokenizer")
+    return Processor(
+        tokenizer=tokenizer,
+        config=config,
+        template=read_template(folder, names),
+        bos_token=bos_token,
+        control=control,
+        settings=read_settings(folder),
+        runs=runs,
+    )
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; expected a model folder with a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from None
+    tokenizer.no_truncation()  # some are saved with the settings of their training
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def mark_special(tokenizer: Tokenizer, tokens: set[str]) -> None:
+    """Make control tokens of those that tokenizer.json has only as pieces, or as added tokens without that mark."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    missing = sorted(token for token in tokens - special if tokenizer.token_to_id(token) is not None)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+
+
+def named_tokens(names: dict[str, Any]) -> set[str]:
+    """The tokens that tokenizer_config.json gives a role: its …_token keys, and lists of more."""
+    values = [value for key, value in names.items() if key.endswith("_token")]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        more = names.get(key) or []
+        values += more.values() if isinstance(more, dict) else more
+    return {text for text in map(token_text, values) if text}
+
+
+def token_text(value: Any) -> str | None:
+    """A token as tokenizer_config.json writes it: a string, or in older files an object with its content."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def media_runs(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Run]:
+    """The kinds of media that the checkpoint takes, and the tokens it writes them with."""
+    side = config.vision.patch_side if config.vision else None
+    sizes = {"image": side, "audio": config.audio.samples_per_token if config.audio else None, "video": side}
+    runs = {}
+    for kind, keys in RUN_KEYS.items():
+        size = sizes[kind]
+        if size is None or not all(key in config.special_tokens for key in keys):
+            continue
+        begin, token, end = (config.special_tokens[key] for key in keys)
+        texts = {key: tokenizer.id_to_token(config.special_tokens[key]) for key in keys}
+        for key, text in texts.items():
+            if text is None:
+                raise CheckpointError(
+                    f"config.json's {key} is {config.special_tokens[key]}; tokenizer.json has no such id"
+                )
+        runs[kind] = Run(begin, token, end, placeholder=str(texts[keys[1]]), size=size)
+    return runs
+
+
+def read_template(folder: Path, names: dict[str, Any]) -> Template:
+    """The checkpoint's chat template, or else the packaged one, compiled."""
+    source, origin = find_template(folder, names)
+    if source is None:
+        warnings.warn(f"{folder} has no chat template; the packaged one of 2026-07-09 is used", stacklevel=3)
+        source, origin = PACKAGED_TEMPLATE.read_text(encoding="utf-8"), PACKAGED_TEMPLATE
+    elif len(source.encode()) == OLD_TEMPLATE_BYTES:
+        warnings.warn(
+            f"{origin} holds the old chat template, which leaks thoughts and loops on tools; "
+            f"replace it with the chat_template.jinja of google/gemma-4-12B-it, or with {PACKAGED_TEMPLATE}",
+            stacklevel=3,
+        )
+    try:
+        return compile_template(source)
+    except TemplateSyntaxError as error:
+        raise CheckpointError(f"{origin} holds no valid chat template: {' '.join(str(error).split())}") from None
+
+
+def find_template(folder: Path, names: dict[str, Any]) -> tuple[str | None, Path]:
+    """The template's source and the file it is from, in the order in which transformers looks."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_bytes().decode(), path  # not read_text: line ends count in its size
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error}") from None
+    for path, holder in (
+        (folder / "tokenizer_config.json", names),
+        (folder / "chat_template.json", optional_json(folder / "chat_template.json")),
+    ):
+        found = holder.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}.get(
+                "default"
+            )
+        if isinstance(found, str) and found:
+            return found, path
+    return None, folder
+
+
+def read_settings(folder: Path) -> MediaSettings:
+    """What processor_config.json says of media, or the older preprocessor_config.json; else as published."""
+    current, older = (optional_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json"))
+
+    def setting(section: str, key: str, default: int) -> int:
+        holders = [current.get(section), older.get(section)]
+        if section != "video_processor":
+            holders.append(older)  # the older file is often that of the images and sounds alone, without sections
+        found = next((h[key] for h in holders if isinstance(h, dict) and h.get(key) is not None), default)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise CheckpointError(f"{folder}: {key} of {section} is {found!r}; expected a whole number above 0")
+        return found
+
+    length = current.get("image_seq_length") or older.get("image_seq_length") or IMAGE_BUDGET
+    return MediaSettings(
+        image_budget=setting("image_processor", "max_soft_tokens", length),
+        video_budget=setting("video_processor", "max_soft_tokens", VIDEO_BUDGET),
+        num_frames=setting("video_processor", "num_frames", NUM_FRAMES),
+        sampling_rate=setting("feature_extractor", "sampling_rate", SAMPLING_RATE),
+    )
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
