@@ -16,7 +16,9 @@ def tree_of_readme() -> list[str]:
 def imports(file: Path) -> set[str]:
     """The package's modules that a file imports, those inside functions too."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
-    return {node.module.removeprefix("mlx_gemma4.") for node in nodes if (node.module or "").startswith("mlx_gemma4.")}
+    whole = {name.name for node in nodes if node.module == "mlx_gemma4" for name in node.names}
+    parts = {node.module.removeprefix("mlx_gemma4.") for node in nodes if (node.module or "").startswith("mlx_gemma4.")}
+    return parts | whole
 
 
 def test_readme_lists_every_file() -> None:
