@@ -29,6 +29,7 @@ def run(app: typer.Typer) -> int:
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
     news = logging.StreamHandler(sys.stderr)
     logger.addHandler(news)
+    level = logger.level
     logger.setLevel(logging.INFO)
     try:
         return app(standalone_mode=False) or 0  # typer gives 130 for Ctrl-C and 1 for a closed pipe
@@ -40,6 +41,7 @@ def run(app: typer.Typer) -> int:
         wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)
         return WRONG_REQUEST if wrong else FAILED
     finally:
+        logger.setLevel(level)
         logger.removeHandler(news)
 
 
