@@ -1,7 +1,7 @@
 """How many tokens to draft: as many as the rounds measured so far say pays, none if drafting does not."""
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -86,27 +86,36 @@ class Controller:
             self.times.setdefault(length, deque(maxlen=WINDOW)).append(seconds)
             if length == self.probe and (accepted < length or length == 0):
                 self.probe = None
-        if len(self.times) >= len(FIRST_TIMED):
+        # plain rounds say nothing new of drafting, and this takes as long as a few of a round's launches
+        if len(self.times) >= len(FIRST_TIMED) and (length or self.rounds % 16 == 0):
             self.settle()
 
     def settle(self) -> None:
         """Change to a length that promises clearly more."""
-        best = max(range(self.longest + 1), key=self.tokens_per_second)
-        if self.tokens_per_second(best) > GAIN * self.tokens_per_second(self.best):
+        speeds = self.tokens_per_second()
+        best = max(range(len(speeds)), key=speeds.__getitem__)
+        if speeds[best] > GAIN * speeds[self.best]:
             self.best, self.wait, self.rounds, self.probe = best, FIRST_PROBE, 0, None
 
-    def tokens_per_second(self, length: int) -> float:
+    def tokens_per_second(self) -> list[float]:
+        """Expected, of each length."""
+        costs = self.costs()
         tokens, chance, acceptance = 1.0, 1.0, GUESSED_ACCEPTANCE
-        for position in range(length):
+        speeds = [tokens / costs[0]]
+        for position in range(self.longest):
             if position < len(self.trials):  # the guess from the position before is worth one trial
                 acceptance = (self.hits[position] + acceptance) / (self.trials[position] + 1)
             chance *= acceptance
             tokens += chance
-        return tokens / self.cost(length)
+            speeds.append(tokens / costs[position + 1])
+        return speeds
 
-    def cost(self, length: int) -> float:
-        """Seconds a round: measured, no more than a longer one's, or on the line through the nearest measured ones."""
-        measured = {known: quartile(times) for known, times in self.times.items()}
+    def costs(self) -> list[float]:
+        """Seconds a round of each length: measured, no more than a longer one takes, or on a line through two."""
+        measured = {length: quartile(times) for length, times in self.times.items()}
+        return [self.cost(length, measured) for length in range(self.longest + 1)]
+
+    def cost(self, length: int, measured: Mapping[int, float]) -> float:
         if length in measured:
             return min(cost for known, cost in measured.items() if known >= length)
         near, far = sorted(measured, key=lambda known: abs(known - length))[:2]

@@ -234,13 +234,13 @@ def test_memory_does_not_grow_beyond_the_caches_own(planted: Loaded, monkeypatch
     held: list[tuple[int, int]] = []
     tokens = 0
     for piece in stream_generate(
-        model, processor, Prompt([2, 150]), max_tokens=2000, sampling=sampling, draft_length=3
+        model, processor, Prompt([2, 150]), max_tokens=1500, sampling=sampling, draft_length=3
     ):  # fmt: skip
         tokens += len(piece.token_ids)
         held.append((tokens, mx.get_active_memory()))
-    assert tokens == 2000
+    assert tokens == 1500
     position_bytes = 2 * 4 * TINY.global_kv_heads * TINY.global_head_dim  # of the one full layer, in float32
     early = max(bytes_held for count, bytes_held in held if count < 200)
-    late = max(bytes_held for count, bytes_held in held if count > 1800)
+    late = max(bytes_held for count, bytes_held in held if count > 1300)
     # the old and the new buffer are there together when one grows
-    assert late - early < 2 * position_bytes * (2000 * 9 // 8 + GROWTH)
+    assert late - early < 2 * position_bytes * (1500 * 9 // 8 + GROWTH)

@@ -78,16 +78,16 @@ def test_greedy_rounds_of_all_lengths_are_those_of_the_reference(
 ) -> None:
     model, _ = models[checkpoint]
     sampler = make_sampler(model, replace(GREEDY, repetition_penalty=penalty))
-    rounds = Rounds(model, sampler, Prompt(random_ids(9, seed=3)))
+    rounds = Rounds(model, sampler, Prompt(random_ids(12, seed=3)))
     accepted: dict[int, set[int]] = {length: set() for length in LENGTHS}
-    for length in np.random.default_rng(0).permutation([*LENGTHS] * 3).tolist():
+    for length in np.random.default_rng(0).permutation([*LENGTHS] * 2).tolist():
         drafts = reference_drafts(model, rounds.grown, length, penalty)
         expected = reference_round(model, rounds.grown, drafts, penalty)
         tokens = rounds.run(length)
         assert tokens == expected
         accepted[length].add(len(tokens) - 1)
         check_state(rounds)
-    assert len(rounds.ids) > SHAPES[checkpoint].window + 8
+    assert len(rounds.ids) > SHAPES[checkpoint].window
     if penalty == 1:
         assert {0, 1} <= set.union(*accepted.values())
         assert any(length in hits for length, hits in accepted.items() if length > 1)  # all accepted
@@ -157,7 +157,7 @@ def patterns() -> Iterator[tuple[bool, ...]]:
     rng = np.random.default_rng(2)
     for length in range(4, MAX_DRAFTS + 1):
         yield (True,) * length
-        yield from (tuple(row) for row in (rng.random((3, length)) < 0.7).tolist())
+        yield from (tuple(row) for row in (rng.random((1, length)) < 0.7).tolist())
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
