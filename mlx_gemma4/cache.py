@@ -73,6 +73,8 @@ class SlidingStore:
         # a copy, not a view: a view would keep the whole chunk alive
         self.keys = mx.contiguous(keys[:, :, -self.window :])
         self.values = mx.contiguous(values[:, :, -self.window :])
+        # copied before they are attended to: the chunk's own rows would live until its last layer
+        keys, values = mx.depends([keys, values], [self.keys, self.values])
         return keys, values
 
     def rows(self) -> tuple[mx.array, mx.array]:
