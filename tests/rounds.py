@@ -63,6 +63,9 @@ class Rounds:
             self.compiled[length] = make_round(self.model, self.sampler, length)
         committed = len(self.ids) - 1
         self.cache.reserve(committed, committed)
+        for sliding, (keys, _) in zip(self.cache.is_sliding, self.cache.layers, strict=True):
+            slot = committed - self.cache.start if sliding else committed
+            assert 0 <= slot < keys.shape[2] - length  # MLX writes anywhere
         tokens, self.state = launch(self.compiled[length], self.state, self.cache)
         assert tokens.shape == (length + 1,)
         ids = tokens.tolist()

@@ -116,7 +116,9 @@ def read_prompt(length: int, capacity: int) -> PromptCache:
 def write(cache: Cache, offset: int, values: list[float]) -> None:
     """What a round does: rows for the positions from `offset` on, in every layer."""
     for i, (keys, held) in enumerate(cache.layers):
-        slots = Slots(keys, held, mx.array(offset - cache.start if cache.is_sliding[i] else offset))
+        slot = offset - cache.start if cache.is_sliding[i] else offset
+        assert 0 <= slot <= keys.shape[2] - len(values)  # MLX writes anywhere
+        slots = Slots(keys, held, mx.array(slot))
         cache.layers[i] = slots.update(rows(values), rows([-value for value in values]))
 
 

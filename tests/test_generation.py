@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import pytest
 from rounds import GREEDY
 from toy_checkpoint import TINY
 
-from mlx_gemma4 import Prompt, Sampling, generate, generation, stream_generate
+from mlx_gemma4 import Prompt, Sampling, generate, generation, load, stream_generate
 from mlx_gemma4.cache import GROWTH
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.model import Model
@@ -22,7 +23,6 @@ from mlx_gemma4.sampling import Sampler
 Loaded = tuple[Model, Processor]
 
 IDS = np.random.default_rng(9).integers(110, 500, 20).tolist()
-PROMPTS = [IDS, IDS[::-1], IDS[4:]]
 LENGTHS = [0, 1, 3, 7, "auto"]
 
 
@@ -51,26 +51,20 @@ def endless(planted: Loaded, configure: Callable[..., None]) -> Loaded:
     return planted
 
 
-def reply_of(
-    loaded: Loaded, length: int | str = 3, max_tokens: int = 24, sampling: Sampling = GREEDY, ids: list[int] = IDS
-) -> Reply:
-    return generate(*loaded, Prompt(ids), max_tokens=max_tokens, sampling=sampling, draft_length=length)
+def reply_of(loaded: Loaded, length: int | str = 3, max_tokens: int = 24, sampling: Sampling = GREEDY) -> Reply:
+    return generate(*loaded, Prompt(IDS), max_tokens=max_tokens, sampling=sampling, draft_length=length)
 
 
 # --- where a reply ends ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ids", PROMPTS, ids=["0", "1", "2"])
-def test_nothing_behind_a_stop_token_is_shown_or_counted(
-    endless: Loaded, configure: Callable[..., None], ids: list[int]
-) -> None:
-    """At every position of the reply, so at every position of a round's run too."""
-    whole = reply_of(endless, 0, ids=ids).token_ids
+def test_nothing_behind_a_stop_token_is_shown_or_counted(endless: Loaded, configure: Callable[..., None]) -> None:
+    whole = reply_of(endless, 0).token_ids
     ends = [n for n, token in enumerate(whole) if token not in whole[:n]]
-    texts = {end: reply_of(endless, 0, end, ids=ids).text if end else "" for end in ends}
+    texts = {end: reply_of(endless, 0, end).text if end else "" for end in ends}
     for end, length in itertools.product(ends, LENGTHS):
         configure(eos_token_ids=(whole[end], 1))
-        pieces = list(stream_generate(*endless, Prompt(ids), max_tokens=24, sampling=GREEDY, draft_length=length))
+        pieces = list(stream_generate(*endless, Prompt(IDS), max_tokens=24, sampling=GREEDY, draft_length=length))
         assert [token for piece in pieces for token in piece.token_ids] == whole[:end]
         assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
         stats = pieces[-1].stats
@@ -78,19 +72,66 @@ def test_nothing_behind_a_stop_token_is_shown_or_counted(
         assert "".join(piece.text for piece in pieces) == texts[end]
 
 
-def test_stop_tokens_end_runs_at_every_place(endless: Loaded, configure: Callable[..., None]) -> None:
-    """What the test above is worth: with 7 drafts a stop comes behind 0, 1, 2 … tokens of its round."""
-    kept = set()
-    for ids in PROMPTS:
-        configure(eos_token_ids=())
-        whole = reply_of(endless, 0, ids=ids).token_ids
-        for end in range(1, len(whole)):
-            if whole[end] not in whole[:end]:
-                configure(eos_token_ids=(whole[end],))
-                *_, last, final = stream_generate(*endless, Prompt(ids), max_tokens=24, sampling=GREEDY, draft_length=7)
-                assert final.finish_reason == "stop"
-                kept.add(len(last.token_ids))
-    assert {0, 1, 2} <= kept
+class Foresight:
+    """A drafter that knows what will be said: every draft of its rounds is accepted."""
+
+    def __init__(self, ids: list[int], length: int):
+        self.logits = 100 * mx.eye(TINY.vocab)[mx.array(ids)]  # by position
+        self.length, self.calls = length, 0
+
+    def __call__(
+        self, embedding: mx.array, hidden: mx.array, last: mx.array, masks: Any, stores: Any
+    ) -> tuple[mx.array, mx.array]:
+        step = 2 + self.calls % self.length  # the newest token is at last + 1
+        self.calls += 1
+        return self.logits[last + step][None, None], hidden
+
+
+@pytest.fixture(scope="module")
+def foreseen(planted_folder: Path) -> tuple[Model, Processor, list[int]]:
+    """A model whose rounds of 7 drafts all give 8 tokens, and the 33 tokens, all different, that it says."""
+    model, processor = load(planted_folder)
+    suppressed = (*model.config.generation.suppress_tokens, 48, 49, 100, 101)
+    changed = replace(model.config.generation, eos_token_ids=(), suppress_tokens=suppressed)
+    model.config = replace(model.config, generation=changed)
+    said = generate(model, processor, Prompt(IDS), max_tokens=33, sampling=NO_REPEAT, draft_length=0).token_ids
+    assert len(set(said)) == 33
+    model.drafter = Foresight([*IDS, *said, *[0] * 20], 7)
+    return model, processor, said
+
+
+NO_REPEAT = Sampling(temperature=0, repetition_penalty=50.0)
+
+
+@pytest.mark.parametrize("end", range(33))
+def test_a_stop_token_ends_an_accepted_run_at_every_place(
+    foreseen: tuple[Model, Processor, list[int]], monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    model, processor, said = foreseen
+    generation = replace(model.config.generation, eos_token_ids=(said[end],))
+    monkeypatch.setattr(model, "config", replace(model.config, generation=generation))
+    pieces = list(
+        stream_generate(model, processor, Prompt(IDS), max_tokens=33, sampling=NO_REPEAT, draft_length=7)
+    )  # fmt: skip
+    runs = [[]] if end == 0 else [said[:1]] + [said[n : min(n + 8, end)] for n in range(1, end + 1, 8)]
+    assert [piece.token_ids for piece in pieces] == [*runs, []]
+    assert pieces[-1].finish_reason == "stop"
+    stats = pieces[-1].stats
+    assert stats is not None
+    assert (stats.generation_tokens, stats.rounds) == (end, len(runs) - 1)
+    # whole rounds, the last included
+    assert stats.accepted_tokens == stats.drafted_tokens == 7 * stats.rounds
+
+
+@pytest.mark.parametrize("limit", range(1, 34))
+def test_max_tokens_cuts_an_accepted_run_at_every_place(
+    foreseen: tuple[Model, Processor, list[int]], limit: int
+) -> None:
+    model, processor, said = foreseen
+    reply = generate(model, processor, Prompt(IDS), max_tokens=limit, sampling=NO_REPEAT, draft_length=7)
+    assert (reply.token_ids, reply.finish_reason) == (said[:limit], "length")
+    assert reply.stats.rounds == -(-(limit - 1) // 8)
+    assert reply.stats.acceptance_by_position == ([1.0] * 7 if limit > 1 else [])
 
 
 @pytest.mark.parametrize("length", LENGTHS)
