@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import mlx.core as mx
 
@@ -24,12 +25,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check("temperature", self.temperature, 0, math.inf, "0 or more")
+        check("temperature", self.temperature, 0, math.inf, "0 or more, and finite")
         check("top_p", self.top_p, 0, 1, "above 0 and at most 1", above=True)
         check("top_k", self.top_k, 0, math.inf, "0 or more", whole=True)
         check("min_p", self.min_p, 0, 1, "from 0 to 1")
         check("repetition_penalty", self.repetition_penalty, 0, math.inf, "above 0", above=True)
-        check("seed", self.seed, 0, 2**64 - 1, "0 or more", whole=True)
+        check("seed", self.seed, 0, 2**64 - 1, "from 0 to 2**64 - 1", whole=True)
 
 
 def check(
@@ -37,7 +38,7 @@ def check(
 ) -> None:
     if value is None:
         return
-    numeric = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    numeric = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or not low <= value <= high or (above and value == low):
         raise ValueError(f"{name} is {value!r}; expected {'a whole number, ' if whole else ''}{expected}")
 

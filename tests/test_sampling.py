@@ -226,7 +226,7 @@ BAD: dict[str, tuple[str, list[Any]]] = {
     "top_k": ("a whole number, 0 or more", [-1, 1.5, 64.0, NAN, INF, "64", True]),
     "min_p": ("from 0 to 1", [-0.01, 1.01, NAN, INF, "0", False]),
     "repetition_penalty": ("above 0", [0, 0.0, -1, NAN, INF, "1", True]),
-    "seed": ("a whole number, 0 or more", [-1, 1.5, NAN, "7", True, 2**64]),
+    "seed": ("a whole number, from 0 to 2**64 - 1", [-1, 1.5, NAN, "7", True, 2**64]),
 }
 GOOD: dict[str, list[Any]] = {
     "temperature": [None, 0, 0.0, 1, 100.0],
