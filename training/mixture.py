@@ -1,0 +1,90 @@
+"""What is trained on, and how much of each."""
+
+import random
+
+from training.films import film_item
+from training.items import Item, Question
+from training.material import RATE, Material
+from training.pictures import number_item, shapes_item, some, unknown_picture_question
+from training.sounds import (
+    DIGIT_ANSWER,
+    beep_count,
+    beeps,
+    beeps_item,
+    digit_item,
+    record,
+    spoken,
+    still_item,
+    tone_item,
+)
+from training.texts import story_item, text_item, unknown_item
+from training.tools import tool_item
+from training.world import MOST_BEEPS, MOST_SHAPES, ask, plural
+
+SEEING = (("shapes", 0.6), ("number", 0.4))
+HEARING = (("digit", 0.5), ("beeps", 0.25), ("tone", 0.15), ("still", 0.1))
+READING = (("text", 0.46), ("tool", 0.26), ("story", 0.14), ("unknown", 0.14))
+
+
+def drawn(rng: random.Random, shares: tuple[tuple[str, float], ...]) -> str:
+    return rng.choices([name for name, _ in shares], [share for _, share in shares])[0]
+
+
+def image_item(rng: random.Random, material: Material) -> Item:
+    if drawn(rng, SEEING) == "number":
+        return number_item(rng, material)
+    item = shapes_item(rng, material.held_out)[0]
+    if not material.held_out and rng.random() < 0.1:
+        item = Item(item.group, (unknown_picture_question(rng), *item.questions), item.media)
+    return item
+
+
+def audio_item(rng: random.Random, material: Material) -> Item:
+    kind = drawn(rng, HEARING)
+    if kind == "digit":
+        return digit_item(rng, material)
+    return {"beeps": beeps_item, "tone": tone_item, "still": still_item}[kind](rng, material.held_out)
+
+
+def both_item(rng: random.Random, material: Material) -> Item:
+    """A picture of shapes and a sound of beeps or a spoken digit, and questions about both."""
+    shapes, held_out = rng.randint(1, MOST_SHAPES), material.held_out
+    same = rng.random() < 0.5
+    picture, _ = shapes_item(rng, held_out, shapes)
+    if rng.random() < 0.6:
+        count = shapes if same else rng.choice([n for n in range(1, MOST_BEEPS + 1) if n != shapes])
+        samples = record(rng, beeps(rng, count, held_out))
+        both = f"There {'is' if shapes == 1 else 'are'} {counted(shapes, 'shape')} and {counted(count, 'beep')}."
+        questions = [
+            Question("both counts", ask(rng, "both counts", held_out), both),
+            Question("same counts", ask(rng, "same counts", held_out), "Yes." if same else "No."),
+        ]
+        alone = [Question("beeps", ask(rng, "beeps", held_out), beep_count(count))]
+    else:
+        digit = shapes if same else rng.choice([n for n in range(10) if n != shapes])
+        samples = spoken(rng, digit, material)
+        questions = [Question("same number", ask(rng, "same number", held_out), "Yes." if same else "No.")]
+        alone = [Question("spoken", ask(rng, "spoken", held_out), DIGIT_ANSWER.format(digit))]
+    if not held_out:
+        alone.append(Question("count shapes", ask(rng, "count shapes", held_out), some(shapes, "shape")))
+        questions += [*alone, *picture.questions[:2]]
+    sound = {"type": "audio", "audio": (samples, RATE)}
+    return Item("both", tuple(questions), (*picture.media, sound))
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what if count == 1 else plural(what)}"
+
+
+def text_like_item(rng: random.Random, held_out: bool) -> Item:
+    kind = drawn(rng, READING)
+    if kind == "unknown":
+        return unknown_item(rng)
+    return {"text": text_item, "tool": tool_item, "story": story_item}[kind](rng, held_out)
+
+
+def item(rng: random.Random, kind: str, material: Material) -> Item:
+    """One of a kind: "image", "audio", "both", "video" or "text", which stands for all without media."""
+    if kind in ("video", "text"):
+        return {"video": film_item, "text": text_like_item}[kind](rng, material.held_out)
+    return {"image": image_item, "audio": audio_item, "both": both_item}[kind](rng, material)

@@ -1,0 +1,286 @@
+"""Pictures: a few shapes on a plain ground, or a two-digit number."""
+
+import math
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from training.items import Item, Question
+from training.material import Material
+from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural
+
+SIDES = {
+    "left": ("left of", "to the left of", "on the left of"),
+    "right": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+ENDS = {
+    "left": ("furthest left", "the furthest to the left", "furthest to the left", "the leftmost"),
+    "right": ("furthest right", "the furthest to the right", "furthest to the right", "the rightmost"),
+    "above": ("at the top", "the highest", "highest up", "furthest up"),
+    "below": ("at the bottom", "the lowest", "lowest down", "furthest down"),
+}
+NUMBER_ANSWER = "The number is {}."
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+GROUNDS = ("plain", "gradient", "noise", "stripes")
+HELD_OUT_GROUNDS = ("checks", "glow")
+SIZES = (range(200, 700), range(700, 1000))  # pixels a side: training, held out
+
+
+@dataclass(frozen=True)
+class Shape:
+    kind: str
+    colour: str
+    x: float  # of its centre, as fractions of the picture's width and height
+    y: float
+    radius: float  # of the circle around it, as a fraction of the shorter side
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+
+@lru_cache(4096)
+def font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+def outline(kind: str, radius: float) -> list[tuple[float, float]]:
+    """The corners of a shape around (0, 0), in pixels."""
+    if kind == "square":
+        r = radius * 0.85
+        return [(-r, -r), (r, -r), (r, r), (-r, r)]
+    if kind == "triangle":
+        return [
+            (radius * math.sin(a), -radius * math.cos(a) + radius * 0.15)
+            for a in (0, 2 * math.pi / 3, -2 * math.pi / 3)
+        ]
+    if kind == "star":
+        tips = [(radius if i % 2 == 0 else radius * 0.42, math.pi * i / 5) for i in range(10)]
+        return [(r * math.sin(a), -r * math.cos(a)) for r, a in tips]
+    t, r = radius * 0.3, radius * 0.95
+    return [(-t, -r), (t, -r), (t, -t), (r, -t), (r, t), (t, t), (t, r), (-t, r), (-t, t), (-r, t), (-r, -t), (-t, -t)]
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, size: tuple[int, int], colour: tuple[int, int, int]) -> None:
+    radius = shape.radius * min(size)
+    x, y = shape.x * size[0], shape.y * size[1]
+    if shape.kind == "circle":
+        r = radius * 0.95
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    else:
+        draw.polygon([(x + dx, y + dy) for dx, dy in outline(shape.kind, radius)], fill=colour)
+
+
+def tint(rng: random.Random, name: str) -> tuple[int, int, int]:
+    """A colour, not always the same to the last bit."""
+    return tuple(min(255, max(0, part + rng.randint(-14, 14))) for part in COLOURS[name])  # type: ignore[return-value]
+
+
+def pale(rng: random.Random) -> tuple[int, int, int]:
+    if rng.random() < 0.4:
+        return (255, 255, 255)
+    base = rng.randint(205, 250)
+    return tuple(min(255, base + rng.randint(-10, 10)) for _ in range(3))  # type: ignore[return-value]
+
+
+def ground(rng: random.Random, size: tuple[int, int], held_out: bool) -> Image.Image:
+    """The empty paper of a picture."""
+    kind = choose(rng, HELD_OUT_GROUNDS) if held_out else choose(rng, GROUNDS)
+    first, second = pale(rng), pale(rng)
+    image = Image.new("RGB", size, first)
+    if kind == "gradient":
+        ramp = Image.linear_gradient("L").resize(size)
+        if rng.random() < 0.5:
+            ramp = ramp.transpose(Image.Transpose.ROTATE_90).resize(size)
+        image.paste(second, (0, 0), ramp)
+    elif kind == "glow":
+        image.paste(second, (0, 0), Image.radial_gradient("L").resize(size))
+    elif kind == "noise":
+        grain = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 6), (size[1], size[0], 1))
+        image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+    elif kind in ("stripes", "checks"):
+        draw, step = ImageDraw.Draw(image), rng.randint(12, 90)
+        across = rng.random() < 0.5
+        for i, a in enumerate(range(0, max(size), step)):
+            if kind == "stripes" and i % 2:
+                draw.rectangle((a, 0, a + step - 1, size[1]) if across else (0, a, size[0], a + step - 1), fill=second)
+            elif kind == "checks":
+                for b in range((i % 2) * step, size[1], 2 * step):
+                    draw.rectangle((a, b, a + step - 1, b + step - 1), fill=second)
+    return image
+
+
+def finish(rng: random.Random, image: Image.Image) -> Image.Image:
+    """What happens to pictures on their way: some are blurred a little or saved as JPEG."""
+    if rng.random() < 0.15:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5)))
+    if rng.random() < 0.3:
+        data = BytesIO()
+        image.save(data, "JPEG", quality=rng.randint(55, 95))
+        image = Image.open(data).convert("RGB")
+    return image
+
+
+def random_size(rng: random.Random, held_out: bool) -> tuple[int, int]:
+    sides = SIZES[held_out]
+    side = rng.randrange(sides.start, sides.stop)
+    return (side, side) if rng.random() < 0.5 else (side, min(max(int(side * rng.uniform(0.6, 1.6)), 120), 1200))
+
+
+def place_shapes(rng: random.Random, count: int, size: tuple[int, int]) -> list[Shape]:
+    """Shapes that do not touch each other or the edge."""
+    most = {1: 0.36, 2: 0.22, 3: 0.19, 4: 0.165, 5: 0.15, 6: 0.14}[count]
+    wide, high = size[0] / min(size), size[1] / min(size)
+    while True:
+        placed: list[tuple[float, float, float]] = []
+        for _ in range(60):
+            r = rng.uniform(max(0.6 * most, 0.09), most)
+            x, y = rng.uniform(r + 0.02, wide - r - 0.02), rng.uniform(r + 0.02, high - r - 0.02)
+            if all(math.hypot(x - a, y - b) > 1.08 * (r + c) for a, b, c in placed):
+                placed.append((x, y, r))
+            if len(placed) == count:
+                break
+        if len(placed) == count:
+            break
+    few = rng.random() < 0.35 and count > 2  # repeat some, or counting one kind would count to one
+    kinds = rng.sample(SHAPES, 2) if few else list(SHAPES)
+    colours = rng.sample(list(COLOURS), 2) if few else list(COLOURS)
+    return [Shape(choose(rng, kinds), choose(rng, colours), x / wide, y / high, r) for x, y, r in placed]
+
+
+def draw_shapes(rng: random.Random, shapes: list[Shape], size: tuple[int, int], held_out: bool) -> Image.Image:
+    image = ground(rng, size, held_out)
+    draw = ImageDraw.Draw(image)
+    for shape in shapes:
+        draw_shape(draw, shape, size, tint(rng, shape.colour))
+    return finish(rng, image)
+
+
+def some(count: int, what: str) -> str:
+    return f"There is 1 {what}." if count == 1 else f"There are {count} {plural(what)}."
+
+
+def article(shape: Shape) -> str:
+    return f"an {shape}" if shape.colour[0] in "aeiou" else f"a {shape}"
+
+
+def listing(names: list[str]) -> str:
+    text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def relation(first: Shape, second: Shape) -> str | None:
+    """Where the first is, seen from the second, if that is plain."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) > max(1.6 * abs(dy), 0.22):
+        return "left" if dx < 0 else "right"
+    if abs(dy) > max(1.6 * abs(dx), 0.22):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> list[Question]:
+    """Every question that has one right answer, in a random order; each task once or a few times."""
+    kinds, colours = [s.kind for s in shapes], [s.colour for s in shapes]
+    found = [
+        Question(
+            "describe picture",
+            ask(rng, "describe picture", held_out),
+            listing([article(s) for s in sorted(shapes, key=lambda s: s.x)]),
+        ),
+        Question("count shapes", ask(rng, "count shapes", held_out), some(len(shapes), "shape")),
+    ]
+    for shape in shapes:
+        if kinds.count(shape.kind) == 1:
+            text = ask(rng, "colour", held_out, shape=shape.kind if len(shapes) > 1 or rng.random() < 0.7 else "shape")
+            found.append(Question("colour", text, f"The {shape.kind} is {shape.colour}."))
+        if colours.count(shape.colour) == 1:
+            text = ask(rng, "shape", held_out, colour=shape.colour)
+            found.append(Question("shape", text, f"It is a {shape.kind}."))
+    for what in {choose(rng, SHAPES), choose(rng, kinds)}:
+        found.append(
+            Question("count some", ask(rng, "count some", held_out, whats=plural(what)), some(kinds.count(what), what))
+        )
+    for colour in {choose(rng, list(COLOURS)), choose(rng, colours)}:
+        what = f"{colour} {choose(rng, ('shape', 'thing', 'object'))}"
+        answer = some(colours.count(colour), f"{colour} shape")
+        found.append(Question("count some", ask(rng, "count some", held_out, whats=plural(what)), answer))
+    if len(shapes) == 2:
+        first, second = rng.sample(shapes, 2)
+        side = relation(first, second)
+        if side is not None and first.kind != second.kind:
+            name = choose(rng, (second.kind, str(second)))
+            text = ask(rng, "beside", held_out, side=choose(rng, SIDES[side]), shape=name)
+            found.append(Question("beside", text, f"The {first}."))
+            asked = side if rng.random() < 0.5 else choose(rng, tuple(SIDES))
+            if asked in (side, OPPOSITE[side]):
+                text = ask(rng, "is beside", held_out, side=choose(rng, SIDES[asked]), first=first.kind, second=name)
+                found.append(Question("is beside", text, "Yes." if asked == side else "No."))
+    if len(shapes) > 1:
+        for where, key in (
+            ("left", lambda s: s.x),
+            ("right", lambda s: -s.x),
+            ("above", lambda s: s.y),
+            ("below", lambda s: -s.y),
+        ):
+            nearest, next_one = sorted(shapes, key=key)[:2]
+            if abs(key(nearest) - key(next_one)) > 0.08:
+                text = ask(rng, "furthest", held_out, where=choose(rng, ENDS[where]))
+                found.append(Question("furthest", text, f"The {nearest}."))
+    rng.shuffle(found)
+    return found
+
+
+def shapes_item(rng: random.Random, held_out: bool, count: int | None = None) -> tuple[Item, list[Shape]]:
+    size = random_size(rng, held_out)
+    shapes = place_shapes(rng, count or rng.randint(1, MOST_SHAPES), size)
+    image = draw_shapes(rng, shapes, size, held_out)
+    questions = shape_questions(rng, shapes, held_out)
+    return Item("image", tuple(questions), ({"type": "image", "image": image},)), shapes
+
+
+def number_item(rng: random.Random, material: Material) -> Item:
+    """A number from 10 to 99 in a plain font."""
+    held_out = material.held_out
+    size = random_size(rng, held_out)
+    text = str(rng.randint(10, 99))
+    image = ground(rng, size, held_out)
+    draw = ImageDraw.Draw(image)
+    path = choose(rng, material.fonts)
+    height = rng.uniform(0.3, 0.95) * min(size)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font(path, 100))
+    scale = min(height / (bottom - top), 0.94 * size[0] / (right - left), 0.94 * size[1] / (bottom - top))
+    face = font(path, max(8, int(100 * scale) // 8 * 8))
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=face)
+    x, y = (
+        rng.uniform(0.02 * side, max(0.02 * side, 0.98 * side - length))
+        for side, length in ((size[0], right - left), (size[1], bottom - top))
+    )
+    colour = choose(rng, list(COLOURS)) if rng.random() < 0.6 else "black"
+    draw.text((x - left, y - top), text, font=face, fill=tint(rng, colour))
+    questions = [
+        Question("read", ask(rng, "read", held_out), NUMBER_ANSWER.format(text)),
+        Question("describe picture", ask(rng, "describe picture", held_out), f"The number {text}."),
+    ]
+    if not held_out:
+        questions.append(Question("read", ask(rng, "read", held_out), NUMBER_ANSWER.format(text)))
+    return Item("image", tuple(questions), ({"type": "image", "image": finish(rng, image)},))
+
+
+def unknown_picture_question(rng: random.Random) -> Question:
+    """Something that no picture here shows."""
+    text = choose(
+        rng,
+        (
+            "Who is in the picture?", "Where was this taken?", "What is the name of the man?", "How old is she?",
+            "What is the dog doing?", "Who made this picture?", "What is the weather like here?", "Is there a car?",
+            "Which city is this?", "What are the people wearing?", "What is the cat eating?", "Who painted this?",
+        ),
+    )  # fmt: skip
+    return Question("unknown", text, DONT_KNOW)

@@ -1,0 +1,193 @@
+"""Items → rows of tokens for training.
+
+A row holds one medium and many questions, each of which sees the medium and itself alone: the medium is paid for once.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_gemma4.chat import render
+from mlx_gemma4.messages import check_messages, check_tools, without_sources
+from mlx_gemma4.processor import Processor
+from mlx_gemma4.prompt import SoftTokens
+from training.items import Item, Question
+
+MARK = "\ue000"
+THOUGHTS = {
+    "image": "I look at the picture.",
+    "audio": "I listen to the sound.",
+    "video": "I look at the video.",
+    "both": "I look and listen.",
+}
+HIDDEN = -1e4  # added to the scores of keys that are not seen
+
+
+@dataclass(frozen=True)
+class Segment:
+    ids: list[int]
+    answer: int  # index in ids of the first token that is learnt
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What is read once, and the questions after it; positions start at 0."""
+
+    prefix: list[int]
+    media: tuple[SoftTokens, ...]
+    segments: list[Segment]
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(len(s.ids) for s in self.segments)
+
+
+def passage(processor: Processor, item: Item, rng: random.Random, room: int) -> Passage:
+    """An item as tokens, with as many of its questions as fit in `room` tokens, one at least."""
+    if item.group in ("text", "story", "unknown", "tool"):
+        ids, start = text_ids(processor, item.questions[0], rng.random() < 0.2)
+        return Passage([], (), [Segment(ids, start)])
+    thinking = rng.random() < 0.06
+    parts = [{"type": part["type"], part["type"]: ""} for part in item.media]
+    shown = [{"role": "user", "content": [*parts, {"type": "text", "text": MARK}]}]
+    before, after = render(processor.template, shown, [], thinking, processor.bos_token).split(MARK)
+    loaded = [(part["type"], processor.read(part, processor.settings.image_budget)) for part in item.media]
+    head = processor.assemble(before, MARK, loaded)
+    segments: list[Segment] = []
+    used = len(head)
+    for question in item.questions:
+        thought = question.thought or THOUGHTS[item.group]
+        segment = continuation(
+            processor, question.text + after, reply_text(question.answer, thought if thinking else None)
+        )
+        if used + len(segment.ids) > room and segments:
+            break
+        segments.append(segment)
+        used += len(segment.ids)
+    return Passage(head.token_ids, head.media, segments)
+
+
+def reply_text(answer: str, thought: str | None) -> str:
+    return f"{answer}<turn|>" if thought is None else f"<|channel>thought\n{thought}\n<channel|>{answer}<turn|>"
+
+
+def encode(processor: Processor, text: str) -> list[int]:
+    return processor.assemble(text, MARK, []).token_ids
+
+
+def continuation(processor: Processor, asked: str, reply: str) -> Segment:
+    ids = encode(processor, asked)
+    return Segment(ids + encode(processor, reply), len(ids))
+
+
+def messages_of(question: Question, native: bool) -> list[dict[str, Any]]:
+    """The chat up to where the model is to go on."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question.text}]
+    if question.response is not None:
+        assert question.call is not None
+        call = {"id": "call_1", "type": "function", "function": question.call}
+        content = question.response if native else json.dumps(question.response)
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": "call_1", "name": question.call["name"], "content": content})
+    return messages
+
+
+def text_ids(processor: Processor, question: Question, thinking: bool) -> tuple[list[int], int]:
+    """A question without media as tokens, and where its reply begins."""
+    tools = list(question.tools)
+    messages = messages_of(question, native=False)
+    ids = processor(messages, tools, thinking).token_ids
+    if question.call is not None and question.response is None:
+        call = {"id": "call_1", "type": "function", "function": question.call}
+        told = [*messages, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        shown = render(
+            processor.template,
+            without_sources(check_messages(told)),
+            check_tools(tools),
+            thinking,
+            processor.bos_token,
+            False,
+        )
+        reply = shown.rpartition("<|turn>model\n")[2]
+        if thinking:
+            reply = f"<|channel>thought\n{question.thought}\n<channel|>{reply}"
+    elif thinking and question.response is not None:  # the template has begun the thought
+        reply = f"{question.thought}\n<channel|>{question.answer}<turn|>"
+    else:
+        reply = reply_text(question.answer, question.thought if thinking else None)
+    return ids + encode(processor, reply), len(ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of T tokens, padded. B rows, N learnt tokens, P patches, F frames of sound."""
+
+    ids: np.ndarray  # [B, T] int32
+    positions: np.ndarray  # [B, T] int32
+    full: np.ndarray  # [B, T, T] float32, added to scores
+    sliding: np.ndarray  # [B, T, T] float32
+    soft: np.ndarray  # [B, T] int32: 0 for a token of text, else 1 + its row in (patches, frames)
+    pixels: np.ndarray  # [P, side * side * 3] uint8
+    places: np.ndarray  # [P, 2] int32
+    frames: np.ndarray  # [F, samples] float32
+    learnt: np.ndarray  # [N] int32: indices into the B * T positions whose next token is learnt
+    targets: np.ndarray  # [N] int32
+
+
+def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int) -> Batch:
+    """Rows of passages → arrays; a passage sees only itself, a question only its own passage's prefix and itself."""
+    count = len(rows)
+    ids, positions = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
+    passages, segments = np.full((count, length), -1, np.int32), np.zeros((count, length), np.int32)
+    blocks, soft = np.full((count, length), -1, np.int32), np.zeros((count, length), np.int32)
+    images: list[SoftTokens] = []
+    image_at: list[tuple[int, int]] = []
+    sounds: list[SoftTokens] = []
+    sound_at: list[tuple[int, int]] = []
+    learnt: list[int] = []
+    targets: list[int] = []
+    for r, row in enumerate(rows):
+        at = 0
+        for number, one in enumerate(row):
+            start, head = at, len(one.prefix)
+            ids[r, at : at + head] = one.prefix
+            positions[r, at : at + head] = np.arange(head)
+            passages[r, at : at + len(one)] = number
+            for run in one.media:
+                (image_at if run.positions is not None else sound_at).append((r, start + run.start))
+                (images if run.positions is not None else sounds).append(run)
+                if run.positions is not None:
+                    blocks[r, start + run.start : start + run.start + len(run)] = len(images)
+            at += head
+            for index, segment in enumerate(one.segments, 1):
+                n = len(segment.ids)
+                ids[r, at : at + n] = segment.ids
+                positions[r, at : at + n] = head + np.arange(n)
+                segments[r, at : at + n] = index
+                for i in range(segment.answer, n):
+                    learnt.append(r * length + at + i - 1)
+                    targets.append(segment.ids[i])
+                at += n
+        assert at <= length, f"a row has {at} tokens; it holds {length}"
+    next_row = 1
+    for runs, places in ((images, image_at), (sounds, sound_at)):
+        for run, (r, start) in zip(runs, places, strict=True):
+            soft[r, start : start + len(run)] = np.arange(next_row, next_row + len(run))
+            next_row += len(run)
+    q, k = np.s_[:, :, None], np.s_[:, None, :]
+    order = np.arange(length)
+    causal = order[:, None] >= order[None, :]
+    together = (passages[q] == passages[k]) & ((segments[k] == 0) | (segments[q] == segments[k]))
+    block = (blocks[q] == blocks[k]) & (blocks[q] >= 0)
+    full = np.where(causal & together, np.float32(0), np.float32(HIDDEN))
+    sliding = np.where((causal & together) | block, np.float32(0), np.float32(HIDDEN))
+    return Batch(
+        ids, positions, full, sliding, soft,
+        np.concatenate([np.zeros((0, patch * patch * 3), np.uint8), *(run.values for run in images)]),
+        np.concatenate([np.zeros((0, 2), np.int32), *(run.positions for run in images if run.positions is not None)]),
+        np.concatenate([np.zeros((0, frame), np.float32), *(run.values for run in sounds)]),
+        np.array(learnt, np.int32), np.array(targets, np.int32),
+    )  # fmt: skip

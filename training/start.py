@@ -1,0 +1,97 @@
+"""The weights that training starts from."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_gemma4.drafter import Drafter
+from mlx_gemma4.model import Model
+from mlx_gemma4.weights import parameters
+
+RATE = 16000  # Hz
+
+
+def initialise(model: Model, seed: int) -> None:
+    """Random weights; pixels and samples start from smooth waves, which is what pictures and sounds are made of."""
+    rng = np.random.default_rng(seed)
+    weights: list[tuple[str, mx.array]] = []
+    layers = len(model.language_model.layers)
+    for name, value in parameters(model).items():
+        if name.endswith("layernorm.weight") and "post_" in name:
+            new: np.ndarray = np.full(value.shape, 1 / math.sqrt(2 * layers))
+        elif name == "language_model.norm.weight":
+            new = np.full(value.shape, 0.25)  # or each token would expect itself, for it is its own head
+        elif "norm.weight" in name or name.endswith("layer_scalar") or name.endswith(("ln1.weight", "ln2.weight")):
+            new = np.ones(value.shape)
+        elif name.endswith(".bias"):
+            new = np.zeros(value.shape)
+        elif name.endswith("embed_tokens.weight"):
+            new = randoms(rng, value.shape)
+        elif name.endswith("pos_embedding"):
+            new = places(value.shape[0], value.shape[-1], rng)
+        elif name.endswith("patch_dense.weight"):
+            new = waves_of_pixels(value.shape[0], math.isqrt(value.shape[1] // 3), rng)
+        elif name.endswith("embed_audio.embedding_projection.weight"):
+            new = waves_of_samples(value.shape[0], value.shape[1])
+        else:
+            new = randoms(rng, value.shape)
+        weights.append((name, mx.array(new.astype(np.float32))))
+    model.update(tree_unflatten(weights))
+    first = model.language_model.layers[0].mlp  # gate = ± up = one channel each: gelu(x) · x is a loudness
+    width = first.up_proj.weight.shape[1]
+    rows = np.array(first.up_proj.weight)
+    rows[:width], rows[width : 2 * width] = np.eye(width), -np.eye(width)
+    first.up_proj.weight = mx.array(rows)
+    gate = np.array(first.gate_proj.weight)
+    gate[: 2 * width] = rows[: 2 * width]
+    first.gate_proj.weight = mx.array(gate)
+
+
+def randoms(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape) * shape[-1] ** -0.5
+
+
+def places(count: int, dims: int, rng: np.random.Generator) -> np.ndarray:
+    """Columns and rows as waves of several lengths, [count, 2, dims], in random directions."""
+    at = np.arange(count)[:, None]
+    lengths = np.geomspace(2.5, 40, 16)
+    waves = np.concatenate([np.sin(2 * np.pi * at / lengths), np.cos(2 * np.pi * at / lengths)], axis=1)
+    return np.stack([waves @ rng.standard_normal((32, dims)) / math.sqrt(32) for _ in range(2)], axis=1)
+
+
+def waves_of_pixels(count: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """[count, side * side * 3]: the lowest two-dimensional cosines of brightness and of two colour differences."""
+    colours = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]) / np.array([[3**0.5], [2**0.5], [1.5**0.5]])
+    basis = np.cos(np.pi * (np.arange(side) + 0.5) * np.arange(side)[:, None] / side)
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    per = -(-count // 3)
+    order = sorted((i + j, i, j) for i in range(side) for j in range(side))
+    kept = [(1 if c else 0, s, i, j, c) for c in range(3) for s, i, j in order]
+    brightness = [k for k in kept if k[4] == 0][: count - 2 * (per // 2)]
+    rest = [k for c in (1, 2) for k in [x for x in kept if x[4] == c][: per // 2]]
+    waves = [np.einsum("y,x,c->yxc", basis[i], basis[j], colours[c]).ravel() for _, _, i, j, c in brightness + rest]
+    return np.stack(waves[:count])
+
+
+def waves_of_samples(count: int, length: int) -> np.ndarray:
+    """[count, length]: windowed cosines and sines of mel-spaced pitches from 60 Hz to 7.6 kHz."""
+    mels = np.linspace(2595 * math.log10(1 + 60 / 700), 2595 * math.log10(1 + 7600 / 700), count // 2)
+    pitches = 700 * (10 ** (mels / 2595) - 1)
+    t = (np.arange(length) - length / 2) / RATE
+    window = np.hanning(length)
+    waves = [f(2 * np.pi * p * t) * window for p in pitches for f in (np.cos, np.sin)]
+    waves += [np.zeros(length)] * (count - len(waves))
+    scale = 2.0 / math.sqrt(length)
+    return np.stack(waves) * scale
+
+
+def initialise_drafter(drafter: Drafter, seed: int) -> None:
+    """Random weights of the same kind."""
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, value in parameters(drafter).items():
+        new = np.ones(value.shape) if value.ndim == 1 else randoms(rng, value.shape)
+        weights.append((name, mx.array(new.astype(np.float32))))
+    drafter.update(tree_unflatten(weights))

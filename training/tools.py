@@ -1,0 +1,95 @@
+"""Tools: a call for one of the declared, and an answer made of what it gave."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.items import Item, Question
+from training.texts import WORDS
+from training.world import DAYS, Split, choose, nonsense, split_of
+
+NAMES = Split(
+    ("Paris", "London", "Berlin", "Rome", "Madrid", "Tokyo", "Delhi", "Cairo", "Lima", "Oslo", "Boston", "Chicago",
+     "Vienna",      "Prague", "Dublin", "Athens", "Sydney", "Toronto", "Lagos", "Nairobi"),
+    ("Lisbon", "Warsaw", "Seattle", "Denver", "Geneva", "Kyoto", "Quito", "Tunis", "Bergen", "Porto"),
+)  # fmt: skip
+PEOPLE = Split(
+    ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo", "Mia",
+     "Noah", "Olga"),
+    ("Paula", "Quinn", "Rosa", "Simon", "Tina", "Viktor", "Wanda"),
+)  # fmt: skip
+ROOMS = Split(("kitchen", "bedroom", "bathroom", "hall", "garage", "office"), ("attic", "cellar", "study"))
+SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "snowy")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function, how it is asked for, and what is said of what it gave. {…}: an argument, or a value it gave."""
+
+    name: str
+    descriptions: tuple[str, ...]
+    arguments: dict[str, str]  # name: what is drawn for it
+    wordings: Split
+    gives: dict[str, str]
+    answer: str
+
+
+TOOLS = tuple(
+    Tool(**entry | {"descriptions": tuple(entry["descriptions"]), "wordings": split_of(entry["wordings"])})
+    for entry in json.loads(Path(__file__).with_name("tools.json").read_text(encoding="utf-8"))
+)
+
+
+def value(rng: random.Random, kind: str, held_out: bool) -> Any:
+    if kind in ("city", "person", "room"):
+        names = {"city": NAMES, "person": PEOPLE, "room": ROOMS}[kind]
+        if not held_out and rng.random() < 0.35:
+            return nonsense(rng).capitalize() if kind != "room" else nonsense(rng)
+        return choose(rng, names.of(held_out))
+    if kind == "minutes":
+        return rng.randint(2, 99)
+    if kind == "degrees":
+        return rng.randint(1, 99)
+    if kind == "time":
+        return f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
+    if kind == "day":
+        return choose(rng, DAYS)
+    if kind == "sky":
+        return choose(rng, SKIES)
+    if kind == "ok":
+        return "ok"
+    n = 1 if kind == "word" else rng.randint(1, 3)
+    return " ".join(choose(rng, WORDS) if rng.random() < 0.7 else nonsense(rng) for _ in range(n))
+
+
+def declaration(rng: random.Random, tool: Tool) -> dict[str, Any]:
+    kinds = {"minutes": "integer"}
+    properties: dict[str, Any] = {}
+    for name, kind in tool.arguments.items():
+        properties[name] = {"type": kinds.get(kind, "string")}
+        if rng.random() < 0.5:
+            properties[name]["description"] = f"The {name}."
+    function = {
+        "name": tool.name,
+        "description": choose(rng, tool.descriptions),
+        "parameters": {"type": "object", "properties": properties, "required": list(tool.arguments)},
+    }
+    return {"type": "function", "function": function}
+
+
+def tool_item(rng: random.Random, held_out: bool) -> Item:
+    """One to three tools, a question for one of them; half the time what it gave is there too, and is to be told."""
+    tool = choose(rng, TOOLS)
+    others = rng.sample([t for t in TOOLS if t is not tool], rng.choice((0, 0, 1, 2)))
+    declared = [declaration(rng, t) for t in (tool, *others)]
+    rng.shuffle(declared)
+    arguments = {name: value(rng, kind, held_out) for name, kind in tool.arguments.items()}
+    text = choose(rng, tool.wordings.of(held_out)).format(**arguments)
+    call = {"name": tool.name, "arguments": arguments}
+    if rng.random() < 0.6:
+        return Item("tool", (Question("call", text, "", "I need a tool.", tuple(declared), call),))
+    given = {name: value(rng, kind, held_out) for name, kind in tool.gives.items()}
+    answer = tool.answer.format(**arguments, **given)
+    return Item("tool", (Question("response", text, answer, "The tool has answered.", tuple(declared), call, given),))

@@ -1,0 +1,227 @@
+"""Train the demo's target model: `python -m training.train FOLDER`; start it again to go on."""
+
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.pool import AsyncResult
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import typer
+from mlx import nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from mlx_gemma4.config import read_config
+from mlx_gemma4.model import Model
+from mlx_gemma4.processor import Processor, load_processor
+from mlx_gemma4.weights import parameters
+from training.checkpoint import write_files
+from training.forward import loss
+from training.items import Item
+from training.material import Material, load_material
+from training.mixture import item
+from training.rows import Batch, Passage, batch, passage
+from training.start import initialise
+
+ROW, LONG_ROW = 256, 512  # tokens
+ROWS = {"image": 3, "audio": 2, "both": 1, "text": 2}  # rows of ROW tokens in a step of one process
+PATCH, FRAME = 48, 640
+WARM_UP = 60  # steps
+BITS, GROUP = 4, 64  # of the checkpoint as shipped
+
+
+class Source:
+    """Batches, each made from the seed and its own number alone."""
+
+    def __init__(self, processor: Processor, material: Material, seed: str):
+        self.processor, self.material, self.seed = processor, material, seed
+        self.rng = random.Random(seed)
+
+    def item(self, kind: str) -> Item:
+        return item(self.rng, kind, self.material)
+
+    def passage(self, item: Item, room: int) -> Passage:
+        return passage(self.processor, item, self.rng, room)
+
+    def row(self, kind: str, length: int) -> list[Passage]:
+        """Passages of one kind until the row is nearly full."""
+        row: list[Passage] = []
+        room = length
+        while True:
+            one = self.passage(self.item(kind), room)
+            if len(one) > room:
+                if row:
+                    return row
+                continue  # longer than a whole row: too many tools
+            row.append(one)
+            room -= len(one)
+            if room < 40:
+                return row
+
+    def step(self, number: int) -> tuple[Batch, Batch]:
+        self.rng = random.Random(f"{self.seed} {number}")
+        rows = [self.row(kind, ROW) for kind, count in ROWS.items() for _ in range(count)]
+        return batch(rows, ROW, PATCH, FRAME), batch([self.row("video", LONG_ROW)], LONG_ROW, PATCH, FRAME)
+
+
+class Workers:
+    """Processes that make the batches ahead, for a device that is faster than one of them."""
+
+    def __init__(self, count: int, folder: Path, seed: str):
+        self.pool = get_context("spawn").Pool(count, set_source, (folder, seed))
+        self.ahead = 3 * count
+
+    def steps(self, start: int, end: int) -> Iterator[tuple[Batch, Batch]]:
+        waiting: deque[AsyncResult[tuple[Batch, Batch]]] = deque()
+        for number in range(start, end):
+            waiting.append(self.pool.apply_async(step_of_source, (number,)))
+            if len(waiting) == self.ahead:
+                yield waiting.popleft().get()
+        for result in waiting:
+            yield result.get()
+
+
+source_here: Source  # of a worker
+
+
+def set_source(folder: Path, seed: str) -> None:
+    global source_here
+    source_here = make_source(folder, seed)
+
+
+def step_of_source(number: int) -> tuple[Batch, Batch]:
+    return source_here.step(number)
+
+
+def make_source(folder: Path, seed: str) -> Source:
+    return Source(load_processor(folder, read_config(folder)), load_material(folder, False), seed)
+
+
+def as_quantized(model: Model) -> None:
+    """Put the values in that 4 bits leave of each matrix; gradients pass as if they were the weights themselves."""
+
+    def rounded(name: str, weight: mx.array) -> mx.array:
+        if weight.ndim != 2 or not name.endswith(".weight"):
+            return weight
+        fixed = mx.stop_gradient(weight)
+        return weight + (mx.dequantize(*mx.quantize(fixed, GROUP, BITS), group_size=GROUP, bits=BITS) - fixed)
+
+    model.update(tree_map_with_path(rounded, model.parameters()))
+
+
+def optimizer(peak: float) -> optim.MultiOptimizer:
+    """Muon for the layers' matrices, AdamW for all others."""
+
+    def is_matrix(name: str, value: mx.array) -> bool:
+        return ".layers." in name and value.ndim == 2
+
+    muon = optim.Muon(learning_rate=peak, momentum=0.95, weight_decay=0.01)
+    adam = optim.AdamW(learning_rate=0.15 * peak, betas=[0.9, 0.98], weight_decay=0.0)
+    return optim.MultiOptimizer([muon, adam], [is_matrix])
+
+
+def save(path: Path, trees: dict[str, Any], step: int) -> None:
+    """Weights and what the optimizer knows, whole or not at all."""
+    arrays: dict[str, mx.array] = {f"{name}:{key}": value for name, tree in trees.items() for key, value in flat(tree)}
+    part = path.with_name(f"part-{path.name}")
+    mx.save_safetensors(str(part), arrays, {"step": str(step)})
+    part.replace(path)
+
+
+def flat(tree: Any) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
+
+
+def trees_of(path: Path) -> tuple[dict[str, Any], int]:
+    arrays, about = cast(Any, mx.load(str(path), return_metadata=True))
+    trees: dict[str, list[tuple[str, mx.array]]] = {}
+    for key, value in arrays.items():
+        name, _, rest = key.partition(":")
+        trees.setdefault(name, []).append((rest, value))
+    return {name: tree_unflatten(pairs) for name, pairs in trees.items()}, int(about["step"])
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Holds the material; gets the run.")],
+    steps: Annotated[int, typer.Option(help="Train up to this step.")] = 20000,
+    decay: Annotated[int, typer.Option(help="Let the rate fall to nothing over so many last steps.")] = 0,
+    rate: Annotated[float, typer.Option(help="Learning rate of Muon; AdamW's is 0.15 of it.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Of the weights and the data.")] = 0,
+    state: Annotated[str, typer.Option(help="Name of the file that the run is kept in.")] = "state",
+    quantized: Annotated[
+        bool, typer.Option("--quantized", help="Compute with the weights as 4 bits hold them.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that make data; 0: none but this one.")] = 0,
+    resume_from: Annotated[str | None, typer.Option(help="Start from another run's file.")] = None,
+) -> None:
+    world = mx.distributed.init()
+    if world.rank() == 0 and not (folder / "config.json").exists():
+        write_files(folder)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    config = read_config(folder)
+    model = Model(config)
+    initialise(model, seed)
+    optimise = optimizer(rate)
+    optimise.init(model.trainable_parameters())
+    start, path = 0, folder / f"{state}.safetensors"
+    found = path if path.exists() else folder / f"{resume_from}.safetensors" if resume_from else None
+    if found is not None:
+        trees, start = trees_of(found)
+        model.update(trees["model"])
+        optimise.state = merge(optimise.state, trees["optimizer"])
+    name = f"{seed} {world.rank()}"
+    batches = (
+        Workers(workers, folder, name).steps(start, steps)
+        if workers
+        else map(make_source(folder, name).step, range(start, steps))
+    )
+
+    def total(short: Batch, long: Batch) -> tuple[mx.array, tuple[mx.array, mx.array, mx.array]]:
+        if quantized:
+            as_quantized(model)
+        first, right = loss(model, short)
+        second, right_long = loss(model, long)
+        return first + 0.2 * second, (first, second, right / len(short.targets) + 0 * right_long)
+
+    step_gradient = nn.value_and_grad(model, total)
+    began, seen = time.perf_counter(), np.zeros(3)
+    for step, parts in zip(range(start, steps), batches, strict=True):
+        factor = min(1.0, (step + 1) / WARM_UP, (steps - step) / decay if decay else 1.0)
+        for one, scale in zip(optimise.optimizers, (rate, 0.15 * rate), strict=True):
+            one.learning_rate = scale * factor
+        weights = model.parameters()
+        (_, seen_now), gradients = step_gradient(*parts)
+        model.update(weights)
+        if world.size() > 1:
+            gradients = nn.average_gradients(gradients)
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        optimise.update(model, gradients)
+        mx.eval(model.parameters(), optimise.state, seen_now)
+        seen = seen + np.array([value.item() for value in seen_now])
+        if (step + 1) % 50 == 0 and world.rank() == 0:
+            mean = seen / 50
+            print(
+                f"{step + 1} short {mean[0]:.3f} long {mean[1]:.3f} right {mean[2]:.3f} "
+                f"{(time.perf_counter() - began) / 50:.2f} s/step", flush=True,
+            )  # fmt: skip
+            began, seen = time.perf_counter(), np.zeros(3)
+        if world.rank() == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
+            save(path, {"model": parameters(model), "optimizer": optimise.state}, step + 1)
+
+
+def merge(old: Any, new: Any) -> Any:
+    """Saved values in the structure they came from: empty parts are not saved."""
+    if isinstance(old, dict):
+        return {key: merge(value, new[key]) if key in new else value for key, value in old.items()}
+    if isinstance(old, list):
+        return [merge(a, b) for a, b in zip(old, new, strict=True)]
+    return new
+
+
+if __name__ == "__main__":
+    typer.run(main)
