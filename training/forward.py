@@ -1,7 +1,6 @@
 """The model as it is trained: many rows at once, no caches, gradients; the package's own modules and weights."""
 
 import math
-from functools import partial
 from typing import cast
 
 import mlx.core as mx
@@ -11,33 +10,24 @@ from mlx_gemma4.decoder import Layer, SelfAttention
 from mlx_gemma4.model import Model
 from training.rows import Batch
 
-# MLX's own exp takes 12 ns an element on a CPU, which is most of a step; this takes 2. Without a branch inside, the
-# compiled loops become vector instructions: so the bounds are applied before.
+# MLX's own exp takes 12 ns an element on a CPU, which would be most of a step; compiled, this takes 2. No mx.maximum:
+# it looks for NaN, and with a branch inside compiled loops are not made of vector instructions.
 LOG2_E = 1.4426950408889634
-
-
-@partial(mx.compile, shapeless=True)
-def power_of_two(y: mx.array) -> tuple[mx.array, mx.array]:
-    """2 to the fraction of y, and y shifted so that its low bits are its whole part."""
-    shifted = y + 12582912.0
-    f = y - (shifted - 12582912.0)
-    return 1 + f * (0.6931472 + f * (0.2402265 + f * (0.0555041 + f * (0.009618129 + f * 0.0013333558)))), shifted
-
-
-@mx.compile
-def scale_by(fraction: mx.array, shifted: mx.array) -> mx.array:
-    return fraction * mx.view((mx.view(shifted, mx.int32) << 23) + (127 << 23), mx.float32)
 
 
 def exp(x: mx.array) -> mx.array:
     """e to the x to six digits, for x from -87 to 87; without gradient."""
-    return scale_by(*power_of_two(mx.clip(x, -87.0, 87.0) * LOG2_E))
+    y = x * LOG2_E
+    shifted = y + 12582912.0  # its low bits are the whole part of y
+    f = y - (shifted - 12582912.0)
+    power = 1 + f * (0.6931472 + f * (0.2402265 + f * (0.0555041 + f * (0.009618129 + f * 0.0013333558))))
+    return power * mx.view((mx.view(shifted, mx.int32) << 23) + (127 << 23), mx.float32)
 
 
 def exp_or_zero(x: mx.array) -> mx.array:
-    """e to the x, and exactly 0 below -30: smaller numbers would turn into denormal ones, which are slow."""
-    floor = -30.0
-    return mx.maximum(exp(mx.maximum(x, floor)) - 1.1 * math.exp(floor), 0.0)
+    """e to the x, and 0 below -30: denormal numbers, which come of smaller ones, are slow."""
+    seen = x > -30.0
+    return mx.where(seen, exp(mx.where(seen, x, 0.0)), 0.0)
 
 
 @mx.custom_function
@@ -52,31 +42,22 @@ def softmax_vjp(scores: mx.array, cotangent: mx.array, weights: mx.array) -> mx.
     return product - weights * mx.sum(product, axis=-1, keepdims=True)
 
 
-@partial(mx.compile, shapeless=True)
-def gelu_exponent(x: mx.array) -> mx.array:
-    return -2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-
-
-@partial(mx.compile, shapeless=True)
-def gelu_value(x: mx.array, e: mx.array) -> mx.array:
-    return x / (1 + e)
-
-
-@partial(mx.compile, shapeless=True)
-def gelu_slope(x: mx.array, e: mx.array, cotangent: mx.array) -> mx.array:
-    s = 1 / (1 + e)
-    return cotangent * (s + x * s * (1 - s) * (2 * math.sqrt(2 / math.pi)) * (1 + 3 * 0.044715 * x * x))
+def gelu_gate(x: mx.array) -> mx.array:
+    """1 / (1 + e^-2u), which is (1 + tanh(u)) / 2."""
+    v = -2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    v = mx.where(v < 30.0, v, 30.0)
+    return 1 / (1 + exp(mx.where(v > -30.0, v, -30.0)))
 
 
 @mx.custom_function
 def gelu(x: mx.array) -> mx.array:
-    """x · (1 + tanh(u)) / 2 is x / (1 + e^-2u); e is bounded so that its square is finite."""
-    return gelu_value(x, exp(mx.clip(gelu_exponent(x), -30.0, 30.0)))
+    return x * gelu_gate(x)
 
 
 @gelu.vjp
 def gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return gelu_slope(x, exp(mx.clip(gelu_exponent(x), -30.0, 30.0)), cotangent)
+    s = gelu_gate(x)
+    return cotangent * (s + x * s * (1 - s) * (2 * math.sqrt(2 / math.pi)) * (1 + 3 * 0.044715 * x * x))
 
 
 def turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
@@ -175,9 +156,10 @@ def log_sum_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 
 def loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Mean cross entropy of the learnt tokens in nats, and how many of them are the likeliest token."""
+    """Mean cross entropy of the learnt tokens in nats, and what part of them is the likeliest token."""
     hidden, _ = hidden_states(model, batch)
     chosen = hidden.flatten(0, 1)[mx.array(batch.learnt)]
     logits, targets = model.language_model.head(chosen[None])[0], mx.array(batch.targets)
-    right = mx.sum(mx.argmax(logits, axis=-1) == targets)
-    return mx.mean(cross_entropy(logits, targets)), mx.stop_gradient(right)
+    weights = mx.array(batch.weights) / mx.sum(mx.array(batch.weights))
+    right = mx.sum((mx.argmax(logits, axis=-1) == targets) * weights)
+    return mx.sum(cross_entropy(logits, targets) * weights), mx.stop_gradient(right)

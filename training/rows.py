@@ -135,10 +135,14 @@ class Batch:
     frames: np.ndarray  # [F, samples] float32
     learnt: np.ndarray  # [N] int32: indices into the B * T positions whose next token is learnt
     targets: np.ndarray  # [N] int32
+    weights: np.ndarray  # [N] float32: 0 for padding, else 1
 
 
-def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int) -> Batch:
-    """Rows of passages → arrays; a passage sees only itself, a question only its own passage's prefix and itself."""
+def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int, multiple: int = 1) -> Batch:
+    """Rows of passages → arrays; a passage sees only itself, a question only its own passage's prefix and itself.
+
+    P, F and N are padded to a multiple, for fewer shapes to compile for.
+    """
     count = len(rows)
     ids, positions = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     passages, segments = np.full((count, length), -1, np.int32), np.zeros((count, length), np.int32)
@@ -184,10 +188,16 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
     block = (blocks[q] == blocks[k]) & (blocks[q] >= 0)
     full = np.where(causal & together, np.float32(0), np.float32(HIDDEN))
     sliding = np.where((causal & together) | block, np.float32(0), np.float32(HIDDEN))
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values, np.zeros((-len(values) % multiple, *values.shape[1:]), values.dtype)])
+
+    pixels = np.concatenate([np.zeros((0, patch * patch * 3), np.uint8), *(run.values for run in images)])
+    places = [run.positions for run in images if run.positions is not None]
+    frames = np.concatenate([np.zeros((0, frame), np.float32), *(run.values for run in sounds)])
     return Batch(
-        ids, positions, full, sliding, soft,
-        np.concatenate([np.zeros((0, patch * patch * 3), np.uint8), *(run.values for run in images)]),
-        np.concatenate([np.zeros((0, 2), np.int32), *(run.positions for run in images if run.positions is not None)]),
-        np.concatenate([np.zeros((0, frame), np.float32), *(run.values for run in sounds)]),
-        np.array(learnt, np.int32), np.array(targets, np.int32),
+        ids, positions, full, sliding, np.where(soft > len(pixels), soft + -len(pixels) % multiple, soft),
+        padded(pixels), padded(np.concatenate([np.zeros((0, 2), np.int32), *places])), padded(frames),
+        padded(np.array(learnt, np.int32)), padded(np.array(targets, np.int32)),
+        padded(np.ones(len(learnt), np.float32)),
     )  # fmt: skip

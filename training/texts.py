@@ -112,6 +112,22 @@ QUESTION_WORDS = (
     "Should",
 )
 SMALL_WORDS = ("the", "a", "of", "in", "to", "is")
+HELD_OUT_QUESTIONS = (
+    "Who discovered penicillin?", "What is the population of Canada?", "How do I bake bread?", "Who sang Yesterday?",
+    "What is the boiling point of water?", "When did the second world war end?", "Who painted the Mona Lisa?",
+    "What is the largest planet?", "How many bones does a human have?", "What is the currency of Japan?",
+    "Who is the king of Spain?", "Where can I buy cheap flights?", "What is 17 times 23?", "What is 81 divided by 9?",
+    "What is 70 minus 12?", "How do vaccines work?", "Who won the world cup in 2010?", "What is the tallest building?",
+    "Explain the theory of relativity.", "Translate good morning into German.", "Write a poem about the sea.",
+    "What is the chemical symbol for gold?", "How far is the moon?", "What should I cook tonight?",
+    "Who wrote War and Peace?", "What does HTML mean?", "How do I reset my password?", "Is coffee good for me?",
+    "What is your favourite film?", "How old are you?", "Where were you born?", "Can you drive a car?",
+    "What is the stock price of Apple?", "Who is my boss?", "Will it rain tomorrow?", "Which bus goes to the station?",
+    "Give me advice about my job.", "Why do cats purr?", "How fast is light?", "What causes earthquakes?",
+    "Name three rivers in Africa.", "Who invented the telephone?", "What is an algorithm?", "Define democracy.",
+    "Recommend a good restaurant.", "What is the plot of Macbeth?", "How do I learn to swim?",
+    "Solve x squared equals 49.", "What happened in 1789?", "Which planet is the hottest?",
+)  # fmt: skip
 GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Good morning.", "Hey", "Hello there!", "Good evening.")
 GREETING = "Hello! Ask me about a picture, a sound, a video or a word."
 

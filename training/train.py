@@ -32,7 +32,9 @@ ROW, LONG_ROW = 256, 512  # tokens
 ROWS = {"image": 3, "audio": 2, "both": 1, "text": 2}  # rows of ROW tokens in a step of one process
 PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
+MULTIPLE = 256  # of patches, frames and learnt tokens in a batch
 BITS, GROUP = 4, 64  # of the checkpoint as shipped
+LONG_SHARE = 0.2  # of the films in the loss
 
 
 class Source:
@@ -66,7 +68,8 @@ class Source:
     def step(self, number: int) -> tuple[Batch, Batch]:
         self.rng = random.Random(f"{self.seed} {number}")
         rows = [self.row(kind, ROW) for kind, count in ROWS.items() for _ in range(count)]
-        return batch(rows, ROW, PATCH, FRAME), batch([self.row("video", LONG_ROW)], LONG_ROW, PATCH, FRAME)
+        long = [self.row("video", LONG_ROW)]
+        return batch(rows, ROW, PATCH, FRAME, MULTIPLE), batch(long, LONG_ROW, PATCH, FRAME, MULTIPLE)
 
 
 class Workers:
@@ -100,6 +103,10 @@ def step_of_source(number: int) -> tuple[Batch, Batch]:
 
 def make_source(folder: Path, seed: str) -> Source:
     return Source(load_processor(folder, read_config(folder)), load_material(folder, False), seed)
+
+
+def arrays(one: Batch) -> dict[str, mx.array]:
+    return {name: mx.array(values) for name, values in vars(one).items()}
 
 
 def as_quantized(model: Model) -> None:
@@ -181,21 +188,24 @@ def main(
         else map(make_source(folder, name).step, range(start, steps))
     )
 
-    def total(short: Batch, long: Batch) -> tuple[mx.array, tuple[mx.array, mx.array, mx.array]]:
+    def total(
+        weights: dict[str, Any], short: dict[str, Any], long: dict[str, Any]
+    ) -> tuple[mx.array, tuple[mx.array, mx.array, mx.array]]:
+        model.update(weights)
         if quantized:
             as_quantized(model)
-        first, right = loss(model, short)
-        second, right_long = loss(model, long)
-        return first + 0.2 * second, (first, second, right / len(short.targets) + 0 * right_long)
+        first, right = loss(model, Batch(**short))
+        second, _ = loss(model, Batch(**long))
+        return first + LONG_SHARE * second, (first, second, right)
 
-    step_gradient = nn.value_and_grad(model, total)
+    step_gradient = mx.compile(mx.value_and_grad(total))
     began, seen = time.perf_counter(), np.zeros(3)
     for step, parts in zip(range(start, steps), batches, strict=True):
         factor = min(1.0, (step + 1) / WARM_UP, (steps - step) / decay if decay else 1.0)
         for one, scale in zip(optimise.optimizers, (rate, 0.15 * rate), strict=True):
             one.learning_rate = scale * factor
-        weights = model.parameters()
-        (_, seen_now), gradients = step_gradient(*parts)
+        weights = model.trainable_parameters()
+        (_, seen_now), gradients = step_gradient(weights, *map(arrays, parts))
         model.update(weights)
         if world.size() > 1:
             gradients = nn.average_gradients(gradients)
