@@ -193,11 +193,11 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
         return np.concatenate([values, np.zeros((-len(values) % multiple, *values.shape[1:]), values.dtype)])
 
     pixels = np.concatenate([np.zeros((0, patch * patch * 3), np.uint8), *(run.values for run in images)])
-    places = [run.positions for run in images if run.positions is not None]
+    columns_rows = [run.positions for run in images if run.positions is not None]
     frames = np.concatenate([np.zeros((0, frame), np.float32), *(run.values for run in sounds)])
     return Batch(
         ids, positions, full, sliding, np.where(soft > len(pixels), soft + -len(pixels) % multiple, soft),
-        padded(pixels), padded(np.concatenate([np.zeros((0, 2), np.int32), *places])), padded(frames),
+        padded(pixels), padded(np.concatenate([np.zeros((0, 2), np.int32), *columns_rows])), padded(frames),
         padded(np.array(learnt, np.int32)), padded(np.array(targets, np.int32)),
         padded(np.ones(len(learnt), np.float32)),
     )  # fmt: skip
