@@ -11,6 +11,7 @@ import typer
 
 from mlx_gemma4.controller import check_draft_length
 from mlx_gemma4.generation import Reading, generation_events, make_prompt
+from mlx_gemma4.memory import check_memory
 from mlx_gemma4.messages import Message, media_parts, request_messages
 from mlx_gemma4.processor import load_processor
 from mlx_gemma4.reply import Piece, Stats
@@ -79,6 +80,7 @@ def generate(
     request = make_prompt(processor, messages, (), (), (), None, None, thinking, image_budget)
     prepared = time.perf_counter() - started
     events = generation_events(checkpoint.model, processor, request, max_tokens, sampling, length, prepared)
+    check_memory(checkpoint.footprint, len(request), max_tokens)
     load_shown(checkpoint)
     print_reply(events)
 

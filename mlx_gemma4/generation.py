@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
 from mlx_gemma4.controller import FixedLength, Pace, check_draft_length
+from mlx_gemma4.memory import check_memory, footprint
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
@@ -19,6 +20,7 @@ from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 from mlx_gemma4.sampling import Sampler, Sampling
 from mlx_gemma4.speculate import State, compiled_round, first_state, launch
+from mlx_gemma4.weights import parameters
 
 # Freed buffers that MLX may keep for reuse; unbounded, they crowd the weights out of a 16 GB machine.
 BUFFER_CACHE_BYTES = 512 * 2**20
@@ -50,7 +52,8 @@ def generate(
     """The whole reply to a request.
 
     request: a string (one user turn, with `images`, `audios`, `videos` placed before it and `system` in a turn of
-    its own), chat messages, or a `Prompt`. ValueError if any of it is wrong.
+    its own), chat messages, or a `Prompt`. ValueError if any of it is wrong, MemoryError if this machine cannot hold
+    the model and the prompt.
     """
     return collect(
         stream_generate(
@@ -75,11 +78,12 @@ def stream_generate(
     sampling: Sampling = Sampling(),
     draft_length: int | str = "auto",
 ) -> Iterator[Piece]:
-    """The reply piece by piece; takes what `generate` takes. The request is checked when this is called."""
+    """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
     started = time.perf_counter()
     prompt = make_prompt(processor, request, images, audios, videos, system, tools, thinking, image_budget)
     prepared = time.perf_counter() - started
     events = generation_events(model, processor, prompt, max_tokens, sampling, draft_length, prepared)
+    check_memory(footprint(model.config.text, parameters(model)), len(prompt), max_tokens)
     return (event for event in events if isinstance(event, Piece))
 
 

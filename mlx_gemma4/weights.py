@@ -1,9 +1,8 @@
 """From a folder to a model: which tensors there are, whether they fit, and their values."""
 
 import logging
-import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.memory import Footprint, check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor, load_processor
 
@@ -134,25 +134,6 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return found
 
 
-def check_memory(needed: int) -> None:
-    """MemoryError if the weights alone are more than the machine lets a model hold."""
-    room = memory_limit()
-    if needed > room:
-        raise MemoryError(
-            f"the weights need {needed / 1e9:.1f} GB and this machine has {room / 1e9:.1f} GB for them; "
-            "expected a smaller model or fewer bits a weight"
-        )
-
-
-def memory_limit() -> int:
-    """Bytes a model may hold here: Metal's working set, a GPU's memory, or the machine's."""
-    info = mx.device_info()
-    for key in ("max_recommended_working_set_size", "total_memory"):
-        if key in info:
-            return int(info[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def find_folder(path_or_hub_id: str | Path) -> Path:
     """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none."""
     text = str(path_or_hub_id)
@@ -207,16 +188,27 @@ class Checkpoint:
     tensors: dict[str, Tensor]  # by path; the drafter's begin with `drafter.`
     model: Model  # shapes only
     drafter: DrafterChoice | None
+    footprint: Footprint  # once it is loaded
 
     @property
     def nbytes(self) -> int:
+        """To read."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(folder: Path, drafter: DrafterChoice | None) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit."""
+    checkpoint = look_through(folder, drafter, list_tensors)
+    check_memory(checkpoint.footprint)
+    return checkpoint
+
+
+def look_through(
+    folder: Path, drafter: DrafterChoice | None, tensors_of: Callable[[Path], dict[str, Tensor]]
+) -> Checkpoint:
+    """A checkpoint of any size; CheckpointError as above. tensors_of: lists a folder's tensors, as `list_tensors`."""
     config = read_config(folder)
-    tensors = list_tensors(folder)
+    tensors = tensors_of(folder)
     config = without_missing_parts(config, tensors)
     model = Model(config)
     quantization = quantization_by_path(config, "")
@@ -224,13 +216,14 @@ def open_checkpoint(folder: Path, drafter: DrafterChoice | None) -> Checkpoint:
         own = read_drafter_config(drafter.folder)
         check_fit(own, config.text)
         model.drafter = Drafter(own)
-        tensors |= {f"drafter.{path}": tensor for path, tensor in list_tensors(drafter.folder).items()}
+        tensors |= {f"drafter.{path}": tensor for path, tensor in tensors_of(drafter.folder).items()}
         quantization |= quantization_by_path(own, "drafter.")
     quantize_empty(model, tensors, quantization)
     check_tensors(model, tensors)
-    checkpoint = Checkpoint(folder, config, tensors, model, drafter)
-    check_memory(checkpoint.nbytes)
-    return checkpoint
+    found = footprint(config.text, {path: tensors[path] for path in parameters(model)})
+    if drafter is not None and model.drafter is not None and will_quantize(model.drafter, drafter):
+        found = replace(found, drafter=quantized_nbytes(Drafter(own)))
+    return Checkpoint(folder, config, tensors, model, drafter, found)
 
 
 def without_missing_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
@@ -266,12 +259,23 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
 def quantize_drafter(drafter: Drafter, choice: DrafterChoice) -> None:
     """Quantize a partner that was found in full precision, and say which drafter it is."""
     note = ""
-    if choice.quantize and isinstance(drafter.embed_tokens, nn.Embedding):
+    if will_quantize(drafter, choice):
         nn.quantize(drafter, DRAFTER_GROUP_SIZE, DRAFTER_BITS)
         for array in parameters(drafter).values():  # one by one, as they are loaded
             mx.eval(array)
         note = f", quantized to {DRAFTER_BITS} bits"
     logger.info("drafter: %s%s", choice.name, note)
+
+
+def will_quantize(drafter: Drafter, choice: DrafterChoice) -> bool:
+    return choice.quantize and isinstance(drafter.embed_tokens, nn.Embedding)
+
+
+def quantized_nbytes(empty: Drafter) -> int:
+    """What a partner in bfloat16, as they are published, comes to."""
+    empty.set_dtype(mx.bfloat16)
+    nn.quantize(empty, DRAFTER_GROUP_SIZE, DRAFTER_BITS)
+    return sum(array.nbytes for array in parameters(empty).values())
 
 
 def load(path_or_hub_id: str | Path, drafter: str | Path | None = "auto") -> tuple[Model, Processor]:

@@ -25,10 +25,11 @@ from tokenizers import Tokenizer
 from mlx_gemma4 import Sampling, generate, load, stream_generate
 from mlx_gemma4.command import main
 from mlx_gemma4.config import SUPPORTED
+from mlx_gemma4.memory import predict
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, Processor
-from mlx_gemma4.weights import INDEX
+from mlx_gemma4.weights import INDEX, open_checkpoint
 
 Loaded = tuple[Model, Processor]
 
@@ -628,8 +629,20 @@ def test_quantized_tensors_without_a_quantization_are_refused(folder: Path, run:
 def test_too_little_memory_is_a_failure_of_the_machine(
     tiny_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_gemma4.weights.memory_limit", lambda: 1000)
-    check_refused(run("--model", tiny_folder, "--prompt", "a"), 1, "the weights need ", " and this machine has ")
+    monkeypatch.setattr("mlx_gemma4.memory.memory_limit", lambda: 1000)
+    check_refused(
+        run("--model", tiny_folder, "--prompt", "a"), 1, "the model needs ", "this machine lets a model hold 0.0"
+    )
+
+
+def test_a_prompt_too_long_for_the_memory_is_said_before_loading(
+    tiny_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = predict(open_checkpoint(tiny_folder, None).footprint, 100, 1).peak
+    monkeypatch.setattr("mlx_gemma4.memory.memory_limit", lambda: room)
+    monkeypatch.setattr("mlx_gemma4.command.load_shown", lambda checkpoint: pytest.fail("it loads"))
+    asked = run("--model", tiny_folder, "--prompt", "a " * 2000, "--max-tokens", 1)
+    check_refused(asked, 1, "tokens needs 0.", "expected a prompt of at most ")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
