@@ -100,7 +100,7 @@ def convert(
         raise ValueError("media-from is for a .gguf file; a model folder has its own")
     output = check_output(Path(mlx_path).expanduser())
     if upload_repo is not None:
-        from mlx_gemma4.exchange import check_login  # here: a conversion alone needs no HTTP client
+        from mlx_gemma4.upload import check_login  # here: a conversion alone needs no HTTP client
 
         check_login()
     source = open_sources(hf_path, files, media_from)
@@ -108,7 +108,7 @@ def convert(
     beside = (media_from or str(source.folder)) if is_local and files is not None else hf_path
     convert_folder(source, hf_path, beside, output, settings)
     if upload_repo is not None:
-        from mlx_gemma4.exchange import upload
+        from mlx_gemma4.upload import upload
 
         upload(output, upload_repo)
 
@@ -179,10 +179,10 @@ def find_gguf(path_or_hub_id: str) -> GGUF | None:
     if not path.is_dir():
         if path_or_hub_id.count("/") != 1 or not path_or_hub_id.lower().endswith("gguf"):
             return None
-        from mlx_gemma4.exchange import download_gguf
+        from mlx_gemma4.hub import GGUF_PATTERNS, download
 
         with ctrl_c_at_once():
-            path = download_gguf(path_or_hub_id)
+            path = download(path_or_hub_id, GGUF_PATTERNS)
     elif any(path.glob("model*.safetensors")):
         return None
     files = sorted(path.glob("*.gguf"))
@@ -227,9 +227,9 @@ def find_settings(media_from: str | None, files: GGUF) -> Path:
         return files.text.parent
     if files.media is None or Path(media_from).expanduser().exists():
         return find_folder(media_from)
-    from mlx_gemma4.exchange import download_settings
+    from mlx_gemma4.hub import SETTINGS, download
 
-    return download_settings(media_from)
+    return download(media_from, SETTINGS)
 
 
 def check_tokenizer(folder: Path) -> None:

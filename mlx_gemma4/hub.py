@@ -4,10 +4,12 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -15,6 +17,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    SafetensorsParsingError,
 )
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils.logging import set_verbosity_error
@@ -37,19 +40,21 @@ NAMES = [
     "model*.safetensors",
 ]
 PATTERNS = [folder + name for folder in ("", "drafter/") for name in NAMES]
+SETTINGS = [pattern for pattern in PATTERNS if not pattern.endswith(".safetensors")]  # all but the weights
+GGUF_PATTERNS = ["*q4_0*.gguf", "*Q4_0*.gguf", "*mmproj*.gguf"]
 
 
-def download(hub_id: str) -> Path:
+def download(hub_id: str, patterns: Sequence[str] = PATTERNS) -> Path:
     """The folder of a hub's snapshot; only what is not in the cache is fetched, all of it is there without network.
 
-    CheckpointError if there is no such repository or it is closed to this user, ConnectionError if the hub cannot be
-    reached or fails.
+    patterns: names of the files that are wanted. CheckpointError if there is no such repository or it is closed to this
+    user, ConnectionError if the hub cannot be reached or fails.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
     set_verbosity_error()  # or every retry of every file writes two lines; the last error is told here
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except GatedRepoError:
         raise CheckpointError(
             f"{hub_id} is gated; accept its licence on its page of the hub, then log in here with `hf auth login`"
@@ -60,7 +65,28 @@ def download(hub_id: str) -> Path:
             "such as google/gemma-4-12B-it (a private one needs `hf auth login`)"
         ) from None
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, json.JSONDecodeError) as error:
-        return cached(hub_id, error)
+        return cached(hub_id, patterns, error)
+
+
+def read_header(hub_id: str, name: str) -> list[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and bytes of each tensor in a safetensors file of a repository, from its first kilobytes.
+
+    CheckpointError if it is not there or damaged, ConnectionError if the hub cannot be reached or fails.
+    """
+    try:
+        found = HfApi().parse_safetensors_file_metadata(hub_id, name)
+    except EntryNotFoundError:
+        raise CheckpointError(f"{hub_id} has no {name}; expected a model in safetensors files") from None
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"{name} of {hub_id} is no safetensors file: {reason(error)}") from None
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"{name} of {hub_id} is not on this machine and cannot be read: {reason(error)}"
+        ) from None
+    return [
+        (tensor, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for tensor, info in found.tensors.items()
+    ]
 
 
 def partners(hub_id: str) -> list[str]:
@@ -75,21 +101,21 @@ def partners(hub_id: str) -> list[str]:
     return list(dict.fromkeys(own))
 
 
-def download_partner(hub_id: str) -> tuple[Path, str] | None:
+def download_partner(hub_id: str, patterns: Sequence[str] = PATTERNS) -> tuple[Path, str] | None:
     """The folder and hub id of a model's drafter; None, with a warning, if none can be had."""
     for partner in partners(hub_id):
         try:
-            return download(partner), partner
+            return download(partner, patterns), partner
         except (CheckpointError, ConnectionError):
             continue
     warnings.warn(f"no drafter was found for {hub_id}: it decodes plainly, more slowly", stacklevel=2)
     return None
 
 
-def cached(hub_id: str, failure: Exception) -> Path:
+def cached(hub_id: str, patterns: Sequence[str], failure: Exception) -> Path:
     """The folder in the cache if it is whole; else the error that `failure` amounts to."""
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS, local_files_only=True))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns), local_files_only=True))
     except LocalEntryNotFoundError:
         pass  # not there, or only a part of it
     cause = failure

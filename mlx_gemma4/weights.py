@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -72,20 +72,25 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.exists():
+    if not (folder / INDEX).exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder} has no model*.safetensors; expected a model folder")
         return files
+    files = indexed_files(folder)
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {missing[0]}, {len(missing)} of {len(files)} weight files missing")
+    return files
+
+
+def indexed_files(folder: Path) -> list[Path]:
+    """The weight files that a folder's index names, whether they are there or not."""
+    index = folder / INDEX
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).exists()]
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index} has no weight_map; expected the file of each tensor under this key") from None
-    if missing:
-        raise CheckpointError(f"{folder} lacks {missing[0]}, {len(missing)} of {len(names)} weight files missing")
-    return [folder / name for name in names]
 
 
 def quantize_empty(model: nn.Module, tensors: dict[str, Tensor], quantization: Mapping[str, Quantization]) -> None:
@@ -134,8 +139,11 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return found
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none."""
+def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = None) -> Path:
+    """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none.
+
+    patterns: of a hub id's files, the names of those that are wanted; None: all that this package reads.
+    """
     text = str(path_or_hub_id)
     try:
         folder = Path(path_or_hub_id).expanduser()
@@ -147,9 +155,9 @@ def find_folder(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(f"{text!r} cannot be read: {error}; expected a model folder or a hub id") from None
     if text.count("/") != 1 or text.startswith(("/", ".", "~")) or text.endswith("/"):
         raise CheckpointError(f"{text!r} is no folder; expected a model folder or a hub id such as owner/name")
-    from mlx_gemma4.hub import download  # here: a folder needs no HTTP client
+    from mlx_gemma4.hub import PATTERNS, download  # here: a folder needs no HTTP client
 
-    return download(text)
+    return download(text, patterns or PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -159,23 +167,26 @@ class DrafterChoice:
     quantize: bool  # to 4 bits if it is not quantized yet
 
 
-def find_drafter(path_or_hub_id: str | Path, folder: Path, drafter: str | Path | None) -> DrafterChoice | None:
+def find_drafter(
+    path_or_hub_id: str | Path, folder: Path, drafter: str | Path | None, patterns: Sequence[str] | None = None
+) -> DrafterChoice | None:
     """The drafter to use with the model in `folder`, which was asked for as `path_or_hub_id`.
 
-    "auto": its subfolder `drafter/`, else, for a hub id, the published partner; None where there is none.
+    "auto": its subfolder `drafter/`, else, for a hub id, the published partner; None where there is none. patterns: as
+    in `find_folder`.
     """
     if drafter is None:
         return None
     if drafter != "auto":
-        return DrafterChoice(find_folder(drafter), str(drafter), quantize=False)
+        return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
     own = folder / "drafter"
     if own.is_dir():
         return DrafterChoice(own, str(own), quantize=False)
     if folder == Path(path_or_hub_id).expanduser():
         return None
-    from mlx_gemma4.hub import download_partner
+    from mlx_gemma4.hub import PATTERNS, download_partner
 
-    partner = download_partner(str(path_or_hub_id))
+    partner = download_partner(str(path_or_hub_id), patterns or PATTERNS)
     return DrafterChoice(*partner, quantize=True) if partner else None
 
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from mlx import nn
 from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
 
-from mlx_gemma4 import Prompt, exchange, load
+from mlx_gemma4 import Prompt, load, upload
 from mlx_gemma4 import shards as shards_module
 from mlx_gemma4.conversion import COPIED
 from mlx_gemma4.convert import main
@@ -522,7 +522,7 @@ class Hub:
 
 def test_a_conversion_is_uploaded_when_it_is_whole(source: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
-    monkeypatch.setattr(exchange, "HfApi", lambda: hub)
+    monkeypatch.setattr(upload, "HfApi", lambda: hub)
     assert run("--hf-path", source, "--upload-repo", "me/gemma")[0] == 0
     assert hub.calls == ["whoami", ("me/gemma", True), ("me/gemma", ["README.md", "chat_template.jinja"])]
 
@@ -534,7 +534,7 @@ def test_who_is_not_logged_in_hears_it_before_the_conversion(
         raise LocalTokenNotFoundError("no token\nadvice")
 
     monkeypatch.setattr(Hub, "whoami", refuse)
-    monkeypatch.setattr(exchange, "HfApi", Hub)
+    monkeypatch.setattr(upload, "HfApi", Hub)
     status, _, err = run("--hf-path", source, "--upload-repo", "me/gemma")
     assert (status, err) == (2, "error: logging in to the hub (`hf auth login`) failed: no token\n")
     assert not any(tmp_path.iterdir())

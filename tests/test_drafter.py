@@ -272,7 +272,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     def served(models: dict[str, Path], failure: Exception | None = None) -> list[str]:
         asked: list[str] = []
 
-        def download(hub_id: str) -> Path:
+        def download(hub_id: str, patterns: list[str]) -> Path:
             asked.append(hub_id)
             if hub_id not in models:
                 raise failure or CheckpointError(f"{hub_id!r} is no repository on the hub")

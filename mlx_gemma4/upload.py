@@ -1,21 +1,13 @@
-"""What the converter exchanges with the hub beside model folders: .gguf files in, conversions out."""
+"""Conversions to the hub."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-)
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
-from mlx_gemma4.hub import NAMES, reason
-
-GGUF_PATTERNS = ["*q4_0*.gguf", "*Q4_0*.gguf", "*mmproj*.gguf"]
+from mlx_gemma4.hub import reason
 
 
 @contextmanager
@@ -25,20 +17,8 @@ def hub_errors(doing: str) -> Iterator[None]:
         yield
     except (HFValidationError, LocalTokenNotFoundError) as error:
         raise ValueError(f"{doing} failed: {reason(error)}") from None
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HTTPError) as error:
         raise ConnectionError(f"{doing} failed: {reason(error)}") from None
-
-
-def download_gguf(hub_id: str) -> Path:
-    """The folder of a repository's Q4_0 files."""
-    with hub_errors(f"downloading {hub_id}"):
-        return Path(snapshot_download(hub_id, allow_patterns=GGUF_PATTERNS))
-
-
-def download_settings(hub_id: str) -> Path:
-    """The folder of a model's configuration and tokenizer, without its weights."""
-    with hub_errors(f"downloading {hub_id}"):
-        return Path(snapshot_download(hub_id, allow_patterns=[name for name in NAMES if "safetensors" not in name]))
 
 
 def check_login() -> None:
