@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from toy_checkpoint import write_drafter
 
 from mlx_gemma4.hub import PATTERNS
 
@@ -261,3 +262,52 @@ def test_a_missing_shard_in_the_cache_is_named(hub: Hub, tmp_path: Path) -> None
 def test_patterns_take_the_root_and_the_drafter_only() -> None:
     assert all(pattern.removeprefix("drafter/").count("/") == 0 for pattern in PATTERNS)
     assert not any(pattern.startswith("*") for pattern in PATTERNS)
+
+
+# --- mlx_gemma4.fit ----------------------------------------------------------------------------
+
+
+def fit(model: object, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "mlx_gemma4.fit", str(model), *options]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_a_repository_is_measured_by_its_files_headers(hub: Hub, tmp_path: Path) -> None:
+    write_drafter(hub.folder / "drafter")
+    home = tmp_path / "home"
+    found = fit(ID, environment(home, hub.url))
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == fit(hub.folder, environment(home, hub.url)).stdout.replace(str(hub.folder), ID)
+    assert "drafter" in found.stdout
+    assert not list(snapshot(home).rglob("*.safetensors"))
+    assert sorted(hub.fetched) == [
+        "config.json", "drafter/config.json", "drafter/model.safetensors", "generation_config.json",
+        "model.safetensors", "tokenizer_config.json",
+    ]  # fmt: skip
+    alone = fit(ID, environment(home, hub.url), "--drafter", "none")
+    assert alone.returncode == 0 and "drafter" not in alone.stdout
+
+
+def test_a_downloaded_repository_is_measured_without_network(hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    subprocess.run(words(ID), capture_output=True, timeout=60, env=environment(home, hub.url))
+    found = fit(ID, environment(home, "http://127.0.0.1:9"), "--drafter", "none")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_repository_that_cannot_be_measured_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    own = environment(tmp_path / "home", hub.url)
+    (hub.folder / "model.safetensors").write_bytes(b"12345678901234567890")
+    for change, status, message in (
+        (lambda: None, 2, "model.safetensors of someone/tiny is no safetensors file"),
+        ((hub.folder / "model.safetensors").unlink, 2, "someone/tiny has no model.safetensors"),
+        (
+            lambda: hub.fails.update({f"/{ID}/resolve/main/model": (500, "")}),
+            1,
+            "model.safetensors of someone/tiny is ",
+        ),
+    ):
+        change()
+        found = fit(ID, own, "--drafter", "none")
+        assert (found.returncode, found.stdout) == (status, ""), found.stderr
+        assert found.stderr.startswith("error: ") and message in found.stderr and found.stderr.count("\n") == 1

@@ -1,0 +1,143 @@
+"""What `fit` says of a model and a machine."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy_checkpoint import Shape, write_checkpoint, write_drafter
+
+from mlx_gemma4.convert import convert
+from mlx_gemma4.fit import at_bits, main, of_context, open_anywhere, parse_memory
+from mlx_gemma4.memory import Footprint, memory_limit
+from mlx_gemma4.weights import list_tensors
+
+WIDE = Shape(hidden=256, mlp=1024, heads=8, kv_heads=4, head_dim=64, global_head_dim=128, window=128, vocab=65536)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, with a drafter."""
+    made = write_checkpoint(tmp_path_factory.mktemp("fit") / "wide", WIDE)
+    write_drafter(made / "drafter", WIDE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Footprint:
+    return open_anywhere(str(folder), "auto").footprint
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: exit status, standard output, standard error."""
+
+    def run_main(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx_gemma4.fit", *map(str, args)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run_main
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def memory_for(nbytes: int) -> str:
+    """A Mac of which a model may hold `nbytes`."""
+    return f"{nbytes * 3 // 2 + 3}B"
+
+
+def test_what_fits_and_how_long(folder: Path, model: Footprint, run: Run) -> None:
+    room = of_context(model, 2000).peak
+    status, out, err = run(folder, "--context", 1000, "--memory", memory_for(room))
+    assert (status, err) == (0, "")
+    assert "It fits" in out and "drafter" in out
+    longest = int(out.rsplit(" ", 1)[1].rstrip(".\n"))
+    assert 2000 <= longest < 4096
+    assert of_context(model, longest).peak <= room < of_context(model, longest + 1).peak
+
+
+def test_the_parts_add_up(folder: Path, model: Footprint, run: Run) -> None:
+    out = run(folder, "--context", 4096)[1]
+    found = of_context(model, 4096)
+    parts = {line[:16].strip(): float(line[16:].split()[0]) for line in out.splitlines() if line.startswith("  ")}
+    assert parts["weights"] == pytest.approx(model.weights / 1e9, abs=0.006)
+    assert parts["full caches"] == pytest.approx(found.full / 1e9, abs=0.006)
+    assert parts["together"] == pytest.approx(found.peak / 1e9, abs=0.006)
+    assert parts["together"] == pytest.approx(sum(parts.values()) / 2, abs=0.03)
+
+
+def test_what_would_make_it_fit(folder: Path, model: Footprint, run: Run) -> None:
+    room = of_context(model, 4000).peak
+    status, out, _ = run(folder, "--context", 4096, "--memory", memory_for(room))
+    assert status == 1
+    assert "It does not fit: 0.0" in out
+    assert "a context of 40" in out and "no drafter (--drafter none)" in out
+    assert f"8 bits a weight ({at_bits(open_anywhere(str(folder), None), 8) / 1e9:.2f} GB" in out
+    alone = of_context(replace(model, drafter=0), 64).peak
+    assert alone < of_context(model, 1).peak
+    _, out, _ = run(folder, "--context", 64, "--memory", memory_for(alone))
+    assert "fit: no drafter" in out
+
+
+def test_fewer_bits_are_named_as_the_converter_would_make_them(folder: Path, model: Footprint, tmp_path: Path) -> None:
+    checkpoint = open_anywhere(str(folder), None)
+    convert(hf_path=str(folder), mlx_path=str(tmp_path / "made"), q_bits=4, dtype="bfloat16", no_drafter=True)
+    made = sum(tensor.nbytes for tensor in list_tensors(tmp_path / "made").values())
+    assert at_bits(checkpoint, 4) == made < model.weights
+
+
+def test_nothing_makes_a_model_fit_into_nearly_nothing(folder: Path, run: Run) -> None:
+    status, out, _ = run(folder, "--memory", "16MB")
+    assert status == 1
+    assert "no single change" in out
+
+
+def test_without_memory_it_is_this_machine(folder: Path, run: Run) -> None:
+    status, out, _ = run(folder)
+    assert status == 0
+    assert f"this machine lets a model hold {memory_limit() / 1e9:.2f} GB" in out
+
+
+def test_a_16_gb_mac_lets_a_model_hold_two_thirds(folder: Path, run: Run) -> None:
+    assert "a Mac with 16 GB lets a model hold (two thirds) 11.45 GB" in run(folder, "--memory", "16GB")[1]
+
+
+def test_the_drafter_is_counted_only_where_it_is_used(folder: Path, model: Footprint) -> None:
+    assert open_anywhere(str(folder), None).footprint.drafter == 0
+    assert model.drafter == open_anywhere(str(folder), str(folder / "drafter")).footprint.drafter > 0
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("16GB", 2**34), ("16b", 16), ("1.5 gb", 3 * 2**29), ("512MB", 2**29)])
+def test_sizes_are_powers_of_two(text: str, nbytes: int) -> None:
+    assert parse_memory(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--context", 5000), "context is 5000; "),
+        (("--context", 0), "'0'; expected a whole number above 0"),
+        (("--memory", "much"), "'much'; expected a size such as 16GB"),
+        (("--memory", "16"), "'16'; expected a size such as 16GB"),
+        (("--memory", "0GB"), "'0GB'; expected a size such as 16GB"),
+        (("--drafter", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_wrong_requests_are_one_line(folder: Path, run: Run, options: tuple[object, ...], message: str) -> None:
+    status, out, err = run(folder, *options)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_damaged_folders_are_one_line(folder: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    status, _, err = run(tmp_path)
+    assert status == 2
+    assert "has no model*.safetensors" in err
