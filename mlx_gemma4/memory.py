@@ -23,7 +23,9 @@ from mlx_gemma4.model import CHUNK
 # arrays as wide as the hidden state, as the MLP and as all heads together, in the checkpoint's type and in float32.
 HIDDEN_ARRAYS, MLP_ARRAYS, HEAD_ARRAYS = 5, 2.5, 5
 FLOAT32_MLP_ARRAYS, FLOAT32_HEAD_ARRAYS = 2.5, 4  # the former only where the checkpoint's type is narrower
-SCORE_PASSES = 6  # of MAX_SCORE_BYTES each, handed over at once
+# Scores come in passes of at most MAX_SCORE_BYTES: so many while those arrays are still there, and so many handed over
+# at once later, beside queries and results.
+FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 7, 2
 LOGIT_ARRAYS = 7  # of each row of a round: the sampler's filters, p, q and what is left of them
 
 
@@ -140,11 +142,13 @@ def layer_bytes(model: Footprint, kind: str, start: int, end: int) -> float:
     rows, window = end - start, own.window
     keys = end if window is None else min(window, start) + rows
     heads = text.num_attention_heads + (1 if window is None else 2) * own.num_key_value_heads
-    scores = min(rows * text.num_attention_heads * keys * item, SCORE_PASSES * MAX_SCORE_BYTES)
+    scores = rows * text.num_attention_heads * keys * item
     head = HEAD_ARRAYS * item + FLOAT32_HEAD_ARRAYS * 4
     mlp = MLP_ARRAYS * item + (FLOAT32_MLP_ARRAYS * 4 if item < 4 else 0)
     wide = HIDDEN_ARRAYS * item * text.hidden_size + mlp * text.intermediate_size
-    return scores + rows * (heads * own.head_dim * head + wide)
+    first = min(scores, FIRST_PASSES * MAX_SCORE_BYTES) + rows * (heads * own.head_dim * head + wide)
+    later = min(scores, PASSES * MAX_SCORE_BYTES) + rows * heads * own.head_dim * RESULT_ARRAYS * item
+    return max(first, later)
 
 
 def longest(fits: Callable[[int], bool], most: int) -> int:
