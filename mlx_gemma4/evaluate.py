@@ -96,6 +96,8 @@ def evaluate(
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Exchanges from JSON lines; ValueError that names the line if one is wrong."""
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is no file; expected one of JSON lines, for data")
     try:
         texts = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

@@ -277,6 +277,16 @@ def test_wrong_data_is_one_line(tiny_folder: Path, tmp_path: Path, run: Run, tex
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["", "nothing.jsonl"])
+def test_data_that_are_not_there_are_one_line(tiny_folder: Path, tmp_path: Path, run: Run, name: str) -> None:
+    status, out, err = run(tiny_folder, tiny_folder, "--data", tmp_path / name)
+    assert (status, out, err) == (
+        2,
+        "",
+        f"error: {str(tmp_path / name)!r} is no file; expected one of JSON lines, for data\n",
+    )
+
+
 def test_images_are_seen(tiny_folder: Path, tiny: Loaded, tmp_path: Path) -> None:
     Image.effect_noise((96, 96), 80).convert("RGB").save(tmp_path / "noise.png")
     parts = [{"type": "image", "image": str(tmp_path / "noise.png")}, {"type": "text", "text": "what"}]
