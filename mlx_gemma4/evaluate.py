@@ -99,7 +99,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; expected one of JSON lines, for data")
     try:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        texts = file.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 in a string too
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
     found = []
@@ -108,7 +108,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}, is not JSON: {error}") from None
         messages = line.get("messages") if isinstance(line, dict) else None
         if not isinstance(messages, list) or len(messages) < 2 or not line.keys() <= KEYS:

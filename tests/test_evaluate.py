@@ -266,6 +266,7 @@ def test_control_tokens_typed_in_a_chat_are_text(tiny: Loaded) -> None:
         (json.dumps(LINES[0] | {"tolls": []}), "line 1: expected"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "expected an answer"),
         ("\n\n", "has no exchanges"),
+        ("[" * 100_000, "line 1, is not JSON"),
         ('{"messages": [{"role": "nobody", "content": "a"}, {"role": "assistant", "content": "b"}]}', "exchange 1: "),
     ],
 )
@@ -275,6 +276,12 @@ def test_wrong_data_is_one_line(tiny_folder: Path, tmp_path: Path, run: Run, tex
     status, out, err = run(tiny_folder, tiny_folder, "--data", file)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_lines_end_where_a_line_ends(tmp_path: Path) -> None:
+    odd = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
+    (tmp_path / "data.jsonl").write_bytes((json.dumps({"messages": odd}, ensure_ascii=False) + "\r\n").encode())
+    assert read_lines(tmp_path / "data.jsonl") == [{"messages": odd}]
 
 
 @pytest.mark.parametrize("name", ["", "nothing.jsonl"])
