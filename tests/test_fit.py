@@ -4,11 +4,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from toy_checkpoint import Shape, write_checkpoint, write_drafter
 
+from mlx_gemma4 import hub
+from mlx_gemma4.config import CheckpointError
 from mlx_gemma4.convert import convert
 from mlx_gemma4.fit import at_bits, main, of_context, open_anywhere, parse_memory
 from mlx_gemma4.memory import Footprint, memory_limit
@@ -141,3 +144,34 @@ def test_damaged_folders_are_one_line(folder: Path, tmp_path: Path, run: Run) ->
     status, _, err = run(tmp_path)
     assert status == 2
     assert "has no model*.safetensors" in err
+
+
+# --- repositories (tests/test_hub.py has more, with a hub that speaks HTTP) ---------------------
+
+
+def test_a_partner_on_the_hub_is_counted_as_it_will_be_quantized(
+    folder: Path, model: Footprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"me/gemma-it-4bit": folder, "me/gemma-it-assistant": folder / "drafter"}
+
+    def download(hub_id: str, patterns: list[str]) -> Path:
+        """The configurations alone."""
+        assert not any(fnmatch("model.safetensors", pattern) for pattern in patterns)
+        if hub_id not in whole:
+            raise CheckpointError(f"{hub_id} is no repository")
+        own = tmp_path / hub_id.replace("/", "-")
+        own.mkdir(exist_ok=True)
+        for file in whole[hub_id].glob("*config.json"):
+            shutil.copy(file, own)
+        return own
+
+    def read_header(hub_id: str, name: str) -> list[tuple[str, tuple[int, ...], int]]:
+        assert name == "model.safetensors"
+        return [(tensor.name, tensor.shape, tensor.nbytes) for tensor in list_tensors(whole[hub_id]).values()]
+
+    monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(hub, "read_header", read_header)
+    found = open_anywhere("me/gemma-it-4bit", "auto").footprint
+    assert replace(found, drafter=model.drafter) == model
+    assert 0.1 * model.drafter < found.drafter < 0.2 * model.drafter
+    assert open_anywhere("me/gemma-it-4bit", "me/gemma-it-assistant").footprint == model
