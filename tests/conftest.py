@@ -30,6 +30,18 @@ def other(other_folder: Path) -> tuple[Model, Processor]:
     return load(other_folder)
 
 
+# Large enough that arrays count which a prediction of memory knows, and not the bytes of a scalar here and there.
+WIDE = Shape(hidden=256, mlp=1024, heads=8, kv_heads=4, head_dim=64, global_head_dim=128, window=128, vocab=65536)
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, with a drafter."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("wide"), WIDE)
+    write_drafter(folder / "drafter", WIDE)
+    return folder
+
+
 def write_planted(folder: Path, shape: Shape, seed: int, plant: float) -> Path:
     """A model and, in its folder, a drafter that agrees with it often but not always."""
     write_checkpoint(folder, shape, seed, plant=plant)

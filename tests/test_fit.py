@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from toy_checkpoint import Shape, write_checkpoint, write_drafter
 
 from mlx_gemma4 import hub
 from mlx_gemma4.config import CheckpointError
@@ -17,20 +16,10 @@ from mlx_gemma4.fit import at_bits, main, of_context, open_anywhere, parse_memor
 from mlx_gemma4.memory import Footprint, memory_limit
 from mlx_gemma4.weights import list_tensors
 
-WIDE = Shape(hidden=256, mlp=1024, heads=8, kv_heads=4, head_dim=64, global_head_dim=128, window=128, vocab=65536)
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In float32, with a drafter."""
-    made = write_checkpoint(tmp_path_factory.mktemp("fit") / "wide", WIDE)
-    write_drafter(made / "drafter", WIDE)
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Footprint:
-    return open_anywhere(str(folder), "auto").footprint
+def model(wide_folder: Path) -> Footprint:
+    return open_anywhere(str(wide_folder), "auto").footprint
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -56,9 +45,9 @@ def memory_for(nbytes: int) -> str:
     return f"{nbytes * 3 // 2 + 3}B"
 
 
-def test_what_fits_and_how_long(folder: Path, model: Footprint, run: Run) -> None:
+def test_what_fits_and_how_long(wide_folder: Path, model: Footprint, run: Run) -> None:
     room = of_context(model, 2000).peak
-    status, out, err = run(folder, "--context", 1000, "--memory", memory_for(room))
+    status, out, err = run(wide_folder, "--context", 1000, "--memory", memory_for(room))
     assert (status, err) == (0, "")
     assert "It fits" in out and "drafter" in out
     longest = int(out.rsplit(" ", 1)[1].rstrip(".\n"))
@@ -66,8 +55,8 @@ def test_what_fits_and_how_long(folder: Path, model: Footprint, run: Run) -> Non
     assert of_context(model, longest).peak <= room < of_context(model, longest + 1).peak
 
 
-def test_the_parts_add_up(folder: Path, model: Footprint, run: Run) -> None:
-    out = run(folder, "--context", 4096)[1]
+def test_the_parts_add_up(wide_folder: Path, model: Footprint, run: Run) -> None:
+    out = run(wide_folder, "--context", 4096)[1]
     found = of_context(model, 4096)
     parts = {line[:16].strip(): float(line[16:].split()[0]) for line in out.splitlines() if line.startswith("  ")}
     assert parts["weights"] == pytest.approx(model.weights / 1e9, abs=0.006)
@@ -76,45 +65,47 @@ def test_the_parts_add_up(folder: Path, model: Footprint, run: Run) -> None:
     assert parts["together"] == pytest.approx(sum(parts.values()) / 2, abs=0.03)
 
 
-def test_what_would_make_it_fit(folder: Path, model: Footprint, run: Run) -> None:
+def test_what_would_make_it_fit(wide_folder: Path, model: Footprint, run: Run) -> None:
     room = of_context(model, 4000).peak
-    status, out, _ = run(folder, "--context", 4096, "--memory", memory_for(room))
+    status, out, _ = run(wide_folder, "--context", 4096, "--memory", memory_for(room))
     assert status == 1
     assert "It does not fit: 0.0" in out
     assert "a context of 40" in out and "no drafter (--drafter none)" in out
-    assert f"8 bits a weight ({at_bits(open_anywhere(str(folder), None), 8) / 1e9:.2f} GB" in out
+    assert f"8 bits a weight ({at_bits(open_anywhere(str(wide_folder), None), 8) / 1e9:.2f} GB" in out
     alone = of_context(replace(model, drafter=0), 64).peak
     assert alone < of_context(model, 1).peak
-    _, out, _ = run(folder, "--context", 64, "--memory", memory_for(alone))
+    _, out, _ = run(wide_folder, "--context", 64, "--memory", memory_for(alone))
     assert "fit: no drafter" in out
 
 
-def test_fewer_bits_are_named_as_the_converter_would_make_them(folder: Path, model: Footprint, tmp_path: Path) -> None:
-    checkpoint = open_anywhere(str(folder), None)
-    convert(hf_path=str(folder), mlx_path=str(tmp_path / "made"), q_bits=4, dtype="bfloat16", no_drafter=True)
+def test_fewer_bits_are_named_as_the_converter_would_make_them(
+    wide_folder: Path, model: Footprint, tmp_path: Path
+) -> None:
+    checkpoint = open_anywhere(str(wide_folder), None)
+    convert(hf_path=str(wide_folder), mlx_path=str(tmp_path / "made"), q_bits=4, dtype="bfloat16", no_drafter=True)
     made = sum(tensor.nbytes for tensor in list_tensors(tmp_path / "made").values())
     assert at_bits(checkpoint, 4) == made < model.weights
 
 
-def test_nothing_makes_a_model_fit_into_nearly_nothing(folder: Path, run: Run) -> None:
-    status, out, _ = run(folder, "--memory", "16MB")
+def test_nothing_makes_a_model_fit_into_nearly_nothing(wide_folder: Path, run: Run) -> None:
+    status, out, _ = run(wide_folder, "--memory", "16MB")
     assert status == 1
     assert "no single change" in out
 
 
-def test_without_memory_it_is_this_machine(folder: Path, run: Run) -> None:
-    status, out, _ = run(folder)
+def test_without_memory_it_is_this_machine(wide_folder: Path, run: Run) -> None:
+    status, out, _ = run(wide_folder)
     assert status == 0
     assert f"this machine lets a model hold {memory_limit() / 1e9:.2f} GB" in out
 
 
-def test_a_16_gb_mac_lets_a_model_hold_two_thirds(folder: Path, run: Run) -> None:
-    assert "a Mac with 16 GB lets a model hold (two thirds) 11.45 GB" in run(folder, "--memory", "16GB")[1]
+def test_a_16_gb_mac_lets_a_model_hold_two_thirds(wide_folder: Path, run: Run) -> None:
+    assert "a Mac with 16 GB lets a model hold (two thirds) 11.45 GB" in run(wide_folder, "--memory", "16GB")[1]
 
 
-def test_the_drafter_is_counted_only_where_it_is_used(folder: Path, model: Footprint) -> None:
-    assert open_anywhere(str(folder), None).footprint.drafter == 0
-    assert model.drafter == open_anywhere(str(folder), str(folder / "drafter")).footprint.drafter > 0
+def test_the_drafter_is_counted_only_where_it_is_used(wide_folder: Path, model: Footprint) -> None:
+    assert open_anywhere(str(wide_folder), None).footprint.drafter == 0
+    assert model.drafter == open_anywhere(str(wide_folder), str(wide_folder / "drafter")).footprint.drafter > 0
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [("16GB", 2**34), ("16b", 16), ("1.5 gb", 3 * 2**29), ("512MB", 2**29)])
@@ -133,14 +124,14 @@ def test_sizes_are_powers_of_two(text: str, nbytes: int) -> None:
         (("--drafter", "/nowhere"), "/nowhere"),
     ],
 )
-def test_wrong_requests_are_one_line(folder: Path, run: Run, options: tuple[object, ...], message: str) -> None:
-    status, out, err = run(folder, *options)
+def test_wrong_requests_are_one_line(wide_folder: Path, run: Run, options: tuple[object, ...], message: str) -> None:
+    status, out, err = run(wide_folder, *options)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_damaged_folders_are_one_line(folder: Path, tmp_path: Path, run: Run) -> None:
-    shutil.copy(folder / "config.json", tmp_path)
+def test_damaged_folders_are_one_line(wide_folder: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copy(wide_folder / "config.json", tmp_path)
     status, _, err = run(tmp_path)
     assert status == 2
     assert "has no model*.safetensors" in err
@@ -150,9 +141,9 @@ def test_damaged_folders_are_one_line(folder: Path, tmp_path: Path, run: Run) ->
 
 
 def test_a_partner_on_the_hub_is_counted_as_it_will_be_quantized(
-    folder: Path, model: Footprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide_folder: Path, model: Footprint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = {"me/gemma-it-4bit": folder, "me/gemma-it-assistant": folder / "drafter"}
+    whole = {"me/gemma-it-4bit": wide_folder, "me/gemma-it-assistant": wide_folder / "drafter"}
 
     def download(hub_id: str, patterns: list[str]) -> Path:
         """The configurations alone."""

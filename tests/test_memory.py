@@ -6,7 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from toy_checkpoint import Shape, write_checkpoint, write_drafter
+from conftest import WIDE
+from toy_checkpoint import write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load, stream_generate
 from mlx_gemma4 import model as model_module
@@ -28,17 +29,6 @@ from mlx_gemma4.model import CHUNK, Model, chunks
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.weights import DrafterChoice, find_drafter, load_values, open_checkpoint, parameters
 
-# Large enough that arrays count which the prediction knows, and not the bytes of a scalar here and there.
-WIDE = Shape(hidden=256, mlp=1024, heads=8, kv_heads=4, head_dim=64, global_head_dim=128, window=128, vocab=65536)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In float32, with a drafter."""
-    made = write_checkpoint(tmp_path_factory.mktemp("memory") / "wide", WIDE)
-    write_drafter(made / "drafter", WIDE)
-    return made
-
 
 @pytest.fixture(scope="module")
 def bfloat16_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,9 +36,9 @@ def bfloat16_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantized_folder(folder: Path) -> Path:
-    made = folder.parent / "quantized"
-    convert(hf_path=str(folder), mlx_path=str(made), q_bits=4)
+def quantized_folder(wide_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("memory") / "quantized"
+    convert(hf_path=str(wide_folder), mlx_path=str(made), q_bits=4)
     return made
 
 
@@ -68,11 +58,11 @@ class Case:
 
 
 CASES = {
-    "short": Case("folder", None, 60, 8),
-    "a chunk": Case("folder", None, 512, 8),
-    "chunks": Case("folder", None, 1300, 8),
-    "a reply that outgrows the cache": Case("folder", None, 250, 260),
-    "drafts": Case("folder", "auto", 300, 12),
+    "short": Case("wide_folder", None, 60, 8),
+    "a chunk": Case("wide_folder", None, 512, 8),
+    "chunks": Case("wide_folder", None, 1300, 8),
+    "a reply that outgrows the cache": Case("wide_folder", None, 250, 260),
+    "drafts": Case("wide_folder", "auto", 300, 12),
     "bfloat16": Case("bfloat16_folder", None, 100, 8),
     "4 bits with drafts": Case("quantized_folder", "auto", 200, 12),
 }
@@ -97,9 +87,9 @@ def test_the_peak_is_predicted_within_a_twentieth(case: Case, request: pytest.Fi
     assert predict(predicted, case.prompt_tokens, case.reply_tokens).peak == pytest.approx(peak, rel=0.05)
 
 
-def test_the_last_chunk_of_a_long_prompt_is_predicted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_chunk_of_a_long_prompt_is_predicted(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where scores are largest; the rows before it are zeros, which take as much memory and no time."""
-    predicted, model = footprint_of(folder, None), load(folder, None)[0]
+    predicted, model = footprint_of(wide_folder, None), load(wide_folder, None)[0]
     prompt = Prompt([200 + i % 100 for i in range(16384)])
     (start, end) = list(chunks(prompt, CHUNK))[-1]
     monkeypatch.setattr(model_module, "chunks", lambda *_: [(start, end)])
@@ -120,8 +110,8 @@ def test_the_last_chunk_of_a_long_prompt_is_predicted(folder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("prompt_tokens", "reply_tokens"), [(700, 600), (768, 256)])
-def test_caches_are_predicted_exactly(folder: Path, prompt_tokens: int, reply_tokens: int) -> None:
-    text = load(folder, None)[0].config.text
+def test_caches_are_predicted_exactly(wide_folder: Path, prompt_tokens: int, reply_tokens: int) -> None:
+    text = load(wide_folder, None)[0].config.text
     stores = PromptCache(text, capacity_for(prompt_tokens, reply_tokens))
     for kind, store in zip(text.layer_types, stores.stores, strict=True):
         own = text.attention[kind]
@@ -130,7 +120,7 @@ def test_caches_are_predicted_exactly(folder: Path, prompt_tokens: int, reply_to
     cache = Cache(stores, 8)
     for position in range(prompt_tokens, prompt_tokens + reply_tokens):
         cache.reserve(position, position + 8)
-    found = predict(footprint_of(folder, "auto"), prompt_tokens, reply_tokens)
+    found = predict(footprint_of(wide_folder, "auto"), prompt_tokens, reply_tokens)
     assert sum(keys.nbytes + values.nbytes for keys, values in cache.layers) == found.sliding + found.full
 
 
@@ -140,8 +130,8 @@ def test_a_cache_that_is_large_enough_does_not_grow() -> None:
     assert grown(8192, 8193) == (9216, 8192)
 
 
-def test_a_layer_that_grows_is_there_twice(folder: Path) -> None:
-    model = footprint_of(folder, None)
+def test_a_layer_that_grows_is_there_twice(wide_folder: Path) -> None:
+    model = footprint_of(wide_folder, None)
     before = grown(capacity_for(10, 3000), 3009)[1]
     assert predict(model, 10, 3000).workspace > before * model.row_bytes(FULL)  # there is one full layer
 
@@ -170,8 +160,8 @@ def test_a_partner_is_counted_as_it_will_be_quantized(bfloat16_folder: Path, tmp
     assert checkpoint.footprint == footprint(checkpoint.config.text, parameters(checkpoint.model))
 
 
-def test_caches_have_the_type_of_the_norms_or_of_wider_scales(folder: Path, bfloat16_folder: Path) -> None:
-    assert footprint_of(folder, None).item_bytes == 4
+def test_caches_have_the_type_of_the_norms_or_of_wider_scales(wide_folder: Path, bfloat16_folder: Path) -> None:
+    assert footprint_of(wide_folder, None).item_bytes == 4
     found = footprint_of(bfloat16_folder, None)
     assert found.item_bytes == 2
     scales = {"language_model.norm.weight": mx.zeros((8,), mx.bfloat16), "language_model.a.scales": mx.zeros((2, 3))}
@@ -185,8 +175,8 @@ def test_the_memory_of_this_machine_is_known() -> None:
     assert 2**30 < memory_limit() < 2**50
 
 
-def test_the_longest_prompt_that_fits_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = footprint_of(folder, "auto")
+def test_the_longest_prompt_that_fits_is_named(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = footprint_of(wide_folder, "auto")
     room = predict(model, 1000, 10).peak
     monkeypatch.setattr("mlx_gemma4.memory.memory_limit", lambda: room)
     check_memory(model, 1000, 10)
@@ -195,16 +185,16 @@ def test_the_longest_prompt_that_fits_is_named(folder: Path, monkeypatch: pytest
         check_memory(model, 4000, 10)
 
 
-def test_a_model_that_fits_with_no_prompt_is_too_large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = footprint_of(folder, None)
+def test_a_model_that_fits_with_no_prompt_is_too_large(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = footprint_of(wide_folder, None)
     monkeypatch.setattr("mlx_gemma4.memory.memory_limit", lambda: model.weights)
     message = r"^the model needs 0\.1 GB, 0\.1 of them for weights, and this machine lets a model hold 0\.1 GB; "
     with pytest.raises(MemoryError, match=message + "expected a smaller model or fewer bits a weight"):
         check_memory(model)
 
 
-def test_of_a_reply_only_the_beginning_has_to_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = footprint_of(folder, None)
+def test_of_a_reply_only_the_beginning_has_to_fit(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = footprint_of(wide_folder, None)
     room = predict(model, 10, 256).peak
     assert predict(model, 10, 3000).peak > room
     monkeypatch.setattr("mlx_gemma4.memory.memory_limit", lambda: room)
