@@ -123,7 +123,7 @@ def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int
         yield "no drafter (--drafter none)"
     for bits in sorted(BITS["affine"], reverse=True):
         weights = at_bits(checkpoint, bits)
-        if weights < own.weights and fits(replace(own, weights=weights), tokens, room):
+        if fits(replace(own, weights=weights), tokens, room):
             yield f"{bits} bits a weight ({gigabytes(weights)}, mlx_gemma4.convert --q-bits {bits})"
             return
 

@@ -13,7 +13,7 @@ from mlx_gemma4 import hub
 from mlx_gemma4.config import CheckpointError
 from mlx_gemma4.convert import convert
 from mlx_gemma4.fit import at_bits, main, of_context, open_anywhere, parse_memory
-from mlx_gemma4.memory import Footprint, memory_limit
+from mlx_gemma4.memory import Footprint, memory_limit, predict
 from mlx_gemma4.weights import list_tensors
 
 
@@ -53,6 +53,12 @@ def test_what_fits_and_how_long(wide_folder: Path, model: Footprint, run: Run) -
     longest = int(out.rsplit(" ", 1)[1].rstrip(".\n"))
     assert 2000 <= longest < 4096
     assert of_context(model, longest).peak <= room < of_context(model, longest + 1).peak
+
+
+def test_a_context_ends_with_a_reply(model: Footprint) -> None:
+    assert of_context(model, 4096) == predict(model, 3072, 1024)
+    assert of_context(model, 100) == predict(model, 50, 50)
+    assert of_context(model, 1) == predict(model, 1, 1)
 
 
 def test_the_parts_add_up(wide_folder: Path, model: Footprint, run: Run) -> None:
