@@ -36,6 +36,7 @@ from mlx_gemma4.processor import Processor
 from mlx_gemma4.quality import load_distributions
 from mlx_gemma4.recipes import named_recipe, uniform_recipe
 from mlx_gemma4.reply import Stats
+from mlx_gemma4.terminal import size_text
 
 NUMBERS = {"--q-bits": "q_bits", "--q-group-size": "q_group_size"}
 Q_OPTIONS = NUMBERS | {"--q-mode": "q_mode"}
@@ -234,8 +235,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             drafts = [f"{row['mtp_tps']:.1f} tokens/s", f"{100 * row['acceptance']:.1f} %"]
         cells = [
             row["recipe"],
-            size(row["disk_bytes"]),
-            size(row["peak_memory_bytes"]),
+            size_text(row["disk_bytes"]),
+            size_text(row["peak_memory_bytes"]),
             f"{row['load_s']:.1f} s",
             f"{row['time_to_first_token_s']:.2f} s",
             f"{row['prompt_tps']:.0f} tokens/s",
@@ -247,10 +248,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -265,7 +262,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     for row in rows:
         speed = row["mtp_tps"] or row["decode_tps"]
         axes.scatter(row["kl_mean"], speed, s=600 * row["peak_memory_bytes"] / largest, alpha=0.6)
-        label = f"{row['recipe']}\n{size(row['peak_memory_bytes'])}"
+        label = f"{row['recipe']}\n{size_text(row['peak_memory_bytes'])}"
         point = row["kl_mean"], speed
         axes.annotate(label, point, (0, 18), textcoords="offset points", ha="center", fontsize=8)
     axes.margins(0.15)

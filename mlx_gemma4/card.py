@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_gemma4.terminal import size_text
+
 BASE_MODEL = "google/gemma-4-12B-it"  # of a folder that does not say what it is
 CARD = "README.md"
 NOT_MEASURED = "Quality: not measured."  # the line that an evaluation replaces
@@ -51,8 +53,7 @@ class Figures:
 
     @property
     def text(self) -> str:
-        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e8 else f"{self.nbytes / 1e6:.2f} MB"
-        return f"{size}, {8 * self.nbytes / max(1, self.weights):.2f} bits a weight"
+        return f"{size_text(self.nbytes)}, {8 * self.nbytes / max(1, self.weights):.2f} bits a weight"
 
 
 def write_card(

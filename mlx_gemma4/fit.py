@@ -14,7 +14,7 @@ from mlx_gemma4.config import Quantization
 from mlx_gemma4.memory import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.model import Model
 from mlx_gemma4.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
-from mlx_gemma4.terminal import FAILED, ctrl_c_at_once, run, whole_above_0
+from mlx_gemma4.terminal import FAILED, ctrl_c_at_once, run, size_text, whole_above_0
 from mlx_gemma4.weights import (
     INDEX,
     Checkpoint,
@@ -69,16 +69,16 @@ def fit(
     if memory is None:
         room, where = memory_limit(), "this machine lets a model hold"
     else:
-        room, where = int(METAL_SHARE * memory), f"a Mac with {memory / 2**30:g} GB lets a model hold (two thirds)"
+        room, where = int(METAL_SHARE * memory), f"a Mac with {memory / 2**30:.3g} GB lets a model hold (two thirds)"
     own = checkpoint.footprint
     found = of_context(own, tokens)
-    print(f"{model} with a context of {tokens} tokens; {where} {gigabytes(room)}")
+    print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
     print("\n".join(lines(found)))
     longest_context = longest(lambda length: fits(own, length, room), most)
     if found.peak <= room:
-        print(f"It fits, with {gigabytes(room - found.peak)} left; the longest context that fits is {longest_context}.")
+        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
         return 0
-    print(f"It does not fit: {gigabytes(found.peak - room)} are missing.")
+    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
     changes = list(smaller(checkpoint, tokens, longest_context, room))
     print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
     return FAILED
@@ -107,11 +107,7 @@ def lines(found: Prediction) -> Iterator[str]:
         "workspace": found.workspace,
         "together": found.peak,
     }
-    yield from (f"  {name:<16}{gigabytes(nbytes):>10}" for name, nbytes in rows.items() if nbytes)
-
-
-def gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+    yield from (f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in rows.items() if nbytes)
 
 
 def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int) -> Iterator[str]:
@@ -124,7 +120,7 @@ def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int
     for bits in sorted(BITS["affine"], reverse=True):
         weights = at_bits(checkpoint, bits)
         if fits(replace(own, weights=weights), tokens, room):
-            yield f"{bits} bits a weight ({gigabytes(weights)}, mlx_gemma4.convert --q-bits {bits})"
+            yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
             return
 
 

@@ -137,3 +137,8 @@ class SizeBar(Bar):
         from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
         return ["{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()]
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes, decimal as on the hub: 6.74 GB, 11.48 MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
