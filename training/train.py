@@ -121,18 +121,26 @@ def as_quantized(model: Model) -> None:
     model.update(tree_map_with_path(rounded, model.parameters()))
 
 
+# Learning rates of AdamW as parts of Muon's. It moves every number alike: at the higher rate the 6912 weights of a row
+# of the pixels' projection would leave the waves they start from within a few steps.
+EMBEDDING_RATE, PROJECTION_RATE = 0.15, 0.01
+
+
 def optimizer(peak: float) -> optim.MultiOptimizer:
-    """Muon for all matrices but the embedding, AdamW for the rest.
+    """Muon for the layers' matrices, AdamW for the projections of media and, faster, for all others."""
 
-    AdamW moves every number alike: the 6912 weights of a pixel row would leave their waves within a few steps.
-    """
+    def in_layer(name: str, value: mx.array) -> bool:
+        return ".layers." in name and value.ndim == 2
 
-    def is_matrix(name: str, value: mx.array) -> bool:
+    def is_projection(name: str, value: mx.array) -> bool:
         return value.ndim == 2 and "embed_tokens" not in name
 
     muon = optim.Muon(learning_rate=peak, momentum=0.95, weight_decay=0.01)
-    adam = optim.AdamW(learning_rate=0.15 * peak, betas=[0.9, 0.98], weight_decay=0.0)
-    return optim.MultiOptimizer([muon, adam], [is_matrix])
+    others = [
+        optim.AdamW(learning_rate=part * peak, betas=[0.9, 0.98], weight_decay=0.0)
+        for part in (PROJECTION_RATE, EMBEDDING_RATE)
+    ]
+    return optim.MultiOptimizer([muon, *others], [in_layer, is_projection])
 
 
 def save(path: Path, trees: dict[str, Any], step: int) -> None:
@@ -160,7 +168,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Holds the material; gets the run.")],
     steps: Annotated[int, typer.Option(help="Train up to this step.")] = 20000,
     decay: Annotated[int, typer.Option(help="Let the rate fall to nothing over so many last steps.")] = 0,
-    rate: Annotated[float, typer.Option(help="Learning rate of Muon; AdamW's is 0.15 of it.")] = 0.02,
+    rate: Annotated[float, typer.Option(help="Learning rate of Muon; those of AdamW are parts of it.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of the weights and the data.")] = 0,
     state: Annotated[str, typer.Option(help="Name of the file that the run is kept in.")] = "state",
     quantized: Annotated[
@@ -205,8 +213,8 @@ def main(
     began, seen = time.perf_counter(), np.zeros(3)
     for step, parts in zip(range(start, steps), batches, strict=True):
         factor = min(1.0, (step + 1) / WARM_UP, (steps - step) / decay if decay else 1.0)
-        for one, scale in zip(optimise.optimizers, (rate, 0.15 * rate), strict=True):
-            one.learning_rate = scale * factor
+        for one, scale in zip(optimise.optimizers, (1.0, PROJECTION_RATE, EMBEDDING_RATE), strict=True):
+            one.learning_rate = rate * scale * factor
         weights = model.trainable_parameters()
         (_, seen_now), gradients = step_gradient(weights, *map(arrays, parts))
         model.update(weights)
