@@ -121,7 +121,7 @@ def item_of_one(rng: random.Random, item: Item) -> Item:
 
 def ask(model: Model, processor: Processor, item: Item, draft_length: int | str) -> Reply:
     question = item.questions[0]
-    messages = messages_of(question, native=False)
+    messages = messages_of(question)
     if item.media:
         messages[0]["content"] = [*item.media, {"type": "text", "text": question.text}]
     length = draft_length if model.drafter is not None else 0

@@ -17,7 +17,17 @@ from mlx_gemma4.processor import load_processor
 from mlx_gemma4.reply import Piece, Stats
 from mlx_gemma4.sampling import Sampling
 from mlx_gemma4.source import local_path
-from mlx_gemma4.terminal import Bar, SizeBar, ctrl_c_at_once, number, run, show_warning, whole_above_0, whole_number
+from mlx_gemma4.terminal import (
+    Bar,
+    Debug,
+    SizeBar,
+    ctrl_c_at_once,
+    number,
+    run,
+    show_warning,
+    whole_above_0,
+    whole_number,
+)
 from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
 
 DEFAULT_MODEL = "mlx-community/gemma-4-12B-it-4bit"
@@ -63,7 +73,7 @@ def generate(
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
     draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)

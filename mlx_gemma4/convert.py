@@ -27,7 +27,7 @@ from mlx_gemma4.conversion import (
     write_model,
 )
 from mlx_gemma4.recipes import RECIPES, Recipe, named_recipe, uniform_recipe
-from mlx_gemma4.terminal import SizeBar, ctrl_c_at_once, run, whole_number
+from mlx_gemma4.terminal import Debug, SizeBar, ctrl_c_at_once, run, whole_number
 from mlx_gemma4.weights import find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -84,7 +84,7 @@ def convert(
         typer.Option(metavar="MODEL", help="For a .gguf: where tokenizer and embedders for images and sounds are."),
     ] = None,
     upload_repo: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the conversion to the hub.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Convert Gemma 4 and its drafter for MLX, quantized, in less memory than the model has."""
     files = find_gguf(hf_path)

@@ -27,7 +27,7 @@ from mlx_gemma4.quality import (
     load_drafter,
     read_exchanges,
 )
-from mlx_gemma4.terminal import Bar, ctrl_c_at_once, run, whole_above_0
+from mlx_gemma4.terminal import Bar, Debug, ctrl_c_at_once, run, whole_above_0
 from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, list_tensors, look_through
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
@@ -60,7 +60,7 @@ def evaluate(
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits."""
     names = candidates or []

@@ -14,7 +14,7 @@ from mlx_gemma4.config import Quantization
 from mlx_gemma4.memory import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.model import Model
 from mlx_gemma4.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
-from mlx_gemma4.terminal import FAILED, ctrl_c_at_once, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, ctrl_c_at_once, run, size_text, whole_above_0
 from mlx_gemma4.weights import (
     INDEX,
     Checkpoint,
@@ -57,7 +57,7 @@ def fit(
     drafter: Annotated[
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     with ctrl_c_at_once():

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
@@ -18,6 +18,8 @@ from mlx_gemma4.weights import logger
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 

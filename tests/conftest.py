@@ -1,5 +1,7 @@
 """Checkpoints that many tests share, written once a run."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,21 @@ def planted(planted_folder: Path) -> tuple[Model, Processor]:
 @pytest.fixture(scope="session")
 def planted_other(planted_other_folder: Path) -> tuple[Model, Processor]:
     return load(planted_other_folder)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """A command's name and `main` to what runs it in this process: exit status, standard output, standard error."""
+
+    def command(name: str, main: Callable[[], int]) -> Run:
+        def run(*args: object) -> tuple[int, str, str]:
+            monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+            status = main()
+            return status, *capsys.readouterr()
+
+        return run
+
+    return command

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
+from conftest import Run
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
@@ -44,19 +45,9 @@ def command(*args: object, stdin: str | bytes = b"") -> subprocess.CompletedProc
     return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit status, standard output, standard error."""
-
-    def run_main(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx_gemma4.generate", *map(str, args)])
-        status = main()
-        return status, *capsys.readouterr()
-
-    return run_main
+def run(in_process: Callable[..., Run]) -> Run:
+    return in_process("mlx_gemma4.generate", main)
 
 
 @pytest.fixture

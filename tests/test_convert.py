@@ -13,6 +13,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import Run
 from huggingface_hub.errors import LocalTokenNotFoundError
 from mlx import nn
 from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
@@ -46,20 +47,11 @@ def bfloat16_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "gemma", EVEN, dtype=mx.bfloat16)
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """The command in this process, in an empty folder: exit status, standard output, standard error."""
+def run(in_process: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """In an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run_main(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx_gemma4.convert", *map(str, args)])
-        status = main()
-        return status, *capsys.readouterr()
-
-    return run_main
+    return in_process("mlx_gemma4.convert", main)
 
 
 def weights_of(folder: Path) -> dict[str, mx.array]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import Run
 from mlx import nn
 from PIL import Image
 from toy_checkpoint import TINY, Shape, write_checkpoint, write_drafter
@@ -48,19 +48,9 @@ def relative(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("relative"), TINY, seed=5)
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit status, standard output, standard error."""
-
-    def run_main(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx_gemma4.evaluate", *map(str, args)])
-        status = main()
-        return status, *capsys.readouterr()
-
-    return run_main
+def run(in_process: Callable[..., Run]) -> Run:
+    return in_process("mlx_gemma4.evaluate", main)
 
 
 def results(out: str) -> list[dict[str, Any]]:

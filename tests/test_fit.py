@@ -2,13 +2,13 @@
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from conftest import Run
 
 from mlx_gemma4 import hub
 from mlx_gemma4.config import CheckpointError
@@ -24,19 +24,9 @@ def model(wide_folder: Path) -> Footprint:
     return open_anywhere(str(wide_folder), "auto").footprint
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit status, standard output, standard error."""
-
-    def run_main(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx_gemma4.fit", *map(str, args)])
-        status = main()
-        return status, *capsys.readouterr()
-
-    return run_main
+def run(in_process: Callable[..., Run]) -> Run:
+    return in_process("mlx_gemma4.fit", main)
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import typer
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import load_processor
-from training.forward import hidden_states
+from training.forward import hidden_states, learnt_logits
 from training.material import load_material
 from training.rows import Batch, batch
 from training.train import FRAME, LONG_ROW, PATCH, ROW, Source, trees_of
@@ -24,8 +24,7 @@ from training.train import FRAME, LONG_ROW, PATCH, ROW, Source, trees_of
 def right_answers(model: Model, one: Batch) -> np.ndarray:
     """For each learnt token whether it is the likeliest, [N] bool."""
     hidden, _ = hidden_states(model, one)
-    logits = model.language_model.head(hidden.flatten(0, 1)[mx.array(one.learnt)][None])[0]
-    return np.array(mx.argmax(logits, axis=-1) == mx.array(one.targets))
+    return np.array(mx.argmax(learnt_logits(model, hidden, one), axis=-1) == mx.array(one.targets))
 
 
 def main(

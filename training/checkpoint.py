@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_gemma4.processor import PACKAGED_TEMPLATE
 from training.films import FRAMES
-from training.tokens import CONTROL, MEDIA, save_tokenizer
+from training.tokens import CONTROL, MEDIA, media_ids, save_tokenizer
 
 HIDDEN = 256
 BUDGET = 70  # soft tokens a picture and a frame
@@ -51,7 +51,7 @@ def text_config(vocabulary: int) -> dict[str, Any]:
 
 
 def config(vocabulary: int) -> dict[str, Any]:
-    ids = {token: vocabulary - len(MEDIA) + i for i, token in enumerate(MEDIA)}
+    ids = media_ids(vocabulary)
     return {
         "architectures": ["Gemma4UnifiedForConditionalGeneration"],
         "model_type": "gemma4_unified",
@@ -110,7 +110,7 @@ def write_files(folder: Path) -> None:
     """Everything of a checkpoint but its weights, into `folder` and its `drafter/`."""
     (folder / "drafter").mkdir(parents=True, exist_ok=True)
     size = save_tokenizer(folder)
-    ids = {token: size - len(MEDIA) + i for i, token in enumerate(MEDIA)}
+    ids = media_ids(size)
     roles = {
         "bos_token": "<bos>",
         "eos_token": "<eos>",

@@ -4,7 +4,6 @@ The target is fixed. As in decoding, a proposal starts from the hidden state of 
 token after it, and each further one from the drafter's own output; what is learnt is the target's choice.
 """
 
-import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from mlx_gemma4.drafter import Drafter, read_drafter_config
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import load_processor
 from mlx_gemma4.weights import parameters
-from training.forward import attend, cross_entropy, hidden_states, mlp, turn, turns_of
+from training.forward import after_attention, attend, cross_entropy, hidden_states, learnt_logits, turn, turns_of
 from training.material import load_material
 from training.rows import Batch, batch
 from training.start import initialise_drafter
@@ -42,9 +41,7 @@ def propose(
         q = attention.q_proj(x).reshape(*x.shape[:2], attention.heads, attention.head_dim)
         q = turn(attention.q_norm(q).swapaxes(1, 2), *turns[layer.kind])
         out = attention.o_proj(attend(q, *keys[layer.kind], mask))
-        h = h + layer.post_attention_layernorm(out)
-        h = h + layer.post_feedforward_layernorm(mlp(layer, layer.pre_feedforward_layernorm(h)))
-        h = h * layer.layer_scalar
+        h = after_attention(layer, h, out)
     h = drafter.norm(h)
     return h, drafter.post_projection(h)
 
@@ -53,17 +50,17 @@ def loss(drafter: Drafter, target: Model, one: Batch) -> tuple[mx.array, mx.arra
     """Mean surprise at the target's choices; for each place in a round the part of proposals that hit, [PROPOSALS]."""
     hidden, keys = hidden_states(target, one)
     hidden = mx.stop_gradient(hidden)
-    learnt = np.array(one.learnt)
-    choices = mx.argmax(target.language_model.head(hidden.flatten(0, 1)[mx.array(learnt)][None])[0], axis=-1)
+    learnt = one.learnt.tolist()
+    choices = mx.argmax(learnt_logits(target, hidden, one), axis=-1)
     turns, mask = turns_of(target, mx.array(one.positions)), mx.array(one.full)
-    positions = {place: index for index, place in enumerate(learnt.tolist())}
+    positions = {place: index for index, place in enumerate(learnt)}
     total, hits = mx.array(0.0), []
     for ahead in range(1, PROPOSALS + 1):
         newest = np.roll(one.ids, -ahead, axis=1)  # the token `ahead` after each position
         embedding = mx.stop_gradient(target.language_model.embed(mx.array(newest)))
         states, hidden = propose(drafter, embedding, hidden, turns, mask, keys)
         # after position p with the tokens up to p + ahead known, the choice is that of position p + ahead
-        known = [(p, positions[p + ahead]) for p in learnt.tolist() if p + ahead in positions]
+        known = [(p, positions[p + ahead]) for p in learnt if p + ahead in positions]
         at, wanted = mx.array([p for p, _ in known]), choices[mx.array([i for _, i in known])]
         logits = drafter.embed_tokens.as_linear(states.flatten(0, 1)[at])
         total = total + mx.mean(cross_entropy(logits, wanted))
@@ -85,7 +82,7 @@ def main(
     optimise = optim.AdamW(
         learning_rate=optim.cosine_decay(rate, steps, 0.02 * rate), betas=[0.9, 0.98], weight_decay=0.0
     )
-    source = Source(load_processor(folder, config), load_material(folder, False), f"draft {random.Random(0).random()}")
+    source = Source(load_processor(folder, config), load_material(folder, False), "draft")
     step_gradient = nn.value_and_grad(drafter, lambda one: loss(drafter, model, one))
     began, seen = time.perf_counter(), np.zeros(PROPOSALS)
     for step in range(steps):

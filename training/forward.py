@@ -98,6 +98,13 @@ def mlp(layer: Layer, x: mx.array) -> mx.array:
     return layer.mlp.down_proj(cast(mx.array, gelu(layer.mlp.gate_proj(x))) * layer.mlp.up_proj(x))
 
 
+def after_attention(layer: Layer, h: mx.array, out: mx.array) -> mx.array:
+    """The rest of a layer once its attention has given `out`."""
+    h = h + layer.post_attention_layernorm(out)
+    h = h + layer.post_feedforward_layernorm(mlp(layer, layer.pre_feedforward_layernorm(h)))
+    return h * layer.layer_scalar
+
+
 def embed(model: Model, batch: Batch) -> mx.array:
     """Tokens and media → [B, T, hidden]."""
     h = model.language_model.embed(mx.array(batch.ids))
@@ -133,10 +140,13 @@ def hidden_states(model: Model, batch: Batch) -> tuple[mx.array, dict[str, tuple
             cast(SelfAttention, layer.self_attn), layer.input_layernorm(h), turns[layer.kind], masks[layer.kind]
         )
         last[layer.kind] = (k, v)
-        h = h + layer.post_attention_layernorm(out)
-        h = h + layer.post_feedforward_layernorm(mlp(layer, layer.pre_feedforward_layernorm(h)))
-        h = h * layer.layer_scalar
+        h = after_attention(layer, h, out)
     return model.language_model.norm(h), last
+
+
+def learnt_logits(model: Model, hidden: mx.array, batch: Batch) -> mx.array:
+    """Logits where a next token is learnt, [N, vocab]."""
+    return model.language_model.head(hidden.flatten(0, 1)[mx.array(batch.learnt)][None])[0]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -158,8 +168,7 @@ def log_sum_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 def loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     """Mean cross entropy of the learnt tokens in nats, and what part of them is the likeliest token."""
     hidden, _ = hidden_states(model, batch)
-    chosen = hidden.flatten(0, 1)[mx.array(batch.learnt)]
-    logits, targets = model.language_model.head(chosen[None])[0], mx.array(batch.targets)
+    logits, targets = learnt_logits(model, hidden, batch), mx.array(batch.targets)
     weights = mx.array(batch.weights) / mx.sum(mx.array(batch.weights))
     right = mx.sum((mx.argmax(logits, axis=-1) == targets) * weights)
     return mx.sum(cross_entropy(logits, targets) * weights), mx.stop_gradient(right)

@@ -5,10 +5,9 @@ import random
 from training.films import film_item
 from training.items import Item, Question
 from training.material import RATE, Material
-from training.pictures import number_item, shapes_item, some, unknown_picture_question
+from training.pictures import number_item, shapes_item, unknown_picture_question
 from training.sounds import (
     DIGIT_ANSWER,
-    beep_count,
     beeps,
     beeps_item,
     digit_item,
@@ -19,7 +18,7 @@ from training.sounds import (
 )
 from training.texts import story_item, text_item, unknown_item
 from training.tools import tool_item
-from training.world import MOST_BEEPS, MOST_SHAPES, ask, plural
+from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, there_are
 
 SEEING = (("shapes", 0.6), ("number", 0.4))
 HEARING = (("digit", 0.5), ("beeps", 0.25), ("tone", 0.15), ("still", 0.1))
@@ -54,26 +53,22 @@ def both_item(rng: random.Random, material: Material) -> Item:
     if rng.random() < 0.6:
         count = shapes if same else rng.choice([n for n in range(1, MOST_BEEPS + 1) if n != shapes])
         samples = record(rng, beeps(rng, count, held_out))
-        both = f"There {'is' if shapes == 1 else 'are'} {counted(shapes, 'shape')} and {counted(count, 'beep')}."
+        both = f"{there_are(shapes, 'shape').rstrip('.')} and {counted(count, 'beep')}."
         questions = [
             Question("both counts", ask(rng, "both counts", held_out), both),
             Question("same counts", ask(rng, "same counts", held_out), "Yes." if same else "No."),
         ]
-        alone = [Question("beeps", ask(rng, "beeps", held_out), beep_count(count))]
+        alone = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
     else:
         digit = shapes if same else rng.choice([n for n in range(10) if n != shapes])
         samples = spoken(rng, digit, material)
         questions = [Question("same number", ask(rng, "same number", held_out), "Yes." if same else "No.")]
         alone = [Question("spoken", ask(rng, "spoken", held_out), DIGIT_ANSWER.format(digit))]
     if not held_out:
-        alone.append(Question("count shapes", ask(rng, "count shapes", held_out), some(shapes, "shape")))
+        alone.append(Question("count shapes", ask(rng, "count shapes", held_out), there_are(shapes, "shape")))
         questions += [*alone, *picture.questions[:2]]
     sound = {"type": "audio", "audio": (samples, RATE)}
     return Item("both", tuple(questions), (*picture.media, sound))
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count} {what if count == 1 else plural(what)}"
 
 
 def text_like_item(rng: random.Random, held_out: bool) -> Item:

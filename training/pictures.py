@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from training.items import Item, Question
 from training.material import Material
-from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural
+from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural, there_are
 
 SIDES = {
     "left": ("left of", "to the left of", "on the left of"),
@@ -162,10 +162,6 @@ def draw_shapes(rng: random.Random, shapes: list[Shape], size: tuple[int, int], 
     return finish(rng, image)
 
 
-def some(count: int, what: str) -> str:
-    return f"There is 1 {what}." if count == 1 else f"There are {count} {plural(what)}."
-
-
 def article(shape: Shape) -> str:
     return f"an {shape}" if shape.colour[0] in "aeiou" else f"a {shape}"
 
@@ -194,7 +190,7 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
             ask(rng, "describe picture", held_out),
             listing([article(s) for s in sorted(shapes, key=lambda s: s.x)]),
         ),
-        Question("count shapes", ask(rng, "count shapes", held_out), some(len(shapes), "shape")),
+        Question("count shapes", ask(rng, "count shapes", held_out), there_are(len(shapes), "shape")),
     ]
     for shape in shapes:
         if kinds.count(shape.kind) == 1:
@@ -205,11 +201,13 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
             found.append(Question("shape", text, f"It is a {shape.kind}."))
     for what in {choose(rng, SHAPES), choose(rng, kinds)}:
         found.append(
-            Question("count some", ask(rng, "count some", held_out, whats=plural(what)), some(kinds.count(what), what))
+            Question(
+                "count some", ask(rng, "count some", held_out, whats=plural(what)), there_are(kinds.count(what), what)
+            )
         )
     for colour in {choose(rng, list(COLOURS)), choose(rng, colours)}:
         what = f"{colour} {choose(rng, ('shape', 'thing', 'object'))}"
-        answer = some(colours.count(colour), f"{colour} shape")
+        answer = there_are(colours.count(colour), f"{colour} shape")
         found.append(Question("count some", ask(rng, "count some", held_out, whats=plural(what)), answer))
     if len(shapes) == 2:
         first, second = rng.sample(shapes, 2)

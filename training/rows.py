@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma4.chat import render
-from mlx_gemma4.messages import check_messages, check_tools, without_sources
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import SoftTokens
+from mlx_gemma4.quality import answer_ids
 from training.items import Item, Question
 
 MARK = "\ue000"
@@ -83,13 +83,13 @@ def continuation(processor: Processor, asked: str, reply: str) -> Segment:
     return Segment(ids + encode(processor, reply), len(ids))
 
 
-def messages_of(question: Question, native: bool) -> list[dict[str, Any]]:
+def messages_of(question: Question) -> list[dict[str, Any]]:
     """The chat up to where the model is to go on."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": question.text}]
     if question.response is not None:
         assert question.call is not None
         call = {"id": "call_1", "type": "function", "function": question.call}
-        content = question.response if native else json.dumps(question.response)
+        content = json.dumps(question.response)
         messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
         messages.append({"role": "tool", "tool_call_id": "call_1", "name": question.call["name"], "content": content})
     return messages
@@ -98,27 +98,18 @@ def messages_of(question: Question, native: bool) -> list[dict[str, Any]]:
 def text_ids(processor: Processor, question: Question, thinking: bool) -> tuple[list[int], int]:
     """A question without media as tokens, and where its reply begins."""
     tools = list(question.tools)
-    messages = messages_of(question, native=False)
+    messages = messages_of(question)
     ids = processor(messages, tools, thinking).token_ids
     if question.call is not None and question.response is None:
         call = {"id": "call_1", "type": "function", "function": question.call}
-        told = [*messages, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        shown = render(
-            processor.template,
-            without_sources(check_messages(told)),
-            check_tools(tools),
-            thinking,
-            processor.bos_token,
-            False,
-        )
-        reply = shown.rpartition("<|turn>model\n")[2]
-        if thinking:
-            reply = f"<|channel>thought\n{question.thought}\n<channel|>{reply}"
-    elif thinking and question.response is not None:  # the template has begun the thought
-        reply = f"{question.thought}\n<channel|>{question.answer}<turn|>"
+        reply = answer_ids(processor, [*messages, {"role": "assistant", "content": "", "tool_calls": [call]}], tools)
+        thought = encode(processor, f"<|channel>thought\n{question.thought}\n<channel|>") if thinking else []
+        return ids + thought + reply, len(ids)
+    if thinking and question.response is not None:  # the template has begun the thought
+        text = f"{question.thought}\n<channel|>{question.answer}<turn|>"
     else:
-        reply = reply_text(question.answer, question.thought if thinking else None)
-    return ids + encode(processor, reply), len(ids)
+        text = reply_text(question.answer, question.thought if thinking else None)
+    return ids + encode(processor, text), len(ids)
 
 
 @dataclass(frozen=True)

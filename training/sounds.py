@@ -6,7 +6,7 @@ import numpy as np
 
 from training.items import Item, Question
 from training.material import RATE, Material
-from training.world import MOST_BEEPS, ask, choose
+from training.world import MOST_BEEPS, ask, choose, there_are
 
 DIGIT_ANSWER = "The digit is {}."
 
@@ -70,14 +70,10 @@ def sound_part(samples: np.ndarray) -> tuple[dict[str, object], ...]:
 
 def beeps_item(rng: random.Random, held_out: bool) -> Item:
     count = rng.randint(1, MOST_BEEPS)
-    questions = [Question("beeps", ask(rng, "beeps", held_out), beep_count(count))]
+    questions = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
     if count > 1:
         questions.append(Question("describe sound", ask(rng, "describe sound", held_out), f"{count} beeps."))
     return Item("audio", tuple(questions), sound_part(record(rng, beeps(rng, count, held_out))))
-
-
-def beep_count(count: int) -> str:
-    return "There is 1 beep." if count == 1 else f"There are {count} beeps."
 
 
 def tone_item(rng: random.Random, held_out: bool) -> Item:

@@ -9,8 +9,7 @@ from mlx.utils import tree_unflatten
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.model import Model
 from mlx_gemma4.weights import parameters
-
-RATE = 16000  # Hz
+from training.material import RATE
 
 
 def initialise(model: Model, seed: int) -> None:

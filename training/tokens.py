@@ -118,13 +118,18 @@ def shape_answers(rng: random.Random, held_out: bool) -> Item:
     return shapes_item(rng, held_out)[0]
 
 
+def media_ids(size: int) -> dict[str, int]:
+    """The ids of the media's tokens in a vocabulary of this size."""
+    return {token: size - len(MEDIA) + place for place, token in enumerate(MEDIA)}
+
+
 def make_tokenizer() -> tuple[Tokenizer, int]:
     """The tokenizer and its size, a multiple of 64: unneeded ids are `<unused…>`."""
     characters = ["▁", *(chr(code) for code in range(33, 127))]
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + characters + vocabulary()
     fixed = CONTROL | {107: "\n"}
     size = -(-(len(pieces) + len(fixed) + len(MEDIA)) // 64) * 64
-    fixed |= {size - len(MEDIA) + n: token for n, token in enumerate(MEDIA)}
+    fixed |= {place: token for token, place in media_ids(size).items()}
     rest = iter(pieces)
     vocab = {fixed[n] if n in fixed else next(rest, f"<unused{n}>"): n for n in range(size)}
     model = {"type": "BPE", "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>", "ignore_merges": True}

@@ -116,6 +116,14 @@ def plural(word: str) -> str:
     return f"{word}es" if word.endswith("s") else f"{word}s"
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count} {what if count == 1 else plural(what)}"
+
+
+def there_are(count: int, what: str) -> str:
+    return f"There {'is' if count == 1 else 'are'} {counted(count, what)}."
+
+
 def nonsense(rng: random.Random, most: int = 7) -> str:
     """A word that does not exist, of 2 to `most` letters."""
     vowel = rng.random() < 0.5
