@@ -1,8 +1,11 @@
 """The demo's training: its items are right, and what it trains is the model that the package runs."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -35,6 +38,8 @@ from training.tokens import make_tokenizer
 from training.tools import tool_item
 from training.train import as_quantized, merge, optimizer, save, trees_of
 from training.world import COLOURS, HEROES, MONTHS, THINGS, WORDINGS
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +212,20 @@ def test_the_rule_for_stories() -> None:
         assert not is_good_story(text.replace(f"the {hero}", "the whale", 1), hero, thing)
         sentences = text.split(". ")
         assert not is_good_story(". ".join([sentences[1], sentences[0], *sentences[2:]]), hero, thing)
+
+
+def test_items_depend_on_their_seed_alone() -> None:
+    """Not on the order of a set of strings, which is another in each process."""
+    program = "import random; from training.pictures import shapes_item; rng = random.Random(1)\n"
+    program += "for _ in range(20): print(shapes_item(rng, False)[0].questions)"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=ROOT, check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(outputs) == 1
 
 
 # --- rows --------------------------------------------------------------------------------------

@@ -199,13 +199,13 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
         if colours.count(shape.colour) == 1:
             text = ask(rng, "shape", held_out, colour=shape.colour)
             found.append(Question("shape", text, f"It is a {shape.kind}."))
-    for what in {choose(rng, SHAPES), choose(rng, kinds)}:
+    for what in sorted({choose(rng, SHAPES), choose(rng, kinds)}):
         found.append(
             Question(
                 "count some", ask(rng, "count some", held_out, whats=plural(what)), there_are(kinds.count(what), what)
             )
         )
-    for colour in {choose(rng, list(COLOURS)), choose(rng, colours)}:
+    for colour in sorted({choose(rng, list(COLOURS)), choose(rng, colours)}):
         what = f"{colour} {choose(rng, ('shape', 'thing', 'object'))}"
         answer = there_are(colours.count(colour), f"{colour} shape")
         found.append(Question("count some", ask(rng, "count some", held_out, whats=plural(what)), answer))
