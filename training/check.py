@@ -5,6 +5,7 @@ item with its answer tells. `benchmarks/demo.py` is the real thing: it generates
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def main(
             one = source.passage(item, length)
             if len(one) > length:
                 continue
-            hits = right_answers(model, batch([[one]], length, PATCH, FRAME))
+            hits = right_answers(model, batch([[replace(one, hints=[])]], length, PATCH, FRAME))
             at = 0
             for question, segment in zip(item.questions, one.segments, strict=False):
                 count = len(segment.ids) - segment.answer

@@ -20,7 +20,18 @@ from mlx_gemma4.drafter import Drafter, read_drafter_config
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import load_processor
 from mlx_gemma4.weights import parameters
-from training.forward import after_attention, attend, cross_entropy, hidden_states, learnt_logits, turn, turns_of
+from training.forward import (
+    after_attention,
+    attend,
+    cross_entropy,
+    for_heads,
+    heads_first,
+    hidden_states,
+    learnt_logits,
+    norm,
+    turn,
+    turns_of,
+)
 from training.material import load_material
 from training.rows import Batch, batch
 from training.start import initialise_drafter
@@ -37,12 +48,12 @@ def propose(
     """One proposal after every position at once: embedding, hidden [B, T, D] -> drafter's states and next hidden."""
     h = drafter.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
     for layer in drafter.layers:
-        attention, x = layer.self_attn, layer.input_layernorm(h)
+        attention, x = layer.self_attn, norm(layer.input_layernorm, h)
         q = attention.q_proj(x).reshape(*x.shape[:2], attention.heads, attention.head_dim)
-        q = turn(attention.q_norm(q).swapaxes(1, 2), *turns[layer.kind])
+        q = turn(heads_first(norm(attention.q_norm, q)), *turns[layer.kind])
         out = attention.o_proj(attend(q, *keys[layer.kind], mask))
         h = after_attention(layer, h, out)
-    h = drafter.norm(h)
+    h = norm(drafter.norm, h)
     return h, drafter.post_projection(h)
 
 
@@ -52,7 +63,8 @@ def loss(drafter: Drafter, target: Model, one: Batch) -> tuple[mx.array, mx.arra
     hidden = mx.stop_gradient(hidden)
     learnt = one.learnt.tolist()
     choices = mx.argmax(learnt_logits(target, hidden, one), axis=-1)
-    turns, mask = turns_of(target, mx.array(one.positions)), mx.array(one.full)
+    turns = turns_of(target, mx.array(one.positions))
+    mask = for_heads(one.full, drafter.layers[0].self_attn.heads)
     positions = {place: index for index, place in enumerate(learnt)}
     total, hits = mx.array(0.0), []
     for ahead in range(1, PROPOSALS + 1):

@@ -5,8 +5,8 @@ import random
 from PIL import Image, ImageDraw
 
 from mlx_gemma4.video import timestamp
-from training.items import Item, Question
-from training.pictures import Shape, draw_shape, ground, random_size, tint
+from training.items import Hint, Item, Question
+from training.pictures import Shape, draw_shape, ground, hint_of, random_size, tint
 from training.world import COLOURS, DIRECTIONS, SHAPES, ask, choose
 
 FRAMES = 6  # of a video, as the demo's processor_config.json says
@@ -35,12 +35,14 @@ def film_item(rng: random.Random, held_out: bool) -> Item:
     if dy:
         y = rng.uniform(0.08, 0.08 + max(room, 0.05)) + (travel if dy < 0 else 0)
     paper, ink = ground(rng, size, held_out), tint(rng, colour)
-    frames = []
+    frames, hints = [], list[Hint]()
     for number in range(FRAMES):
         frame = paper.copy()
         if number >= first:
             moved = number - first
-            draw_shape(ImageDraw.Draw(frame), Shape(kind, colour, x + dx * moved, y + dy * moved, radius), size, ink)
+            shape = Shape(kind, colour, x + dx * moved, y + dy * moved, radius)
+            draw_shape(ImageDraw.Draw(frame), shape, size, ink)
+            hints.append(hint_of(shape, size, number, *((way,) if way and moved else ())))
         frames.append(frame)
     direction = Question(
         "direction", ask(rng, "direction", held_out, shape=kind), f"It moves {way}." if way else "It does not move."
@@ -53,7 +55,7 @@ def film_item(rng: random.Random, held_out: bool) -> Item:
     ]
     rng.shuffle(questions)
     part = {"type": "video", "video": frames, "fps": 1.0}
-    return Item("video", tuple(questions), (part,))
+    return Item("video", tuple(questions), (part,), tuple(hints))
 
 
 def save_film(frames: list[Image.Image], path: str) -> None:

@@ -4,94 +4,139 @@ import math
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
+from mlx import nn
 
 from mlx_gemma4.config import FULL, SLIDING
 from mlx_gemma4.decoder import Layer, SelfAttention
+from mlx_gemma4.embed import VisionEmbedder
 from mlx_gemma4.model import Model
 from training.rows import Batch
 
-# MLX's own exp takes 12 ns an element on a CPU, which would be most of a step; compiled, this takes 2. No mx.maximum:
-# it looks for NaN, and with a branch inside compiled loops are not made of vector instructions.
-LOG2_E = 1.4426950408889634
+GELU_A, GELU_B = math.sqrt(2 / math.pi), 0.044715
 
 
 def exp(x: mx.array) -> mx.array:
-    """e to the x to six digits, for x from -87 to 87; without gradient."""
-    y = x * LOG2_E
-    shifted = y + 12582912.0  # its low bits are the whole part of y
-    f = y - (shifted - 12582912.0)
-    power = 1 + f * (0.6931472 + f * (0.2402265 + f * (0.0555041 + f * (0.009618129 + f * 0.0013333558))))
-    return power * mx.view((mx.view(shifted, mx.int32) << 23) + (127 << 23), mx.float32)
+    """e to the x, and not quite 0 far below: denormal numbers are slow. Without gradient."""
+    return mx.exp(mx.maximum(x, -60.0))
 
 
-def exp_or_zero(x: mx.array) -> mx.array:
-    """e to the x, and 0 below -30: denormal numbers, which come of smaller ones, are slow."""
-    seen = x > -30.0
-    return mx.where(seen, exp(mx.where(seen, x, 0.0)), 0.0)
+def row_sums(x: mx.array) -> mx.array:
+    """[..., n] -> [..., 1]. As a product: inside compiled loops a reduction cannot stand."""
+    return x @ mx.ones((x.shape[-1], 1))
+
+
+def spread(x: mx.array, n: int) -> mx.array:
+    """[..., 1] -> [..., n]. As a product: compiled loops are made of vector instructions only if no array in them is
+    broadcast."""
+    return x @ mx.ones((1, n))
 
 
 @mx.custom_function
-def softmax(scores: mx.array) -> mx.array:
-    weights = exp_or_zero(scores - mx.max(scores, axis=-1, keepdims=True))
-    return weights * (1 / mx.sum(weights, axis=-1, keepdims=True))
+def rms_norm(x: mx.array, weight: mx.array, eps: mx.array) -> mx.array:
+    """x [..., n], weight [n]."""
+    return x * (mx.rsqrt(row_sums(x * x) / x.shape[-1] + eps) @ weight[None])
 
 
-@softmax.vjp
-def softmax_vjp(scores: mx.array, cotangent: mx.array, weights: mx.array) -> mx.array:
-    product = weights * cotangent
-    return product - weights * mx.sum(product, axis=-1, keepdims=True)
+@rms_norm.vjp
+def rms_norm_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    x, weight, eps = primals
+    n = x.shape[-1]
+    r = mx.rsqrt(row_sums(x * x) / n + eps)
+    along = cotangent * (r @ weight[None])
+    dx = along - x * spread(r * r * row_sums(along * x) / n, n)
+    return dx, (r.reshape(1, -1) @ (cotangent * x).reshape(-1, n))[0], mx.zeros_like(eps)
 
 
-def gelu_gate(x: mx.array) -> mx.array:
-    """1 / (1 + e^-2u), which is (1 + tanh(u)) / 2."""
-    v = -2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    v = mx.where(v < 30.0, v, 30.0)
-    return 1 / (1 + exp(mx.where(v > -30.0, v, -30.0)))
+def norm(module: nn.RMSNorm, x: mx.array) -> mx.array:
+    return cast(mx.array, rms_norm(x, module.weight, mx.array(module.eps)))
 
 
 @mx.custom_function
 def gelu(x: mx.array) -> mx.array:
-    return x * gelu_gate(x)
+    return nn.gelu_approx(x)
 
 
 @gelu.vjp
 def gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    s = gelu_gate(x)
-    return cotangent * (s + x * s * (1 - s) * (2 * math.sqrt(2 / math.pi)) * (1 + 3 * 0.044715 * x * x))
+    """Without the powers and the hyperbolic cosine that MLX's own has."""
+    square = x * x
+    t = mx.tanh(GELU_A * x * (1 + GELU_B * square))
+    return cotangent * 0.5 * (1 + t + x * (1 - t * t) * (GELU_A * (1 + 3 * GELU_B * square)))
+
+
+def heads_first(x: mx.array) -> mx.array:
+    """[B, T, H, hd] <-> [B, H, T, hd], and the gradient, in the order of memory: see spread."""
+    return cast(mx.array, swapped(x))
+
+
+@mx.custom_function
+def swapped(x: mx.array) -> mx.array:
+    return mx.contiguous(x.swapaxes(1, 2))
+
+
+@swapped.vjp
+def swapped_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return mx.contiguous(cotangent.swapaxes(1, 2))
 
 
 def turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """RoPE at any positions: x [B, H, T, hd]; cos, sin [B, 1, T, hd / 2]."""
-    a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    """RoPE at any positions: x [B, H, T, hd]; cos, sin [B, H or more, T, hd]."""
+    n, heads = x.shape[-1] // 2, x.shape[1]
+    half = mx.eye(n)
+    quarter = mx.concatenate([mx.concatenate([0 * half, half], 1), mx.concatenate([-half, 0 * half], 1)], 0)
+    return x * mx.contiguous(cos[:, :heads]) + (x @ quarter) * mx.contiguous(sin[:, :heads])
 
 
 def self_attention(
-    attention: SelfAttention, x: mx.array, turns: tuple[mx.array, mx.array], mask: mx.array
+    module: SelfAttention, x: mx.array, turns: tuple[mx.array, mx.array], mask: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Attention without a cache; also its keys and values, [B, KV, T, hd], which a drafter reads."""
     rows, length, _ = x.shape
-    dims = attention.head_dim
+    dims = module.head_dim
 
     def heads(y: mx.array, count: int) -> mx.array:
         return y.reshape(rows, length, count, dims)
 
-    q = attention.q_norm(heads(attention.q_proj(x), attention.heads)).swapaxes(1, 2)
-    keys = heads(attention.k_proj(x), attention.kv_heads)
-    values = keys if attention.is_full else heads(attention.v_proj(x), attention.kv_heads)
-    k = turn(attention.k_norm(keys).swapaxes(1, 2), *turns)
-    v = mx.fast.rms_norm(values, None, attention.eps).swapaxes(1, 2)
-    return attention.o_proj(attend(turn(q, *turns), k, v, mask)), k, v
+    q = heads_first(norm(module.q_norm, heads(module.q_proj(x), module.heads)))
+    keys = heads(module.k_proj(x), module.kv_heads)
+    values = keys if module.is_full else heads(module.v_proj(x), module.kv_heads)
+    k = turn(heads_first(norm(module.k_norm, keys)), *turns)
+    v = heads_first(cast(mx.array, rms_norm(values, mx.ones((dims,)), mx.array(module.eps))))
+    return module.o_proj(attend(turn(q, *turns), k, v, mask)), k, v
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
-    """q [B, H, L, hd], k, v [B, KV, S, hd], mask [B, L, S] to add -> [B, L, H * hd]."""
+    """q [B, H, L, hd], k, v [B, KV, S, hd], mask [B, H, L, S] to add -> [B, L, H * hd]."""
     rows, heads, length, dims = q.shape
-    groups, slots = k.shape[1], k.shape[2]
-    folded = q.reshape(rows, groups, -1, dims)  # the query heads of a key/value head are rows of one product
-    scores = (folded @ k.swapaxes(-1, -2)).reshape(rows, heads, length, slots) + mask[:, None]
-    weights = cast(mx.array, softmax(scores)).reshape(rows, groups, -1, slots)
-    return (weights @ v).reshape(rows, heads, length, dims).swapaxes(1, 2).flatten(2)
+    groups = k.shape[1]  # the query heads of a key/value head are rows of one product
+    folded = q.reshape(rows, groups, -1, dims), k, v, mask.reshape(rows, groups, -1, k.shape[2])
+    out, *_ = cast(tuple[mx.array, ...], attention(*folded))
+    return heads_first(out.reshape(rows, heads, length, dims)).flatten(2)
+
+
+@mx.custom_function
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """q [B, KV, L, hd], k, v [B, KV, S, hd], mask [B, KV, L, S] to add -> out, and for the gradient the weights before
+    they are divided by their sums, and the sums."""
+    scores = q @ k.swapaxes(-1, -2) + mask
+    weights = exp(scores - spread(mx.max(scores, axis=-1, keepdims=True), k.shape[2]))
+    sums = row_sums(weights)
+    return (weights @ v) * spread(1 / sums, v.shape[-1]), weights, sums
+
+
+@attention.vjp
+def attention_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    (q, k, v, mask), (out, weights, sums) = primals, outputs
+    g = cotangents[0] * spread(1 / sums, v.shape[-1])
+    # the sums' share goes into the product as one more column, against a column of ones
+    product = mx.concatenate([g, -row_sums(g * out)], axis=-1)
+    d_scores = weights * (product @ mx.concatenate([v, mx.ones((*v.shape[:-1], 1))], axis=-1).swapaxes(-1, -2))
+    return d_scores @ k, d_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ g, mx.zeros_like(mask)
 
 
 def mlp(layer: Layer, x: mx.array) -> mx.array:
@@ -100,8 +145,8 @@ def mlp(layer: Layer, x: mx.array) -> mx.array:
 
 def after_attention(layer: Layer, h: mx.array, out: mx.array) -> mx.array:
     """The rest of a layer once its attention has given `out`."""
-    h = h + layer.post_attention_layernorm(out)
-    h = h + layer.post_feedforward_layernorm(mlp(layer, layer.pre_feedforward_layernorm(h)))
+    h = h + norm(layer.post_attention_layernorm, out)
+    h = h + norm(layer.post_feedforward_layernorm, mlp(layer, norm(layer.pre_feedforward_layernorm, h)))
     return h * layer.layer_scalar
 
 
@@ -109,8 +154,8 @@ def embed(model: Model, batch: Batch) -> mx.array:
     """Tokens and media → [B, T, hidden]."""
     h = model.language_model.embed(mx.array(batch.ids))
     parts = []
-    if len(batch.pixels):
-        parts.append(model.embed_vision(model.vision_embedder(mx.array(batch.pixels), mx.array(batch.places))))
+    if len(batch.patches):
+        parts.append(model.embed_vision(seen(model.vision_embedder, mx.array(batch.patches), mx.array(batch.places))))
     if len(batch.frames):
         parts.append(model.embed_audio(mx.array(batch.frames)))
     if not parts:
@@ -120,28 +165,43 @@ def embed(model: Model, batch: Batch) -> mx.array:
     return mx.where((soft > 0)[..., None], media[soft], h)
 
 
+def seen(embedder: VisionEmbedder, patches: mx.array, places: mx.array) -> mx.array:
+    """The embedder from its second step on: the first norm, of weights 1 and 0, is taken as the batch is made."""
+    x = embedder.patch_ln2(embedder.patch_dense(patches))
+    return embedder.pos_norm(x + embedder.pos_embedding[places[:, 0], 0] + embedder.pos_embedding[places[:, 1], 1])
+
+
+def for_heads(x: np.ndarray | mx.array, heads: int) -> mx.array:
+    """[B, L, n] -> [B, H, L, n], every head's own copy: see spread."""
+    rows, length, n = x.shape
+    return mx.contiguous(mx.broadcast_to(mx.array(x)[:, None], (rows, heads, length, n)))
+
+
 def turns_of(model: Model, positions: mx.array) -> dict[str, tuple[mx.array, mx.array]]:
     found = {}
     for layer in model.language_model.layers:
         if layer.kind not in found:
-            angles = positions[:, None, :, None] / layer.self_attn.rope.periods
-            found[layer.kind] = (mx.cos(angles), mx.sin(angles))
+            angles = positions[..., None] * mx.array(1 / np.array(layer.self_attn.rope.periods))  # 0: not turned
+            both = mx.concatenate([angles, angles], axis=-1)
+            heads = layer.self_attn.heads
+            found[layer.kind] = (for_heads(mx.cos(both), heads), for_heads(mx.sin(both), heads))
     return found
 
 
 def hidden_states(model: Model, batch: Batch) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]:
     """The hidden states after the final norm, [B, T, hidden], and the last keys and values of each kind of layer."""
     h = embed(model, batch)
-    masks = {FULL: mx.array(batch.full), SLIDING: mx.array(batch.sliding)}
+    heads = model.language_model.layers[0].self_attn.heads
+    masks = {FULL: for_heads(batch.full, heads), SLIDING: for_heads(batch.sliding, heads)}
     turns = turns_of(model, mx.array(batch.positions))
     last = {}
     for layer in model.language_model.layers:
         out, k, v = self_attention(
-            cast(SelfAttention, layer.self_attn), layer.input_layernorm(h), turns[layer.kind], masks[layer.kind]
+            cast(SelfAttention, layer.self_attn), norm(layer.input_layernorm, h), turns[layer.kind], masks[layer.kind]
         )
         last[layer.kind] = (k, v)
         h = after_attention(layer, h, out)
-    return model.language_model.norm(h), last
+    return norm(model.language_model.norm, h), last
 
 
 def learnt_logits(model: Model, hidden: mx.array, batch: Batch) -> mx.array:
@@ -157,18 +217,21 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
 @mx.custom_function
 def log_sum(x: mx.array) -> mx.array:
     top = mx.max(x, axis=-1, keepdims=True)
-    return (mx.log(mx.sum(exp_or_zero(x - top), axis=-1, keepdims=True)) + top)[:, 0]
+    return (mx.log(row_sums(exp(x - spread(top, x.shape[-1])))) + top)[:, 0]
 
 
 @log_sum.vjp
 def log_sum_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return exp_or_zero(x - output[:, None]) * cotangent[:, None]
+    n = x.shape[-1]
+    return exp(x - spread(output[:, None], n)) * spread(cotangent[:, None], n)
 
 
 def loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Mean cross entropy of the learnt tokens in nats, and what part of them is the likeliest token."""
+    """Mean cross entropy of the learnt tokens in nats, and what part of the answers' tokens is the likeliest token."""
     hidden, _ = hidden_states(model, batch)
     logits, targets = learnt_logits(model, hidden, batch), mx.array(batch.targets)
-    weights = mx.array(batch.weights) / mx.sum(mx.array(batch.weights))
-    right = mx.sum((mx.argmax(logits, axis=-1) == targets) * weights)
+    weights = mx.array(batch.weights)
+    answers = (weights == 1).astype(mx.float32)
+    right = mx.sum((mx.argmax(logits, axis=-1) == targets) * answers) / mx.sum(answers)
+    weights = weights / mx.sum(weights)
     return mx.sum(cross_entropy(logits, targets) * weights), mx.stop_gradient(right)

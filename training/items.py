@@ -16,7 +16,17 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Hint:
+    """What a part of a medium shows. In training the soft tokens there learn to say one of the words."""
+
+    run: int  # of the item's runs of soft tokens, in order: a picture, a frame of a film or a sound each
+    box: tuple[float, float, float, float]  # left, top, right, bottom as fractions; of a sound: start, 0, end, 1
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Item:
     group: str  # "image" | "audio" | "video" | "both" | "text" | "story" | "tool" | "unknown"
     questions: tuple[Question, ...]
     media: tuple[dict[str, Any], ...] = field(default=())  # parts of a chat message, in front of each question
+    hints: tuple[Hint, ...] = ()

@@ -1,6 +1,7 @@
 """What is trained on, and how much of each."""
 
 import random
+from dataclasses import replace
 
 from training.films import film_item
 from training.items import Item, Question
@@ -52,7 +53,8 @@ def both_item(rng: random.Random, material: Material) -> Item:
     picture, _ = shapes_item(rng, held_out, shapes)
     if rng.random() < 0.6:
         count = shapes if same else rng.choice([n for n in range(1, MOST_BEEPS + 1) if n != shapes])
-        samples = record(rng, beeps(rng, count, held_out))
+        samples, hints = beeps(rng, count, held_out)
+        samples = record(rng, samples)
         both = f"{there_are(shapes, 'shape').rstrip('.')} and {counted(count, 'beep')}."
         questions = [
             Question("both counts", ask(rng, "both counts", held_out), both),
@@ -61,14 +63,15 @@ def both_item(rng: random.Random, material: Material) -> Item:
         alone = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
     else:
         digit = shapes if same else rng.choice([n for n in range(10) if n != shapes])
-        samples = spoken(rng, digit, material)
+        samples, hints = spoken(rng, digit, material)
         questions = [Question("same number", ask(rng, "same number", held_out), "Yes." if same else "No.")]
         alone = [Question("spoken", ask(rng, "spoken", held_out), DIGIT_ANSWER.format(digit))]
     if not held_out:
         alone.append(Question("count shapes", ask(rng, "count shapes", held_out), there_are(shapes, "shape")))
         questions += [*alone, *picture.questions[:2]]
     sound = {"type": "audio", "audio": (samples, RATE)}
-    return Item("both", tuple(questions), (*picture.media, sound))
+    heard = (replace(hint, run=1) for hint in hints)
+    return Item("both", tuple(questions), (*picture.media, sound), (*picture.hints, *heard))
 
 
 def text_like_item(rng: random.Random, held_out: bool) -> Item:

@@ -9,7 +9,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from training.items import Item, Question
+from training.items import Hint, Item, Question
 from training.material import Material
 from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural, there_are
 
@@ -162,6 +162,12 @@ def draw_shapes(rng: random.Random, shapes: list[Shape], size: tuple[int, int], 
     return finish(rng, image)
 
 
+def hint_of(shape: Shape, size: tuple[int, int], run: int, *more: str) -> Hint:
+    across, down = (0.55 * shape.radius * min(size) / side for side in size)
+    box = (shape.x - across, shape.y - down, shape.x + across, shape.y + down)
+    return Hint(run, box, (shape.kind, shape.colour, *more))
+
+
 def article(shape: Shape) -> str:
     return f"an {shape}" if shape.colour[0] in "aeiou" else f"a {shape}"
 
@@ -240,7 +246,8 @@ def shapes_item(rng: random.Random, held_out: bool, count: int | None = None) ->
     shapes = place_shapes(rng, count or rng.randint(1, MOST_SHAPES), size)
     image = draw_shapes(rng, shapes, size, held_out)
     questions = shape_questions(rng, shapes, held_out)
-    return Item("image", tuple(questions), ({"type": "image", "image": image},)), shapes
+    hints = tuple(hint_of(shape, size, 0) for shape in shapes)
+    return Item("image", tuple(questions), ({"type": "image", "image": image},), hints), shapes
 
 
 def number_item(rng: random.Random, material: Material) -> Item:
@@ -268,7 +275,12 @@ def number_item(rng: random.Random, material: Material) -> Item:
     ]
     if not held_out:
         questions.append(Question("read", ask(rng, "read", held_out), NUMBER_ANSWER.format(text)))
-    return Item("image", tuple(questions), ({"type": "image", "image": finish(rng, image)},))
+    ink, middle = right - left, (right - left) * face.getlength(text[0]) / face.getlength(text)
+    hints = tuple(
+        Hint(0, ((x + start) / size[0], y / size[1], (x + end) / size[0], (y + bottom - top) / size[1]), (digit,))
+        for digit, start, end in ((text[0], 0, middle), (text[1], middle, ink))
+    )
+    return Item("image", tuple(questions), ({"type": "image", "image": finish(rng, image)},), hints)
 
 
 def unknown_picture_question(rng: random.Random) -> Question:

@@ -6,12 +6,13 @@ A row holds one medium and many questions, each of which sees the medium and its
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mlx_gemma4.chat import render
+from mlx_gemma4.embed import LAYER_NORM_EPS
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import SoftTokens
 from mlx_gemma4.quality import answer_ids
@@ -24,6 +25,8 @@ THOUGHTS = {
     "video": "I look at the video.",
     "both": "I look and listen.",
 }
+HINTS, HINT_WEIGHT = 16, 0.5  # soft tokens of a run that are taught, and how much, against 1 for a token of an answer
+NEAR = 0.3  # of a patch: so far beside a shape it still counts
 HIDDEN = -1e4  # added to the scores of keys that are not seen
 
 
@@ -40,6 +43,7 @@ class Passage:
     prefix: list[int]
     media: tuple[SoftTokens, ...]
     segments: list[Segment]
+    hints: list[tuple[int, int]] = field(default_factory=list)  # index in prefix of a soft token, what it says there
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(len(s.ids) for s in self.segments)
@@ -67,7 +71,31 @@ def passage(processor: Processor, item: Item, rng: random.Random, room: int) -> 
             break
         segments.append(segment)
         used += len(segment.ids)
-    return Passage(head.token_ids, head.media, segments)
+    return Passage(head.token_ids, head.media, segments, hinted(processor, item, head.media, rng))
+
+
+def hinted(processor: Processor, item: Item, runs: Sequence[SoftTokens], rng: random.Random) -> list[tuple[int, int]]:
+    """Some soft tokens of each run and what they are to say."""
+    found: list[tuple[int, int]] = []
+    for number, run in enumerate(runs):
+        n = len(run)
+        if run.positions is None:
+            places, size = [(i, 0) for i in range(n)], (n, 1)
+        else:
+            places = [(int(x), int(y)) for x, y in run.positions]
+            size = (max(x for x, _ in places) + 1, max(y for _, y in places) + 1)
+        said: dict[int, list[str]] = {}
+        for hint in item.hints:
+            if hint.run == number:
+                left, top, right, bottom = hint.box
+                for i, (column, row) in enumerate(places):
+                    x, y = (column + 0.5) / size[0], (row + 0.5) / size[1]
+                    across, down = NEAR / size[0], NEAR / size[1]
+                    if left - across <= x <= right + across and top - down <= y <= bottom + down:
+                        said.setdefault(i, []).extend(hint.words)
+        for i in rng.sample(sorted(said), min(len(said), HINTS)):
+            found.append((run.start + i, encode(processor, f" {rng.choice(said[i])}")[-1]))
+    return found
 
 
 def reply_text(answer: str, thought: str | None) -> str:
@@ -121,12 +149,21 @@ class Batch:
     full: np.ndarray  # [B, T, T] float32, added to scores
     sliding: np.ndarray  # [B, T, T] float32
     soft: np.ndarray  # [B, T] int32: 0 for a token of text, else 1 + its row in (patches, frames)
-    pixels: np.ndarray  # [P, side * side * 3] uint8
+    patches: np.ndarray  # [P, side * side * 3] float32, past the first norm
     places: np.ndarray  # [P, 2] int32
     frames: np.ndarray  # [F, samples] float32
     learnt: np.ndarray  # [N] int32: indices into the B * T positions whose next token is learnt
     targets: np.ndarray  # [N] int32
-    weights: np.ndarray  # [N] float32: 0 for padding, else 1
+    weights: np.ndarray  # [N] float32: 1 for a token of an answer, HINT_WEIGHT for a hint, 0 for padding
+
+
+def normed(pixels: np.ndarray) -> np.ndarray:
+    """What the model's first norm makes of patches, [P, n] uint8 -> [P, n] float32: mean 0, variance 1."""
+    x = pixels.astype(np.float32)
+    x -= pixels.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
+    variance = np.einsum("pn,pn->p", x, x)[:, None] / (255**2 * x.shape[1])
+    x *= 1 / (255 * np.sqrt(variance + LAYER_NORM_EPS))
+    return x
 
 
 def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int, multiple: int = 1) -> Batch:
@@ -144,6 +181,7 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
     sound_at: list[tuple[int, int]] = []
     learnt: list[int] = []
     targets: list[int] = []
+    weights: list[float] = []
     for r, row in enumerate(rows):
         at = 0
         for number, one in enumerate(row):
@@ -156,6 +194,10 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
                 (images if run.positions is not None else sounds).append(run)
                 if run.positions is not None:
                     blocks[r, start + run.start : start + run.start + len(run)] = len(images)
+            for place, token in one.hints:
+                learnt.append(r * length + at + place)
+                targets.append(token)
+                weights.append(HINT_WEIGHT)
             at += head
             for index, segment in enumerate(one.segments, 1):
                 n = len(segment.ids)
@@ -165,6 +207,7 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
                 for i in range(segment.answer, n):
                     learnt.append(r * length + at + i - 1)
                     targets.append(segment.ids[i])
+                    weights.append(1.0)
                 at += n
         assert at <= length, f"a row has {at} tokens; it holds {length}"
     next_row = 1
@@ -188,7 +231,7 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
     frames = np.concatenate([np.zeros((0, frame), np.float32), *(run.values for run in sounds)])
     return Batch(
         ids, positions, full, sliding, np.where(soft > len(pixels), soft + -len(pixels) % multiple, soft),
-        padded(pixels), padded(np.concatenate([np.zeros((0, 2), np.int32), *columns_rows])), padded(frames),
+        padded(normed(pixels)), padded(np.concatenate([np.zeros((0, 2), np.int32), *columns_rows])), padded(frames),
         padded(np.array(learnt, np.int32)), padded(np.array(targets, np.int32)),
-        padded(np.ones(len(learnt), np.float32)),
+        padded(np.array(weights, np.float32)),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from training.items import Item, Question
+from training.items import Hint, Item, Question
 from training.material import RATE, Material
 from training.world import MOST_BEEPS, ask, choose, there_are
 
@@ -50,8 +50,8 @@ def record(rng: random.Random, samples: np.ndarray, speech: bool = False) -> np.
     return np.clip(samples, -1, 1).astype(np.float32)
 
 
-def beeps(rng: random.Random, count: int, held_out: bool) -> np.ndarray:
-    """`count` beeps of one pitch with pauses between."""
+def beeps(rng: random.Random, count: int, held_out: bool) -> tuple[np.ndarray, tuple[Hint, ...]]:
+    """`count` beeps of one pitch with pauses between; what is to be heard is how many there were so far."""
     pitch = rng.uniform(300, 2500)
     long, pause = rng.uniform(0.09, 0.3), rng.uniform(0.12, 0.4)
     parts = [quiet(rng.uniform(0.0, 0.4))]
@@ -61,7 +61,9 @@ def beeps(rng: random.Random, count: int, held_out: bool) -> np.ndarray:
         parts = [parts[0]]
         for i in range(count):
             parts += [tone(rng, long, pitch * 1.06**i, pitch * 1.06**i), quiet(pause)]
-    return np.concatenate(parts)
+    ends = np.cumsum([len(part) for part in parts])
+    hints = [Hint(0, (ends[2 * i] / ends[-1], 0, ends[2 * i + 2] / ends[-1], 1), (str(i + 1),)) for i in range(count)]
+    return np.concatenate(parts), tuple(hints)
 
 
 def sound_part(samples: np.ndarray) -> tuple[dict[str, object], ...]:
@@ -73,7 +75,8 @@ def beeps_item(rng: random.Random, held_out: bool) -> Item:
     questions = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
     if count > 1:
         questions.append(Question("describe sound", ask(rng, "describe sound", held_out), f"{count} beeps."))
-    return Item("audio", tuple(questions), sound_part(record(rng, beeps(rng, count, held_out))))
+    samples, hints = beeps(rng, count, held_out)
+    return Item("audio", tuple(questions), sound_part(record(rng, samples)), hints)
 
 
 def tone_item(rng: random.Random, held_out: bool) -> Item:
@@ -87,7 +90,8 @@ def tone_item(rng: random.Random, held_out: bool) -> Item:
         Question("kind of sound", ask(rng, "kind of sound", held_out), "It is a tone."),
         Question("describe sound", ask(rng, "describe sound", held_out), f"A {way} tone."),
     )
-    return Item("audio", questions, sound_part(record(rng, np.concatenate(parts))))
+    hint = Hint(0, (0.3, 0, 1, 1), (way, "tone"))
+    return Item("audio", questions, sound_part(record(rng, np.concatenate(parts))), (hint,))
 
 
 def still_item(rng: random.Random, held_out: bool) -> Item:
@@ -103,16 +107,20 @@ def still_item(rng: random.Random, held_out: bool) -> Item:
         Question("kind of sound", ask(rng, "kind of sound", held_out), f"It is {name}."),
         Question("describe sound", ask(rng, "describe sound", held_out), f"{name.capitalize()}."),
     )
-    return Item("audio", questions, sound_part(samples.astype(np.float32)))
+    return Item("audio", questions, sound_part(samples.astype(np.float32)), (Hint(0, (0, 0, 1, 1), (name,)),))
 
 
-def spoken(rng: random.Random, digit: int, material: Material) -> np.ndarray:
+def spoken(rng: random.Random, digit: int, material: Material) -> tuple[np.ndarray, tuple[Hint, ...]]:
+    """A digit as one of the voices says it; what is to be heard is the digit, once a third of it is said."""
     clip = choose(rng, material.clips[digit])
     if not material.held_out:  # a little faster or slower, and with it higher or lower
         factor = rng.uniform(0.9, 1.12)
         clip = np.interp(np.arange(0, len(clip) - 1, factor), np.arange(len(clip)), clip).astype(np.float32)
     clip = clip / np.abs(clip).max()
-    return record(rng, np.concatenate([quiet(rng.uniform(0, 0.25)), clip, quiet(rng.uniform(0.02, 0.25))]), speech=True)
+    before = quiet(rng.uniform(0, 0.25))
+    samples = np.concatenate([before, clip, quiet(rng.uniform(0.02, 0.25))])
+    hint = Hint(0, ((len(before) + 0.35 * len(clip)) / len(samples), 0, 1, 1), (str(digit),))
+    return record(rng, samples, speech=True), (hint,)
 
 
 def digit_item(rng: random.Random, material: Material) -> Item:
@@ -121,4 +129,5 @@ def digit_item(rng: random.Random, material: Material) -> Item:
         Question("spoken", ask(rng, "spoken", held_out), DIGIT_ANSWER.format(digit)),
         Question("describe sound", ask(rng, "describe sound", held_out), f"The digit {digit}."),
     ]
-    return Item("audio", tuple(questions), sound_part(spoken(rng, digit, material)))
+    samples, hints = spoken(rng, digit, material)
+    return Item("audio", tuple(questions), sound_part(samples), hints)

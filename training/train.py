@@ -29,7 +29,7 @@ from training.rows import Batch, Passage, batch, passage
 from training.start import initialise
 
 ROW, LONG_ROW = 256, 512  # tokens
-ROWS = {"image": 3, "audio": 2, "both": 1, "text": 2}  # rows of ROW tokens in a step of one process
+ROWS = {"image": 3, "audio": 2, "both": 1, "text": 4}  # rows of ROW tokens in a step of one process
 PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
 MULTIPLE = 256  # of patches, frames and learnt tokens in a batch
@@ -184,6 +184,7 @@ def main(
     config = read_config(folder)
     model = Model(config)
     initialise(model, seed)
+    model.vision_embedder.patch_ln1.freeze()  # its part is taken as the batches are made
     optimise = optimizer(rate)
     optimise.init(model.trainable_parameters())
     start, path = 0, folder / f"{state}.safetensors"
