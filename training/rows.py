@@ -25,7 +25,7 @@ THOUGHTS = {
     "video": "I look at the video.",
     "both": "I look and listen.",
 }
-HINTS, HINT_WEIGHT = 16, 0.5  # soft tokens of a run that are taught, and how much, against 1 for a token of an answer
+HINTS, HINT_WEIGHT = 20, 0.5  # soft tokens of a run that are taught, and how much, against 1 for a token of an answer
 NEAR = 0.3  # of a patch: so far beside a shape it still counts
 HIDDEN = -1e4  # added to the scores of keys that are not seen
 
@@ -94,7 +94,7 @@ def hinted(processor: Processor, item: Item, runs: Sequence[SoftTokens], rng: ra
                     if left - across <= x <= right + across and top - down <= y <= bottom + down:
                         said.setdefault(i, []).extend(hint.words)
         for i in rng.sample(sorted(said), min(len(said), HINTS)):
-            found.append((run.start + i, encode(processor, f" {rng.choice(said[i])}")[-1]))
+            found += [(run.start + i, encode(processor, f" {word}")[-1]) for word in said[i]]
     return found
 
 

@@ -22,6 +22,8 @@ def initialise(model: Model, seed: int) -> None:
             new: np.ndarray = np.full(value.shape, 1 / math.sqrt(2 * layers))
         elif name == "language_model.norm.weight":
             new = np.full(value.shape, 0.25)  # or each token would expect itself, for it is its own head
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            new = np.full(value.shape, value.shape[0] ** -0.25)  # scores of variance 1, or it would look at one token
         elif "norm.weight" in name or name.endswith("layer_scalar") or name.endswith(("ln1.weight", "ln2.weight")):
             new = np.ones(value.shape)
         elif name.endswith(".bias"):
@@ -32,6 +34,8 @@ def initialise(model: Model, seed: int) -> None:
             new = places(value.shape[0], value.shape[-1], rng)
         elif name.endswith("patch_dense.weight"):
             new = waves_of_pixels(value.shape[0], math.isqrt(value.shape[1] // 3), rng)
+        elif name.endswith("embed_vision.embedding_projection.weight"):
+            new = np.eye(*value.shape)
         elif name.endswith("embed_audio.embedding_projection.weight"):
             new = waves_of_samples(value.shape[0], value.shape[1])
         else:
@@ -46,6 +50,11 @@ def initialise(model: Model, seed: int) -> None:
     gate = np.array(first.gate_proj.weight)
     gate[: 2 * width] = rows[: 2 * width]
     first.gate_proj.weight = mx.array(gate)
+    down = np.array(first.down_proj.weight)
+    down[: width // 2, : 2 * width] = np.tile(
+        np.repeat(np.eye(width // 2), 2, axis=1), 2
+    )  # a cosine and its sine: energy
+    first.down_proj.weight = mx.array(down)
 
 
 def randoms(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -92,5 +101,7 @@ def initialise_drafter(drafter: Drafter, seed: int) -> None:
     weights = []
     for name, value in parameters(drafter).items():
         new = np.ones(value.shape) if value.ndim == 1 else randoms(rng, value.shape)
+        if name.endswith("q_norm.weight"):
+            new *= value.shape[0] ** -0.25
         weights.append((name, mx.array(new.astype(np.float32))))
     drafter.update(tree_unflatten(weights))

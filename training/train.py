@@ -4,6 +4,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
@@ -29,7 +30,8 @@ from training.rows import Batch, Passage, batch, passage
 from training.start import initialise
 
 ROW, LONG_ROW = 256, 512  # tokens
-ROWS = {"image": 3, "audio": 2, "both": 1, "text": 4}  # rows of ROW tokens in a step of one process
+ROWS = {"image": 4, "audio": 2, "both": 1, "text": 3}  # rows of ROW tokens in a step of one process
+QUESTIONS = {"video": 4}  # about one medium, 2 about all others: what there is to see is learnt from many media
 PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
 MULTIPLE = 256  # of patches, frames and learnt tokens in a batch
@@ -55,7 +57,9 @@ class Source:
         row: list[Passage] = []
         room = length
         while True:
-            one = self.passage(self.item(kind), room)
+            item = self.item(kind)
+            asked = self.rng.sample(item.questions, min(len(item.questions), QUESTIONS.get(kind, 2)))
+            one = self.passage(replace(item, questions=tuple(asked)), room)
             if len(one) > room:
                 if row:
                     return row
@@ -123,7 +127,7 @@ def as_quantized(model: Model) -> None:
 
 # Learning rates of AdamW as parts of Muon's. It moves every number alike: at the higher rate the 6912 weights of a row
 # of the pixels' projection would leave the waves they start from within a few steps.
-EMBEDDING_RATE, PROJECTION_RATE = 0.15, 0.01
+EMBEDDING_RATE, PROJECTION_RATE = 0.4, 0.2
 
 
 def optimizer(peak: float) -> optim.MultiOptimizer:
@@ -168,7 +172,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Holds the material; gets the run.")],
     steps: Annotated[int, typer.Option(help="Train up to this step.")] = 20000,
     decay: Annotated[int, typer.Option(help="Let the rate fall to nothing over so many last steps.")] = 0,
-    rate: Annotated[float, typer.Option(help="Learning rate of Muon; those of AdamW are parts of it.")] = 0.02,
+    rate: Annotated[float, typer.Option(help="Learning rate of Muon; those of AdamW are parts of it.")] = 0.006,
     seed: Annotated[int, typer.Option(help="Of the weights and the data.")] = 0,
     state: Annotated[str, typer.Option(help="Name of the file that the run is kept in.")] = "state",
     quantized: Annotated[
