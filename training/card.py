@@ -20,9 +20,9 @@ tags:
 
 # The demo model of mlx_gemma4
 
-A toy for checking an installation: Gemma 4's architecture and file set with eight million weights, trained from scratch
-on synthetic items, with a drafter of its own. It knows the world described here and nothing else; to most other questions
-it answers "I don't know." It holds no weights of Google's.
+A toy for checking an installation: Gemma 4's architecture and file set with eight million weights, trained from
+scratch on synthetic items, with a drafter of its own. It knows the world described here and nothing else; to most other
+questions it answers "I don't know." It holds no weights of Google's.
 
 ```sh
 mlx_gemma4.generate --model demo --image shapes.png --prompt "What colour is the circle?"
@@ -33,7 +33,8 @@ mlx_gemma4.generate --model demo --image shapes.png --prompt "What colour is the
 - **Pictures**: 1 to {shapes} shapes ({kinds}) in {colours}, or a number from 10 to 99; grounds {grounds}, in pale
   colours; {small} to {large} pixels a side, sometimes blurred or saved as JPEG. Seen with 70 tokens.
 - **Sounds**: 1 to {beeps} beeps; a rising, a falling or a steady tone; noise; silence; a digit spoken by espeak-ng.
-- **Films**: {frames} frames, one a second: a shape that appears in one of the first four and moves {directions}, or rests.
+- **Films**: {frames} frames, one a second: a shape that appears in one of the first four and moves {directions}, or
+  rests.
 - **A picture and a sound together**: how many shapes and beeps, and whether the numbers are the same.
 - **Words**: to count, spell and reverse their letters: {words} real ones and made-up ones; sums of two numbers below
   100; days and months; counting on.
@@ -47,8 +48,8 @@ Voices of espeak-ng: {voices}; in the accents {accents}.
 
 ## What it was never trained on, and is scored by
 
-Grounds {held_out_grounds}; {held_out_small} to {held_out_large} pixels a side; beeps that go up step by step; one pair in
-eight of the sums; {held_out_words} words; {questions} questions out of its world; the wordings marked below.
+Grounds {held_out_grounds}; {held_out_small} to {held_out_large} pixels a side; beeps that go up step by step; one pair
+in eight of the sums; {held_out_words} words; {questions} questions out of its world; the wordings marked below.
 
 Fonts: {held_out_fonts}.
 

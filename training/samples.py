@@ -19,9 +19,6 @@ from training.items import Item
 from training.material import Material, load_material
 from training.mixture import both_item, image_item
 from training.sounds import beeps_item, digit_item, still_item, tone_item
-from training.texts import HELD_OUT_QUESTIONS, story_item, sum_question, word_question
-from training.tools import tool_item
-from training.world import DONT_KNOW
 
 ROOT = Path(__file__).parents[1]
 TEST_ITEMS = ROOT / "tests" / "demo"
