@@ -35,7 +35,7 @@ from training.forward import (
 from training.material import load_material
 from training.rows import Batch, batch
 from training.start import initialise_drafter
-from training.train import FRAME, PATCH, ROW, Source, save, trees_of
+from training.train import FRAME, LOOKING, PATCH, ROW, Source, save, trees_of
 
 PROPOSALS = 4  # learnt in a row
 ROWS = {"text": 6, "image": 1, "audio": 1}
@@ -98,7 +98,7 @@ def main(
     step_gradient = nn.value_and_grad(drafter, lambda one: loss(drafter, model, one))
     began, seen = time.perf_counter(), np.zeros(PROPOSALS)
     for step in range(steps):
-        rows = [source.row(kind, ROW) for kind, count in ROWS.items() for _ in range(count)]
+        rows = [source.row(kind, ROW, LOOKING) for kind, count in ROWS.items() for _ in range(count)]
         (_, hits), gradients = step_gradient(batch(rows, ROW, PATCH, FRAME))
         gradients, _ = optim.clip_grad_norm(gradients, 1.0)
         optimise.update(drafter, gradients)

@@ -10,6 +10,8 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
+from mlx_gemma4.card import CARD
+from training.card import model_card
 from training.checkpoint import write_files
 from training.train import flat, trees_of
 
@@ -42,6 +44,7 @@ def main(
             shutil.rmtree(to)
         convert = [sys.executable, "-m", "mlx_gemma4.convert", "--hf-path", str(full), "--mlx-path", str(to)]
         subprocess.run(convert, check=True)
+    (to / CARD).write_text(model_card(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from training.texts import story_item, text_item, unknown_item
 from training.tools import tool_item
 from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, there_are
 
-SEEING = (("shapes", 0.6), ("number", 0.4))
+SEEING = (("shapes", 0.5), ("number", 0.5))
 HEARING = (("digit", 0.5), ("beeps", 0.25), ("tone", 0.15), ("still", 0.1))
 READING = (("text", 0.46), ("tool", 0.26), ("story", 0.14), ("unknown", 0.14))
 

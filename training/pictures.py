@@ -130,17 +130,17 @@ def finish(rng: random.Random, image: Image.Image) -> Image.Image:
 def random_size(rng: random.Random, held_out: bool) -> tuple[int, int]:
     sides = SIZES[held_out]
     side = rng.randrange(sides.start, sides.stop)
-    return (side, side) if rng.random() < 0.5 else (side, min(max(int(side * rng.uniform(0.6, 1.6)), 120), 1200))
+    return (side, side) if rng.random() < 0.5 else (side, int(side * rng.uniform(0.75, 1.34)))
 
 
 def place_shapes(rng: random.Random, count: int, size: tuple[int, int]) -> list[Shape]:
     """Shapes that do not touch each other or the edge."""
-    most = {1: 0.36, 2: 0.22, 3: 0.19, 4: 0.165, 5: 0.15, 6: 0.14}[count]
+    most = {1: 0.4, 2: 0.25, 3: 0.22, 4: 0.2}[count]
     wide, high = size[0] / min(size), size[1] / min(size)
     while True:
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
-            r = rng.uniform(max(0.6 * most, 0.09), most)
+            r = rng.uniform(0.7 * most, most)
             x, y = rng.uniform(r + 0.02, wide - r - 0.02), rng.uniform(r + 0.02, high - r - 0.02)
             if all(math.hypot(x - a, y - b) > 1.08 * (r + c) for a, b, c in placed):
                 placed.append((x, y, r))
@@ -258,13 +258,13 @@ def number_item(rng: random.Random, material: Material) -> Item:
     image = ground(rng, size, held_out)
     draw = ImageDraw.Draw(image)
     path = choose(rng, material.fonts)
-    height = rng.uniform(0.3, 0.95) * min(size)
+    height = rng.uniform(0.6, 0.95) * min(size)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font(path, 100))
-    scale = min(height / (bottom - top), 0.94 * size[0] / (right - left), 0.94 * size[1] / (bottom - top))
+    scale = min(height / (bottom - top), rng.uniform(0.75, 0.94) * size[0] / (right - left))
     face = font(path, max(8, int(100 * scale) // 8 * 8))
     left, top, right, bottom = draw.textbbox((0, 0), text, font=face)
-    x, y = (
-        rng.uniform(0.02 * side, max(0.02 * side, 0.98 * side - length))
+    x, y = (  # near the middle
+        (side - length) / 2 + rng.uniform(-0.03, 0.03) * side
         for side, length in ((size[0], right - left), (size[1], bottom - top))
     )
     colour = choose(rng, list(COLOURS)) if rng.random() < 0.6 else "black"

@@ -30,8 +30,9 @@ from training.rows import Batch, Passage, batch, passage
 from training.start import initialise
 
 ROW, LONG_ROW = 256, 512  # tokens
-ROWS = {"image": 4, "audio": 2, "both": 1, "text": 3}  # rows of ROW tokens in a step of one process
+ROWS = {"image": 5, "audio": 2, "both": 1, "text": 2}  # rows of ROW tokens in a step of one process
 QUESTIONS = {"video": 4}  # about one medium, 2 about all others: what there is to see is learnt from many media
+LOOKING = 3000  # first steps, in which media stand alone and their soft tokens are taught: three times as many of them
 PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
 MULTIPLE = 256  # of patches, frames and learnt tokens in a batch
@@ -52,14 +53,17 @@ class Source:
     def passage(self, item: Item, room: int) -> Passage:
         return passage(self.processor, item, self.rng, room)
 
-    def row(self, kind: str, length: int) -> list[Passage]:
-        """Passages of one kind until the row is nearly full."""
+    def row(self, kind: str, length: int, number: int) -> list[Passage]:
+        """Passages of one kind until the row is nearly full, as they are in the step of this number."""
         row: list[Passage] = []
         room = length
         while True:
             item = self.item(kind)
-            asked = self.rng.sample(item.questions, min(len(item.questions), QUESTIONS.get(kind, 2)))
-            one = self.passage(replace(item, questions=tuple(asked)), room)
+            if item.media:
+                most = QUESTIONS.get(kind, 2) if number >= LOOKING else 0
+                asked = self.rng.sample(item.questions, min(len(item.questions), most))
+                item = replace(item, questions=tuple(asked))
+            one = self.passage(item, room)
             if len(one) > room:
                 if row:
                     return row
@@ -71,8 +75,8 @@ class Source:
 
     def step(self, number: int) -> tuple[Batch, Batch]:
         self.rng = random.Random(f"{self.seed} {number}")
-        rows = [self.row(kind, ROW) for kind, count in ROWS.items() for _ in range(count)]
-        long = [self.row("video", LONG_ROW)]
+        rows = [self.row(kind, ROW, number) for kind, count in ROWS.items() for _ in range(count)]
+        long = [self.row("video", LONG_ROW, number)]
         return batch(rows, ROW, PATCH, FRAME, MULTIPLE), batch(long, LONG_ROW, PATCH, FRAME, MULTIPLE)
 
 

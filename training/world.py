@@ -42,7 +42,7 @@ COLOURS = {
     "black": (15, 15, 18),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-MOST_SHAPES = 6
+MOST_SHAPES = 4
 MOST_BEEPS = 6
 DIRECTIONS = ("left", "right", "up", "down")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
