@@ -35,7 +35,7 @@ def initialise(model: Model, seed: int) -> None:
         elif name.endswith("patch_dense.weight"):
             new = waves_of_pixels(value.shape[0], math.isqrt(value.shape[1] // 3), rng)
         elif name.endswith("embed_vision.embedding_projection.weight"):
-            new = np.eye(*value.shape)
+            new = np.eye(value.shape[0], value.shape[1])
         elif name.endswith("embed_audio.embedding_projection.weight"):
             new = waves_of_samples(value.shape[0], value.shape[1])
         else:
