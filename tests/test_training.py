@@ -37,7 +37,7 @@ from training.start import initialise, initialise_drafter
 from training.texts import is_good_story, is_held_out_sum, story, story_item, text_item
 from training.tokens import make_tokenizer
 from training.tools import tool_item
-from training.train import as_quantized, merge, optimizer, save, trees_of
+from training.train import LOOKING, Source, as_quantized, merge, optimizer, save, trees_of
 from training.world import COLOURS, HEROES, MONTHS, THINGS, WORDINGS
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +292,19 @@ def test_learnt_tokens_are_those_of_the_answers(small: tuple[Model, Drafter, Pro
     hints = [token for member in row for _, token in member.hints]
     assert hints and one.targets[~of_answers].tolist() == hints
     assert (one.soft.reshape(-1)[one.learnt[~of_answers]] > 0).all()
+
+
+def test_media_stand_alone_at_first(small: tuple[Model, Drafter, Processor], material: Material) -> None:
+    source = Source(small[2], material, "a seed")
+    for number, questions in ((0, 0), (LOOKING, 2)):
+        rows = [source.row(kind, 256, number) for kind in ("image", "audio", "both")]
+        asked = [len(one.segments) for row in rows for one in row]
+        assert max(asked) == questions and len(asked) > 6 / (1 + questions)
+        assert all(len(one.segments) == 1 for one in source.row("text", 256, number))
+    first = [vars(one) for one in source.step(3)]
+    source.step(4)
+    for one, again in zip(first, source.step(3), strict=True):  # whatever was drawn before
+        assert all(np.array_equal(value, vars(again)[name]) for name, value in one.items())
 
 
 def test_hints_say_what_lies_under_them(small: tuple[Model, Drafter, Processor], material: Material) -> None:

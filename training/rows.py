@@ -231,7 +231,7 @@ def batch(rows: Sequence[Sequence[Passage]], length: int, patch: int, frame: int
     frames = np.concatenate([np.zeros((0, frame), np.float32), *(run.values for run in sounds)])
     return Batch(
         ids, positions, full, sliding, np.where(soft > len(pixels), soft + -len(pixels) % multiple, soft),
-        padded(normed(pixels)), padded(np.concatenate([np.zeros((0, 2), np.int32), *columns_rows])), padded(frames),
+        normed(padded(pixels)), padded(np.concatenate([np.zeros((0, 2), np.int32), *columns_rows])), padded(frames),
         padded(np.array(learnt, np.int32)), padded(np.array(targets, np.int32)),
         padded(np.array(weights, np.float32)),
     )  # fmt: skip

@@ -30,9 +30,10 @@ from training.rows import Batch, Passage, batch, passage
 from training.start import initialise
 
 ROW, LONG_ROW = 256, 512  # tokens
-ROWS = {"image": 5, "audio": 2, "both": 1, "text": 2}  # rows of ROW tokens in a step of one process
+LOOKING = 1500  # first steps, in which media stand alone and their soft tokens are taught: three times as many of them
+LOOKING_ROWS = {"image": 5, "audio": 2, "both": 1, "text": 2}  # rows of ROW tokens in a step of one process
+ROWS = {"image": 3, "audio": 1, "both": 2, "text": 4}  # and afterwards
 QUESTIONS = {"video": 4}  # about one medium, 2 about all others: what there is to see is learnt from many media
-LOOKING = 3000  # first steps, in which media stand alone and their soft tokens are taught: three times as many of them
 PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
 MULTIPLE = 256  # of patches, frames and learnt tokens in a batch
@@ -75,7 +76,8 @@ class Source:
 
     def step(self, number: int) -> tuple[Batch, Batch]:
         self.rng = random.Random(f"{self.seed} {number}")
-        rows = [self.row(kind, ROW, number) for kind, count in ROWS.items() for _ in range(count)]
+        kinds = LOOKING_ROWS if number < LOOKING else ROWS
+        rows = [self.row(kind, ROW, number) for kind, count in kinds.items() for _ in range(count)]
         long = [self.row("video", LONG_ROW, number)]
         return batch(rows, ROW, PATCH, FRAME, MULTIPLE), batch(long, LONG_ROW, PATCH, FRAME, MULTIPLE)
 
