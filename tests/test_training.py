@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlx_gemma4.prompt import Prompt
 from mlx_gemma4.toolcall import parse_tool_call
 from mlx_gemma4.weights import parameters
 from training.checkpoint import write_files
+from training.draft import loss as draft_loss
 from training.draft import propose
 from training.films import FRAMES, film_item
 from training.forward import attend, cross_entropy, for_heads, gelu, hidden_states, loss, rms_norm, turns_of
@@ -442,3 +444,13 @@ def test_the_drafter_in_training_is_the_drafter_in_use(
         assert mx.argmax(logits).item() == proposal
         tokens.append(proposal)
     model.drafter = None
+
+
+def test_the_drafter_learns_from_answers_alone(small: tuple[Model, Drafter, Processor], material: Material) -> None:
+    model, drafter, processor = small
+    one = passages(processor, material, 12)[0]
+    assert one.hints
+    with_hints, without = (
+        draft_loss(drafter, model, batch([[member]], len(one), 48, 640)) for member in (one, replace(one, hints=[]))
+    )
+    assert all(mx.array_equal(a, b) for a, b in zip(with_hints, without, strict=True))

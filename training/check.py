@@ -5,7 +5,6 @@ item with its answer tells. `benchmarks/demo.py` is the real thing: it generates
 """
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +22,10 @@ from training.train import FRAME, LONG_ROW, PATCH, ROW, Source, trees_of
 
 
 def right_answers(model: Model, one: Batch) -> np.ndarray:
-    """For each learnt token whether it is the likeliest, [N] bool."""
+    """For each token of an answer whether it is the likeliest, bool."""
     hidden, _ = hidden_states(model, one)
-    return np.array(mx.argmax(learnt_logits(model, hidden, one), axis=-1) == mx.array(one.targets))
+    likeliest = np.array(mx.argmax(learnt_logits(model, hidden, one), axis=-1))
+    return (likeliest == one.targets)[one.answers]
 
 
 def main(
@@ -48,7 +48,7 @@ def main(
             one = source.passage(item, length)
             if len(one) > length:
                 continue
-            hits = right_answers(model, batch([[replace(one, hints=[])]], length, PATCH, FRAME))
+            hits = right_answers(model, batch([[one]], length, PATCH, FRAME))
             at = 0
             for question, segment in zip(item.questions, one.segments, strict=False):
                 count = len(segment.ids) - segment.answer

@@ -231,7 +231,7 @@ def loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     hidden, _ = hidden_states(model, batch)
     logits, targets = learnt_logits(model, hidden, batch), mx.array(batch.targets)
     weights = mx.array(batch.weights)
-    answers = (weights == 1).astype(mx.float32)
+    answers = mx.array(batch.answers).astype(mx.float32)
     right = mx.sum((mx.argmax(logits, axis=-1) == targets) * answers) / mx.sum(answers)
     weights = weights / mx.sum(weights)
     return mx.sum(cross_entropy(logits, targets) * weights), mx.stop_gradient(right)

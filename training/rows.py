@@ -77,6 +77,7 @@ def passage(processor: Processor, item: Item, rng: random.Random, room: int) -> 
 def hinted(processor: Processor, item: Item, runs: Sequence[SoftTokens], rng: random.Random) -> list[tuple[int, int]]:
     """Some soft tokens of each run and what they are to say."""
     found: list[tuple[int, int]] = []
+    tokens = {word: encode(processor, f" {word}")[-1] for hint in item.hints for word in hint.words}
     for number, run in enumerate(runs):
         n = len(run)
         if run.positions is None:
@@ -94,7 +95,7 @@ def hinted(processor: Processor, item: Item, runs: Sequence[SoftTokens], rng: ra
                     if left - across <= x <= right + across and top - down <= y <= bottom + down:
                         said.setdefault(i, []).extend(hint.words)
         for i in rng.sample(sorted(said), min(len(said), HINTS)):
-            found += [(run.start + i, encode(processor, f" {word}")[-1]) for word in said[i]]
+            found += [(run.start + i, tokens[word]) for word in said[i]]
     return found
 
 
@@ -155,6 +156,11 @@ class Batch:
     learnt: np.ndarray  # [N] int32: indices into the B * T positions whose next token is learnt
     targets: np.ndarray  # [N] int32
     weights: np.ndarray  # [N] float32: 1 for a token of an answer, HINT_WEIGHT for a hint, 0 for padding
+
+    @property
+    def answers(self) -> np.ndarray:
+        """Which of the learnt tokens are of answers, [N] bool."""
+        return self.weights == 1
 
 
 def normed(pixels: np.ndarray) -> np.ndarray:
