@@ -9,19 +9,19 @@ BASE_MODEL = "google/gemma-4-12B-it"  # of a folder that does not say what it is
 CARD = "README.md"
 NOT_MEASURED = "Quality: not measured."  # the line that an evaluation replaces
 
-# What mlx-community and mlx-vlm write, so that the hub lists it among the conversions of its base model.
-TEMPLATE = """\
+FRONT_MATTER = """\
 ---
 language: en
 library_name: mlx
 license: apache-2.0
 pipeline_tag: image-text-to-text
-base_model: {base_model}
-tags:
+{base}tags:
 - mlx
 - gemma4
 ---
-
+"""
+TEMPLATE = """\
+{front_matter}
 # {name}
 
 {source}, converted to MLX by mlx_gemma4.
@@ -56,12 +56,17 @@ class Figures:
         return f"{size_text(self.nbytes)}, {8 * self.nbytes / max(1, self.weights):.2f} bits a weight"
 
 
+def front_matter(base_model: str | None) -> str:
+    """What mlx-community and mlx-vlm write, so that the hub lists a conversion among those of its base model."""
+    return FRONT_MATTER.format(base=f"base_model: {base_model}\n" if base_model else "")
+
+
 def write_card(
     folder: Path, name: str, source: str, base_model: str, recipe: str, target: Figures, drafter: Figures | None
 ) -> None:
     """Write the README.md of a model folder. `name` is what it will be called, `source` what it was made from."""
     size = target.text + (f"; the drafter in `drafter/`: {drafter.text}" if drafter else "")
     text = TEMPLATE.format(
-        base_model=base_model, name=name, source=source, recipe=recipe, size=size, quality=NOT_MEASURED
+        front_matter=front_matter(base_model), name=name, source=source, recipe=recipe, size=size, quality=NOT_MEASURED
     )
     (folder / CARD).write_text(text, encoding="utf-8")

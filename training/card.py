@@ -1,5 +1,6 @@
 """The demo's model card: what it was trained on, said by the modules that it was trained with."""
 
+from mlx_gemma4.card import front_matter
 from training.films import FRAMES
 from training.material import ACCENTS, FONTS, HELD_OUT_ACCENTS, HELD_OUT_FONTS, HELD_OUT_VOICES, VOICES
 from training.pictures import GROUNDS, HELD_OUT_GROUNDS, SIZES
@@ -8,16 +9,7 @@ from training.tools import TOOLS
 from training.world import COLOURS, DIRECTIONS, HEROES, MOST_BEEPS, MOST_SHAPES, PLACES, SHAPES, THINGS, WORDINGS
 
 TEMPLATE = """\
----
-language: en
-library_name: mlx
-license: apache-2.0
-pipeline_tag: image-text-to-text
-tags:
-- mlx
-- gemma4
----
-
+{front_matter}
 # The demo model of mlx_gemma4
 
 A toy for checking an installation: Gemma 4's architecture and file set with eight million weights, trained from
@@ -75,6 +67,7 @@ def model_card() -> str:
         for task, split in WORDINGS.items()
     )
     return TEMPLATE.format(
+        front_matter=front_matter(None),
         shapes=MOST_SHAPES, kinds=listed(SHAPES), colours=listed(tuple(COLOURS)), grounds=listed(GROUNDS),
         small=SIZES[0].start, large=SIZES[0].stop - 1, beeps=MOST_BEEPS, frames=FRAMES, directions=listed(DIRECTIONS),
         words=len(WORDS), heroes=listed(HEROES), things=listed(THINGS), places=listed(PLACES),

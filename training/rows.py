@@ -1,6 +1,6 @@
 """Items → rows of tokens for training.
 
-A row holds one medium and many questions, each of which sees the medium and itself alone: the medium is paid for once.
+A passage is one medium and questions, each of which sees the medium and itself alone: the medium is paid for once.
 """
 
 import json

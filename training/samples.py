@@ -1,6 +1,6 @@
-"""Held-out items as files that a person could have made, for the test suite and to lie beside the demo model.
+"""Held-out items as files that a person could have made, to ask the finished model about through the command.
 
-`python -m training.samples RUN`; the test asks about them through the command.
+`python -m training.samples RUN`
 """
 
 import json

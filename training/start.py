@@ -51,9 +51,8 @@ def initialise(model: Model, seed: int) -> None:
     gate[: 2 * width] = rows[: 2 * width]
     first.gate_proj.weight = mx.array(gate)
     down = np.array(first.down_proj.weight)
-    down[: width // 2, : 2 * width] = np.tile(
-        np.repeat(np.eye(width // 2), 2, axis=1), 2
-    )  # a cosine and its sine: energy
+    pairs = np.repeat(np.eye(width // 2), 2, axis=1)  # a cosine and its sine, whose squares make an energy
+    down[: width // 2, : 2 * width] = np.tile(pairs, 2)
     first.down_proj.weight = mx.array(down)
 
 
