@@ -203,7 +203,7 @@ def test_same_key_draws_the_same() -> None:
     assert first == again != other
 
 
-@pytest.mark.filterwarnings("ignore:the .* tokens ran out inside the thought")
+@pytest.mark.filterwarnings("ignore:the .* tokens ran out inside the thought", "ignore:a tool call is kept as text")
 def test_same_seed_gives_the_same_reply_and_another_seed_another(tiny: tuple[Model, Processor]) -> None:
     model, processor = tiny
 
