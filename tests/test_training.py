@@ -28,7 +28,7 @@ from training.checkpoint import write_files
 from training.draft import loss as draft_loss
 from training.draft import propose
 from training.films import FRAMES, film_item
-from training.forward import attend, cross_entropy, for_heads, gelu, hidden_states, loss, rms_norm, turns_of
+from training.forward import attend, cross_entropy, for_heads, gelu, hidden_states, loss, norm, rms_norm, turn, turns_of
 from training.items import Item, Question
 from training.material import RATE, Material
 from training.mixture import both_item, image_item, item
@@ -405,6 +405,24 @@ def test_training_learns_and_goes_on_where_it_stopped(
     optimise.state = merge(optimise.state, trees["optimizer"])  # type: ignore[attr-defined]
     assert step == 4
     assert np.allclose(first + run(model, optimise, 4), whole, rtol=1e-4)
+
+
+def test_some_heads_start_by_looking_back(small: tuple[Model, Drafter, Processor]) -> None:
+    """The first group's, in the first layer: one token back, and two."""
+    model = Model(small[2].config)
+    initialise(model, 3)
+    ids = mx.random.randint(0, small[2].config.text.vocab_size, (2, 24), key=mx.random.key(0))
+    layer = model.language_model.layers[0]
+    attention, x = layer.self_attn, layer.input_layernorm(model.language_model.embed(ids))
+    turns = turns_of(model, mx.broadcast_to(mx.arange(24), (2, 24)))["sliding_attention"]
+    q, k = (
+        turn(norm(part, y.reshape(2, 24, -1, attention.head_dim)).swapaxes(1, 2), *turns)
+        for part, y in ((attention.q_norm, attention.q_proj(x)), (attention.k_norm, attention.k_proj(x)))
+    )
+    causal = mx.triu(mx.full((24, 24), -mx.inf), 1)
+    seen = np.array(mx.argmax(q[:, :2] @ k[:, :1].swapaxes(-1, -2) + causal, axis=-1))  # [2, 2, 24]
+    for head, back in enumerate((1, 2)):
+        assert (seen[:, head, 4:] == np.arange(4, 24) - back).mean() > 0.8
 
 
 def test_quantized_training_computes_with_four_bits(small: tuple[Model, Drafter, Processor]) -> None:

@@ -23,7 +23,7 @@ from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, there_are
 
 SEEING = (("shapes", 0.5), ("number", 0.5))
 HEARING = (("digit", 0.5), ("beeps", 0.25), ("tone", 0.15), ("still", 0.1))
-READING = (("text", 0.46), ("tool", 0.26), ("story", 0.14), ("unknown", 0.14))
+READING = (("text", 0.65), ("tool", 0.12), ("story", 0.15), ("unknown", 0.08))
 
 
 def drawn(rng: random.Random, shares: tuple[tuple[str, float], ...]) -> str:

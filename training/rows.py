@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,7 @@ class Passage:
 def passage(processor: Processor, item: Item, rng: random.Random, room: int) -> Passage:
     """An item as tokens, with as many of its questions as fit in `room` tokens, one at least."""
     if item.group in ("text", "story", "unknown", "tool"):
-        ids, start = text_ids(processor, item.questions[0], rng.random() < 0.2)
-        return Passage([], (), [Segment(ids, start)])
+        return text_passage(processor, item.questions, rng.random() < 0.2, room)
     thinking = rng.random() < 0.06
     parts = [{"type": part["type"], part["type"]: ""} for part in item.media]
     shown = [{"role": "user", "content": [*parts, {"type": "text", "text": MARK}]}]
@@ -72,6 +72,22 @@ def passage(processor: Processor, item: Item, rng: random.Random, room: int) -> 
         segments.append(segment)
         used += len(segment.ids)
     return Passage(head.token_ids, head.media, segments, hinted(processor, item, head.media, rng))
+
+
+def text_passage(processor: Processor, questions: Sequence[Question], thinking: bool, room: int) -> Passage:
+    """Questions without media; what their prompts have in common, such as declared tools, is read once."""
+    asked = [text_ids(processor, question, thinking) for question in questions]
+    prompts = (ids[: start - 1] for ids, start in asked)
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    common = sum(1 for _ in same) if len(asked) > 1 else 0
+    segments: list[Segment] = []
+    used = common
+    for ids, start in asked:
+        if segments and used + len(ids) - common > room:
+            break
+        segments.append(Segment(ids[common:], start - common))
+        used += len(ids) - common
+    return Passage(asked[0][0][:common], (), segments)
 
 
 def hinted(processor: Processor, item: Item, runs: Sequence[SoftTokens], rng: random.Random) -> list[tuple[int, int]]:

@@ -1,19 +1,30 @@
-"""The weights that training starts from."""
+"""The weights that training starts from: random, with what small models take longest to find already in their form.
+
+Pixels and samples start from smooth waves. Attention starts as trained models' is found to be (Trockman and Kolter,
+"Mimetic Initialization of Self-Attention Layers", 2023): queries lean to keys like themselves, outputs to the values
+they were made of; half of the heads of the first layers look one and two tokens back.
+"""
 
 import math
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_gemma4.decoder import SelfAttention
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.model import Model
 from mlx_gemma4.weights import parameters
 from training.material import RATE
 
+LOOKING_BACK = 2  # first layers with heads that look back
+SHARP = 4  # frequencies of RoPE by which they do
+LIKE_KEYS, LIKE_VALUES = 0.5, 0.7  # correlations
+
 
 def initialise(model: Model, seed: int) -> None:
-    """Random weights; pixels and samples start from smooth waves, which is what pictures and sounds are made of."""
+    """Random weights of the forms above."""
     rng = np.random.default_rng(seed)
     weights: list[tuple[str, mx.array]] = []
     layers = len(model.language_model.layers)
@@ -54,6 +65,36 @@ def initialise(model: Model, seed: int) -> None:
     pairs = np.repeat(np.eye(width // 2), 2, axis=1)  # a cosine and its sine, whose squares make an energy
     down[: width // 2, : 2 * width] = np.tile(pairs, 2)
     first.down_proj.weight = mx.array(down)
+    common = rng.choice([-1.0, 1.0], width) * width**-0.5  # in each token's embedding; alike in all, no logit sees it
+    embedding = model.language_model.embed_tokens
+    embedding.weight = embedding.weight + mx.array(common.astype(np.float32))
+    for number, layer in enumerate(model.language_model.layers):
+        start_attention(cast(SelfAttention, layer.self_attn), common if number < LOOKING_BACK else None)
+
+
+def start_attention(attention: SelfAttention, common: np.ndarray | None) -> None:
+    """Queries like keys, outputs like values; with `common`, the first group's heads look 1, 2, … tokens back."""
+    dims, groups, width = attention.head_dim, attention.kv_heads, attention.q_proj.weight.shape[1]
+    per = attention.heads // groups
+    q = np.array(attention.q_proj.weight).reshape(groups, per, dims, width)
+    k = np.array(attention.k_proj.weight).reshape(groups, 1, dims, width)
+    v = k if attention.is_full else np.array(attention.v_proj.weight).reshape(groups, 1, dims, width)
+    out = np.array(attention.o_proj.weight).reshape(width, groups, per, dims)
+    q = LIKE_KEYS * k + math.sqrt(1 - LIKE_KEYS**2) * q
+    copied = np.moveaxis(v, -1, 0) * math.sqrt(width / (attention.heads * dims))
+    signs = np.where(np.arange(per) % 2, -1, 1)[:, None]  # every other head takes away what it sees
+    out = LIKE_VALUES * signs * copied + math.sqrt(1 - LIKE_VALUES**2) * out
+    if common is not None:
+        angles = 1 / np.array(attention.rope.periods[:SHARP])  # the fastest turns tell near tokens apart
+        steps = np.arange(1, per + 1)[:, None] * angles
+        kept, size = 0.3, math.sqrt(2 * dims / SHARP)
+        k[0], q[0] = kept * k[0], kept * q[0]
+        k[0, 0, :SHARP] += size * common
+        q[0, :, :SHARP] += size * np.cos(steps)[..., None] * common
+        q[0, :, dims // 2 : dims // 2 + SHARP] -= size * np.sin(steps)[..., None] * common
+    for module, rows in ((attention.q_proj, q), (attention.k_proj, k)):
+        module.weight = mx.array(rows.reshape(-1, width).astype(np.float32))
+    attention.o_proj.weight = mx.array(out.reshape(width, -1).astype(np.float32))
 
 
 def randoms(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -21,6 +21,7 @@ PEOPLE = Split(
     ("Paula", "Quinn", "Rosa", "Simon", "Tina", "Viktor", "Wanda"),
 )  # fmt: skip
 ROOMS = Split(("kitchen", "bedroom", "bathroom", "hall", "garage", "office"), ("attic", "cellar", "study"))
+QUESTIONS = 4  # for the same tools
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy", "snowy")
 
 
@@ -80,16 +81,19 @@ def declaration(rng: random.Random, tool: Tool) -> dict[str, Any]:
 
 
 def tool_item(rng: random.Random, held_out: bool) -> Item:
-    """One to three tools, a question for one of them; half the time what it gave is there too, and is to be told."""
-    tool = choose(rng, TOOLS)
-    others = rng.sample([t for t in TOOLS if t is not tool], rng.choice((0, 0, 1, 2)))
-    declared = [declaration(rng, t) for t in (tool, *others)]
-    rng.shuffle(declared)
+    """One to three tools and questions for them; of some, what the tool gave is there too, and is to be told."""
+    tools = rng.sample(TOOLS, rng.choice((1, 1, 2, 3)))
+    declared = tuple(declaration(rng, tool) for tool in tools)
+    return Item("tool", tuple(tool_question(rng, choose(rng, tools), declared, held_out) for _ in range(QUESTIONS)))
+
+
+def tool_question(rng: random.Random, tool: Tool, declared: tuple[dict[str, Any], ...], held_out: bool) -> Question:
     arguments = {name: value(rng, kind, held_out) for name, kind in tool.arguments.items()}
     text = choose(rng, tool.wordings.of(held_out)).format(**arguments)
     call = {"name": tool.name, "arguments": arguments}
     if rng.random() < 0.6:
-        return Item("tool", (Question("call", text, "", "I need a tool.", tuple(declared), call),))
+        return Question("call", text, "", "I need a tool.", declared, call)
     given = {name: value(rng, kind, held_out) for name, kind in tool.gives.items()}
-    answer = tool.answer.format(**arguments, **given)
-    return Item("tool", (Question("response", text, answer, "The tool has answered.", tuple(declared), call, given),))
+    return Question(
+        "response", text, tool.answer.format(**arguments, **given), "The tool has answered.", declared, call, given
+    )
