@@ -246,7 +246,8 @@ def shapes_item(rng: random.Random, held_out: bool, count: int | None = None) ->
     shapes = place_shapes(rng, count or rng.randint(1, MOST_SHAPES), size)
     image = draw_shapes(rng, shapes, size, held_out)
     questions = shape_questions(rng, shapes, held_out)
-    hints = tuple(hint_of(shape, size, 0) for shape in shapes)
+    from_left = sorted(shapes, key=lambda s: s.x)
+    hints = tuple(hint_of(shape, size, 0, str(number)) for number, shape in enumerate(from_left, 1))
     return Item("image", tuple(questions), ({"type": "image", "image": image},), hints), shapes
 
 
