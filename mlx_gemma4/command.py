@@ -28,9 +28,7 @@ from mlx_gemma4.terminal import (
     whole_above_0,
     whole_number,
 )
-from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
-
-DEFAULT_MODEL = "mlx-community/gemma-4-12B-it-4bit"
+from mlx_gemma4.weights import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -38,7 +36,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask; - reads standard input.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="A model folder, a hub id, or demo.")] = DEFAULT_MODEL,
     image: Annotated[list[str], typer.Option(metavar="FILE", help="An image file or URL; repeatable.")] = [],  # noqa: B006
     audio: Annotated[list[str], typer.Option(metavar="FILE", help="A sound file or URL; repeatable.")] = [],  # noqa: B006
     video: Annotated[

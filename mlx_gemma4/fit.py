@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from mlx_gemma4.command import DEFAULT_MODEL
 from mlx_gemma4.config import Quantization
 from mlx_gemma4.memory import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.model import Model
 from mlx_gemma4.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
 from mlx_gemma4.terminal import FAILED, Debug, ctrl_c_at_once, run, size_text, whole_above_0
 from mlx_gemma4.weights import (
+    DEFAULT_MODEL,
     INDEX,
     Checkpoint,
     Tensor,

@@ -21,6 +21,8 @@ from mlx_gemma4.processor import Processor, load_processor
 logger = logging.getLogger("mlx_gemma4")
 
 DRAFTER_BITS, DRAFTER_GROUP_SIZE = 4, 64  # of a partner in full precision: its acceptance stays, its cost falls
+DEFAULT_MODEL = "mlx-community/gemma-4-12B-it-4bit"
+DEMO = Path(__file__).with_name("demo")
 INDEX = "model.safetensors.index.json"
 # Parts a conversion may have left out; the rest of the model is then used without them.
 OPTIONAL_PARTS = {"vision": ("vision_embedder.", "embed_vision."), "audio": ("embed_audio.",)}
@@ -142,9 +144,12 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
 def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = None) -> Path:
     """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none.
 
-    patterns: of a hub id's files, the names of those that are wanted; None: all that this package reads.
+    "demo" is the small model inside this package (a folder of that name is ./demo). patterns: of a hub id's files, the
+    names of those that are wanted; None: all that this package reads.
     """
     text = str(path_or_hub_id)
+    if text == "demo":
+        return DEMO
     try:
         folder = Path(path_or_hub_id).expanduser()
         if text and folder.is_dir():
@@ -157,7 +162,12 @@ def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = Non
         raise CheckpointError(f"{text!r} is no folder; expected a model folder or a hub id such as owner/name")
     from mlx_gemma4.hub import PATTERNS, download  # here: a folder needs no HTTP client
 
-    return download(text, patterns or PATTERNS)
+    try:
+        return download(text, patterns or PATTERNS)
+    except ConnectionError as error:
+        if text != DEFAULT_MODEL:
+            raise
+        raise ConnectionError(f"{error}; the small model in this package needs no network: --model demo") from None
 
 
 @dataclass(frozen=True)

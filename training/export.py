@@ -11,11 +11,10 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.card import CARD
+from mlx_gemma4.weights import DEMO
 from training.card import model_card
 from training.checkpoint import write_files
 from training.train import flat, trees_of
-
-DEMO = Path(__file__).parents[1] / "mlx_gemma4" / "demo"
 
 
 def write_checkpoint(run: Path, folder: Path, state: str) -> None:

@@ -1,6 +1,6 @@
-"""Held-out items as files that a person could have made, to ask the finished model about through the command.
+"""Held-out items as files that a person could have made: some for the tests, and one of each kind beside the model.
 
-`python -m training.samples RUN`
+`python -m training.samples RUN`, after the export.
 """
 
 import json
@@ -14,11 +14,14 @@ import soundfile
 import soxr
 import typer
 
+from mlx_gemma4.weights import DEMO
 from training.films import film_item, save_film
 from training.items import Item
 from training.material import Material, load_material
 from training.mixture import both_item, image_item
+from training.pictures import number_item, shapes_item
 from training.sounds import beeps_item, digit_item, still_item, tone_item
+from training.world import MOST_SHAPES
 
 ROOT = Path(__file__).parents[1]
 TEST_ITEMS = ROOT / "tests" / "demo"
@@ -63,15 +66,30 @@ def write_items(folder: Path, rng: random.Random, found: Sequence[Item]) -> None
     (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="The folder of the material.")],
-    to: Annotated[Path, typer.Option(help="Where to write; replaced if it is there.")] = TEST_ITEMS,
-) -> None:
-    rng = random.Random(SEED)
-    if to.exists():
-        shutil.rmtree(to)
-    to.mkdir(parents=True)
-    write_items(to, rng, items(rng, load_material(run, held_out=True)))
+def samples(rng: random.Random, material: Material) -> dict[str, Item]:
+    """What lies beside the model, by the names of the files."""
+    return {
+        "shapes": shapes_item(rng, True, MOST_SHAPES)[0],
+        "number": number_item(rng, material),
+        "beeps": beeps_item(rng, True),
+        "digit": digit_item(rng, material),
+        "film": film_item(rng, True),
+    }
+
+
+def emptied(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def main(run: Annotated[Path, typer.Argument(help="The folder of the material.")]) -> None:
+    rng, material = random.Random(SEED), load_material(run, held_out=True)
+    write_items(emptied(TEST_ITEMS), rng, items(rng, material))
+    beside = emptied(DEMO / "samples")
+    for name, item in samples(rng, material).items():
+        save_medium(rng, item.media[0], beside / name)
 
 
 if __name__ == "__main__":
