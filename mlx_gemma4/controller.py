@@ -11,7 +11,7 @@ MEMORY = 0.97  # what a trial of a draft position still counts after each later 
 GUESSED_ACCEPTANCE = 0.6  # of the first draft, before any trial
 GAIN = 1.02  # another length must promise this much more tokens a second
 FIRST_PROBE, LAST_PROBE = 32, 1024  # rounds between probes, doubled as long as they change nothing
-
+CHECK = 8  # rounds after a change until the length before it is probed
 
 MAX_DRAFTS = 7  # in a round
 
@@ -51,7 +51,8 @@ class Controller:
     """Learns what a round of each length costs and how often each draft position is accepted.
 
     It maximizes expected tokens a round over seconds a round. The best length stays in use; now and then another is
-    probed for two rounds, and for longer only while its drafts are accepted.
+    probed for two rounds, and for longer only while its drafts are accepted. What the machine does besides slows all
+    lengths down alike: when the best one's times change, the others' are changed with them until they are probed.
     """
 
     longest: int = MAX_DRAFTS
@@ -59,7 +60,9 @@ class Controller:
     trials: list[float] = field(default_factory=list)  # by draft position: rounds that got so far
     hits: list[float] = field(default_factory=list)  # of these, accepted
     best: int = 0
+    former: int | None = None  # the best before, until it is known that the change was right
     probe: int | None = None
+    renews: bool = False  # the first time of a probe makes those of that length before it void
     wait: int = FIRST_PROBE  # rounds until the next probe
     rounds: int = 0  # since the last probe
     probes: int = 0
@@ -69,10 +72,18 @@ class Controller:
             if len(self.times.get(length, ())) < enough:
                 return length
         if self.probe is None and self.rounds >= self.wait:
-            others = (self.best + 1, self.best - 1, self.best + 2, 0) if self.best else (1, 2)
-            self.probe = min(others[self.probes % len(others)], self.longest)
-            self.rounds, self.wait, self.probes = 0, min(2 * self.wait, LAST_PROBE), self.probes + 1
+            self.start_probe()
         return self.best if self.probe is None else self.probe
+
+    def start_probe(self) -> None:
+        if self.former is not None:
+            self.probe, self.former, self.wait = self.former, None, FIRST_PROBE
+        else:
+            near = (self.best + 1, self.best - 1, self.best + 2, self.best // 2, 0)
+            others = [length for length in dict.fromkeys(near) if length != self.best and 0 <= length <= self.longest]
+            self.probe = others[self.probes % len(others)]
+            self.wait, self.probes = min(2 * self.wait, LAST_PROBE), self.probes + 1
+        self.rounds, self.renews = 0, True
 
     def record(self, length: int, accepted: int, seconds: float | None) -> None:
         self.rounds += 1
@@ -83,19 +94,31 @@ class Controller:
             self.trials[position] = MEMORY * self.trials[position] + 1
             self.hits[position] = MEMORY * self.hits[position] + (position < accepted)
         if seconds is not None:
-            self.times.setdefault(length, deque(maxlen=WINDOW)).append(seconds)
+            self.remember(length, seconds)
             if length == self.probe and (accepted < length or length == 0):
                 self.probe = None
         # plain rounds say nothing new of drafting, and this takes as long as a few of a round's launches
         if len(self.times) >= len(FIRST_TIMED) and (length or self.rounds % 16 == 0):
             self.settle()
 
+    def remember(self, length: int, seconds: float) -> None:
+        times = self.times.setdefault(length, deque(maxlen=WINDOW))
+        if length == self.probe and self.renews:
+            times.clear()
+            self.renews = False
+        before = quartile(times) if len(times) > 1 else None
+        times.append(seconds)
+        if length == self.best and before is not None:
+            change = quartile(times) / before
+            for other in self.times.keys() - {length} if change != 1 else ():
+                self.times[other] = deque((time * change for time in self.times[other]), WINDOW)
+
     def settle(self) -> None:
         """Change to a length that promises clearly more."""
         speeds = self.tokens_per_second()
         best = max(range(len(speeds)), key=speeds.__getitem__)
         if speeds[best] > GAIN * speeds[self.best]:
-            self.best, self.wait, self.rounds, self.probe = best, FIRST_PROBE, 0, None
+            self.former, self.best, self.wait, self.rounds, self.probe = self.best, best, CHECK, 0, None
 
     def tokens_per_second(self) -> list[float]:
         """Expected, of each length."""

@@ -1,6 +1,6 @@
 """The draft length on machines whose costs and models whose acceptance are known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -29,17 +29,21 @@ class Machine:
 
     def __init__(self, cost: Cost, acceptance: float, noise: float = 0.0, seed: int = 0, timed: float = 1.0):
         self.cost, self.acceptance, self.noise, self.timed = cost, acceptance, noise, timed
+        self.load: Sequence[float] = (1.0,)  # what all rounds are slowed down by: one of these, for 50 rounds or so
         self.rng = np.random.default_rng(seed)
         self.lengths: list[int] = []
 
     def run(self, pace: Pace, rounds: int) -> float:
         """Tokens a second over so many rounds."""
         tokens = seconds = 0.0
+        load = self.rng.choice(self.load)
         for _ in range(rounds):
+            if self.rng.random() < 0.02:
+                load = self.rng.choice(self.load)
             length = pace.choose()
             assert 0 <= length <= MAX_DRAFTS
             accepted = int(np.append(self.rng.random(length) < self.acceptance, False).argmin())
-            took = self.cost(length) * float(np.exp(self.noise * self.rng.standard_normal()))
+            took = load * self.cost(length) * float(np.exp(self.noise * self.rng.standard_normal()))
             pace.record(length, accepted, took if self.rng.random() < self.timed else None)
             tokens, seconds = tokens + accepted + 1, seconds + self.cost(length)
             self.lengths.append(length)
@@ -119,6 +123,30 @@ def test_rounds_of_unknown_time_are_fine(timed: float) -> None:
     rate = machine.run(Controller(), 1500)
     if timed:
         assert rate > 0.9 * machine.best
+
+
+@pytest.mark.parametrize("draft", [0.3, 1.1])
+@pytest.mark.parametrize("acceptance", [0.2, 0.5])
+def test_where_drafting_never_pays_another_program_does_not_change_that(draft: float, acceptance: float) -> None:
+    """One that takes more than half of the machine now and then."""
+    rates = []
+    for seed in range(9):
+        machine = Machine(linear(draft), acceptance, noise=0.05, seed=seed)
+        machine.load = (1.0, 2.5)
+        rates.append(machine.run(Controller(), 1000) / machine.expected(0))
+    assert sorted(rates)[4] > 0.97
+    assert min(rates) > 0.8
+
+
+@pytest.mark.parametrize(("cost", "acceptance"), PAYS)
+def test_where_drafting_pays_another_program_does_not_change_that(cost: Cost, acceptance: float) -> None:
+    rates = []
+    for seed in range(9):
+        machine = Machine(cost, acceptance, noise=0.05, seed=seed)
+        machine.load = (1.0, 2.5)
+        rates.append(machine.run(Controller(), 1000))
+    assert sorted(rates)[4] > 0.93 * machine.best
+    assert min(rates) > 0.97 * machine.expected(0)
 
 
 def test_a_hiccup_changes_nothing() -> None:
