@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from string import Formatter
 
 import mlx.core as mx
 import numpy as np
@@ -40,7 +41,7 @@ from training.texts import is_good_story, is_held_out_sum, story, story_item, te
 from training.tokens import make_tokenizer
 from training.tools import tool_item
 from training.train import LOOKING, Source, as_quantized, merge, optimizer, save, trees_of
-from training.world import COLOURS, HEROES, MONTHS, THINGS, WORDINGS
+from training.world import COLOURS, HEROES, MONTHS, THINGS, WORDINGS, ask
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +85,10 @@ def test_train_and_held_out_share_no_wording() -> None:
         assert not set(split.train) & set(split.held_out), task
         assert len(split.train) >= 4, task
         assert len(split.held_out) >= 2, task
+        slots = {name: name for wording in split.train for _, name, _, _ in Formatter().parse(wording) if name}
+        held_out = {wording.format(**slots) for wording in split.held_out}
+        rng = random.Random(task)
+        assert not held_out & {ask(rng, task, False, **slots) for _ in range(2000)}, task
 
 
 def nearest_colour(pixel: tuple[int, ...]) -> str:

@@ -47,24 +47,31 @@ def audio_item(rng: random.Random, material: Material) -> Item:
 
 
 def both_item(rng: random.Random, material: Material) -> Item:
-    """A picture of shapes and a sound of beeps or a spoken digit, and questions about both."""
+    """A picture of shapes and a sound of beeps or a spoken digit, and questions about both.
+
+    Whether two numbers are the same is said after them, so that it need not be known before they are.
+    """
     shapes, held_out = rng.randint(1, MOST_SHAPES), material.held_out
     same = rng.random() < 0.5
+    says = "Yes." if same else "No."
+    seen = there_are(shapes, "shape").rstrip(".")
     picture, _ = shapes_item(rng, held_out, shapes)
     if rng.random() < 0.6:
         count = shapes if same else rng.choice([n for n in range(1, MOST_BEEPS + 1) if n != shapes])
         samples, hints = beeps(rng, count, held_out)
         samples = record(rng, samples)
-        both = f"{there_are(shapes, 'shape').rstrip('.')} and {counted(count, 'beep')}."
+        both = f"{seen} and {counted(count, 'beep')}."
         questions = [
             Question("both counts", ask(rng, "both counts", held_out), both),
-            Question("same counts", ask(rng, "same counts", held_out), "Yes." if same else "No."),
+            Question("same counts", ask(rng, "same counts", held_out), f"{both} {says}"),
         ]
         alone = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
     else:
         digit = shapes if same else rng.choice([n for n in range(10) if n != shapes])
         samples, hints = spoken(rng, digit, material)
-        questions = [Question("same number", ask(rng, "same number", held_out), "Yes." if same else "No.")]
+        questions = [
+            Question("same number", ask(rng, "same number", held_out), f"{seen} and the digit is {digit}. {says}")
+        ]
         alone = [Question("spoken", ask(rng, "spoken", held_out), DIGIT_ANSWER.format(digit))]
     if not held_out:
         alone.append(Question("count shapes", ask(rng, "count shapes", held_out), there_are(shapes, "shape")))

@@ -8,7 +8,7 @@ from typing import Any
 
 from training.items import Item, Question
 from training.texts import WORDS
-from training.world import DAYS, Split, choose, nonsense, split_of
+from training.world import DAYS, Split, choose, nonsense, split_of, worded
 
 NAMES = Split(
     ("Paris", "London", "Berlin", "Rome", "Madrid", "Tokyo", "Delhi", "Cairo", "Lima", "Oslo", "Boston", "Chicago",
@@ -89,7 +89,7 @@ def tool_item(rng: random.Random, held_out: bool) -> Item:
 
 def tool_question(rng: random.Random, tool: Tool, declared: tuple[dict[str, Any], ...], held_out: bool) -> Question:
     arguments = {name: value(rng, kind, held_out) for name, kind in tool.arguments.items()}
-    text = choose(rng, tool.wordings.of(held_out)).format(**arguments)
+    text = worded(rng, tool.wordings, held_out, False, arguments)
     call = {"name": tool.name, "arguments": arguments}
     if rng.random() < 0.6:
         return Question("call", text, "", "I need a tool.", declared, call)

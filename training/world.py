@@ -5,7 +5,7 @@ Everything comes in two parts. TRAIN is what it learns from; HELD_OUT is never t
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -80,6 +80,11 @@ CLOSINGS = (
     "Please be exact.",
     "Tell me now.",
 )
+POLITE = ("Please", "Could you", "Can you", "Would you", "I want you to", "Now")  # before a request, in training
+IMPERATIVES = frozenset(
+    """Tell Name Give Describe List Count Read Write Say Spell Reverse Turn Add Calculate Start Set Switch Send Text
+    Search Find Look Get Plan Put Play""".split()  # noqa: SIM905
+)
 
 # The small world of the stories.
 HEROES = ("fox", "bear", "cat", "dog", "mouse", "rabbit", "owl", "frog", "duck", "horse")
@@ -92,8 +97,13 @@ def choose(rng: random.Random, options: Sequence[T]) -> T:
 
 
 def ask(rng: random.Random, task: str, held_out: bool, **slots: object) -> str:
-    """A question of a task in one of its wordings; some in training are dressed up, in lower case, or misspelt."""
-    text = choose(rng, WORDINGS[task].of(held_out)).format(**slots)
+    """A question of a task in one of its wordings."""
+    return worded(rng, WORDINGS[task], held_out, "word" not in slots, slots)
+
+
+def worded(rng: random.Random, wordings: Split, held_out: bool, stray: bool, slots: Mapping[str, object]) -> str:
+    """One of the wordings; some in training are dressed up, in lower case, or hold a word that is none, if `stray`."""
+    text = choose(rng, wordings.of(held_out)).format(**slots)
     if held_out:
         return text
     luck = rng.random()
@@ -105,7 +115,12 @@ def ask(rng: random.Random, task: str, held_out: bool, **slots: object) -> str:
         text = text[0].lower() + text[1:]
     elif luck < 0.32:
         text = text.rstrip("?.")
-    elif luck < 0.40 and "word" not in slots:  # a word that it does not know is no reason to give up
+    elif luck < 0.50 and text.split(" ")[0] in IMPERATIVES:
+        opening = choose(rng, POLITE)
+        asked = f"{opening} {text[0].lower()}{text[1:].rstrip('.')}{'?' if opening.endswith('you') else '.'}"
+        if asked not in (one.format(**slots) for one in wordings.held_out):
+            text = asked
+    elif 0.50 < luck < 0.58 and stray:  # a word that it does not know is no reason to give up
         words = text.split(" ")
         words.insert(rng.randrange(len(words) + 1), nonsense(rng))
         text = " ".join(words)
