@@ -22,7 +22,7 @@ from training.tools import tool_item
 from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, there_are
 
 SEEING = (("shapes", 0.5), ("number", 0.5))
-HEARING = (("digit", 0.5), ("beeps", 0.25), ("tone", 0.15), ("still", 0.1))
+HEARING = (("digit", 0.42), ("beeps", 0.25), ("tone", 0.22), ("still", 0.11))
 READING = (("text", 0.65), ("tool", 0.12), ("story", 0.15), ("unknown", 0.08))
 
 

@@ -32,7 +32,7 @@ from training.start import initialise
 ROW, LONG_ROW = 256, 512  # tokens
 LOOKING = 800  # first steps, in which media stand alone and their soft tokens are taught: three times as many of them
 LOOKING_ROWS = {"image": 4, "audio": 2, "text": 4}  # rows of ROW tokens in a step of one process
-ROWS = {"image": 4, "audio": 1, "both": 1, "text": 4}  # and afterwards
+ROWS = {"image": 3, "audio": 1, "both": 2, "text": 4}  # and afterwards
 QUESTIONS = {"video": 4}  # about one medium, 2 about all others: what there is to see is learnt from many media
 PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
