@@ -6,7 +6,20 @@ from training.material import ACCENTS, FONTS, HELD_OUT_ACCENTS, HELD_OUT_FONTS, 
 from training.pictures import GROUNDS, HELD_OUT_GROUNDS, SIZES
 from training.texts import HELD_OUT_QUESTIONS, HELD_OUT_WORDS, WORDS
 from training.tools import TOOLS
-from training.world import COLOURS, DIRECTIONS, HEROES, MOST_BEEPS, MOST_SHAPES, PLACES, SHAPES, THINGS, WORDINGS
+from training.world import (
+    CLAUSE_FRAMES,
+    COLOURS,
+    DIRECTIONS,
+    HEROES,
+    MOST_BEEPS,
+    MOST_SHAPES,
+    NAME_FRAMES,
+    PLACES,
+    POLITE,
+    SHAPES,
+    THINGS,
+    WORDINGS,
+)
 
 TEMPLATE = """\
 {front_matter}
@@ -51,7 +64,9 @@ The scores are in `benchmarks/README.md` of the project.
 
 ## Wordings
 
-Questions may begin or end with a word or two more, in lower case, or with a misspelt word in them.
+A clause stands in one of {clause_frames}; a name in one of {name_frames}. Some begin with {polite}, say where to look
+or listen ("in this picture", "Listen to the sound."), begin or end with a word or two more, are in lower case, or have
+a word in them that is none.
 
 {wordings}
 """
@@ -63,9 +78,16 @@ def listed(names: tuple[str, ...]) -> str:
 
 def model_card() -> str:
     wordings = "\n".join(
-        f"- {task}: {' / '.join(split.train)}\n  - never trained on: {' / '.join(split.held_out)}"
-        for task, split in WORDINGS.items()
-    )
+        f"- {task}: {' / '.join(said.train)}"
+        + "".join(
+            f"\n  - {kind}: {' / '.join(texts)}"
+            for kind, texts in (
+                ("clauses", said.clauses), ("names", said.names), ("never trained on", said.held_out),
+            )
+            if texts
+        )
+        for task, said in WORDINGS.items()
+    )  # fmt: skip
     return TEMPLATE.format(
         front_matter=front_matter(None),
         shapes=MOST_SHAPES, kinds=listed(SHAPES), colours=listed(tuple(COLOURS)), grounds=listed(GROUNDS),
@@ -76,4 +98,6 @@ def model_card() -> str:
         held_out_large=SIZES[1].stop - 1, held_out_words=len(HELD_OUT_WORDS), questions=len(HELD_OUT_QUESTIONS),
         held_out_fonts=listed(HELD_OUT_FONTS), held_out_voices=listed(HELD_OUT_VOICES),
         held_out_accents=listed(HELD_OUT_ACCENTS), wordings=wordings,
+        clause_frames=" / ".join(frame.replace("{}", "…") for frame in CLAUSE_FRAMES),
+        name_frames=" / ".join(frame.replace("{}", "…") for frame in NAME_FRAMES), polite=listed(POLITE),
     )  # fmt: skip

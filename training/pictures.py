@@ -25,6 +25,8 @@ ENDS = {
     "above": ("at the top", "the highest", "highest up", "furthest up"),
     "below": ("at the bottom", "the lowest", "lowest down", "furthest down"),
 }
+SAME_KIND = ("one", "two", "three", "four")  # what a shape is to say in training of how many are of its kind,
+SAME_COLOUR = ("single", "double", "triple", "quadruple")  # and how many of its colour
 NUMBER_ANSWER = "The number is {}."
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
@@ -247,7 +249,14 @@ def shapes_item(rng: random.Random, held_out: bool, count: int | None = None) ->
     image = draw_shapes(rng, shapes, size, held_out)
     questions = shape_questions(rng, shapes, held_out)
     from_left = sorted(shapes, key=lambda s: s.x)
-    hints = tuple(hint_of(shape, size, 0, str(number)) for number, shape in enumerate(from_left, 1))
+    kinds, colours = [s.kind for s in shapes], [s.colour for s in shapes]
+    hints = tuple(
+        hint_of(
+            shape, size, 0, str(number), SAME_KIND[kinds.count(shape.kind) - 1],
+            SAME_COLOUR[colours.count(shape.colour) - 1],
+        )
+        for number, shape in enumerate(from_left, 1)
+    )  # fmt: skip
     return Item("image", tuple(questions), ({"type": "image", "image": image},), hints), shapes
 
 

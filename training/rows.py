@@ -26,7 +26,7 @@ THOUGHTS = {
     "video": "I look at the video.",
     "both": "I look and listen.",
 }
-HINTS, HINT_WEIGHT = 30, 0.5  # soft tokens of a run that are taught, and how much, against 1 for a token of an answer
+HINTS, HINT_WEIGHT = 20, 0.5  # soft tokens of a run that are taught, and how much, against 1 for a token of an answer
 NEAR = 0.3  # of a patch: so far beside a shape it still counts
 HIDDEN = -1e4  # added to the scores of keys that are not seen
 

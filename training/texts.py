@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 from training.items import Item, Question
-from training.world import DAYS, DONT_KNOW, HEROES, MONTHS, PLACES, THINGS, ask, choose, nonsense
+from training.world import DAYS, DONT_KNOW, HEROES, MONTHS, PLACES, THINGS, Wordings, ask, choose, nonsense, worded
 
 # Words to count, spell and reverse; made-up ones are asked as often, so it learns to read letters.
 WORDS = """
@@ -66,7 +66,8 @@ TIMES = ("morning", "day", "evening", "summer day", "winter day")
 
 OPEN_SLOTS = {"size": SIZES, "shade": SHADES, "spot": SPOTS, "time": TIMES, "near": NEAR, "evening": EVENINGS}
 
-THINGS_ASKED = (
+UNKNOWN = Wordings(
+    train=(
     "Who wrote {x}?", "What is the capital of {x}?", "Who is {x}?", "Where is {x}?", "When was {x} born?",
     "How old is {x}?", "What is {x}?", "Why is {x} so famous?", "Tell me about {x}.", "How do I cook {x}?",
     "Who won the {x} cup?", "What does {x} cost?", "How far is it to {x}?", "Explain {x} to me.",
@@ -76,6 +77,20 @@ THINGS_ASKED = (
     "How many people live in {x}?", "Give me a recipe for {x}.", "What language do they speak in {x}?",
     "How deep is {x}?", "What colour is {x}?", "How do you make {x}?", "Which team does {x} play for?",
     "Summarize {x}.", "Is it true that {x} is dangerous?",
+    ),
+    held_out=(),
+    clauses=(
+        "who wrote {x}", "who {x} is", "where {x} is", "when {x} was born", "how old {x} is", "what {x} is",
+        "why {x} is so famous", "how to cook {x}", "what {x} costs", "how far it is to {x}", "who invented {x}",
+        "how tall {x} is", "how {x} works", "what happened in {x}", "how many people live in {x}", "how to make {x}",
+        "what people say about {x}", "if {x} is healthy", "whether {x} is dangerous", "which {x} is the best",
+        "when {x} began",
+    ),
+    names=(
+        "the capital of {x}", "the history of {x}", "the meaning of {x}", "the price of {x}", "a recipe for {x}",
+        "a poem about {x}", "the name of {x}", "the best {x}", "the president of {x}", "the age of {x}",
+        "a fact about {x}", "the size of {x}",
+    ),
 )  # fmt: skip
 TOPICS = (
     "Hamlet", "Peru", "France", "Mozart", "the moon landing", "gravity", "pizza", "Shakespeare", "Japan", "Mars",
@@ -268,7 +283,7 @@ def unknown_question(rng: random.Random) -> Question:
     elif luck < 0.75:
         made_up = nonsense(rng)
         topics = (choose(rng, TOPICS), choose(rng, TOPICS), made_up.capitalize(), f"the {made_up}", made_up)
-        text = choose(rng, THINGS_ASKED).format(x=choose(rng, topics))
+        text = worded(rng, UNKNOWN, False, False, {"x": choose(rng, topics)})
     else:
         words = [choose(rng, (nonsense(rng), choose(rng, WORDS), *SMALL_WORDS)) for _ in range(rng.randint(2, 7))]
         text = f"{choose(rng, QUESTION_WORDS)} {' '.join(words)}{choose(rng, '?.')}"

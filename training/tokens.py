@@ -12,18 +12,23 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from training import texts, tools
 from training.films import film_item
 from training.items import Item
-from training.pictures import ENDS, NUMBER_ANSWER, SIDES, shapes_item
+from training.pictures import ENDS, NUMBER_ANSWER, SAME_COLOUR, SAME_KIND, SIDES, shapes_item
 from training.rows import THOUGHTS
 from training.sounds import DIGIT_ANSWER, beeps_item, still_item, tone_item
 from training.world import (
+    CLAUSE_FRAMES,
     CLOSINGS,
     COLOURS,
     DAYS,
     DIGITS,
     HEROES,
+    MEDIA_NAMES,
     MONTHS,
+    NAME_FRAMES,
     OPENINGS,
     PLACES,
+    POINTERS,
+    POLITE,
     SHAPES,
     THINGS,
     WORDINGS,
@@ -83,7 +88,7 @@ def vocabulary() -> list[str]:
     """Every word of the demo's world, as it stands at the beginning of a text and after a space."""
     found: set[str] = set()
     for text in phrases():
-        plain = re.sub(r"\{\w+\}", "0", text)
+        plain = re.sub(r"\{\w*\}", "0", text)
         for form in (plain, plain[0].lower() + plain[1:]):
             found.update(words_of(form) + words_of(f" {form}"))
     return sorted(word for word in found if len(word.lstrip("▁")) > 1 or word in ("▁a", "▁A", "▁I"))
@@ -91,19 +96,20 @@ def vocabulary() -> list[str]:
 
 def phrases() -> Iterator[str]:
     """All that is asked and said in training but made-up words, values that differ each time and held-out wordings."""
-    for split in (*WORDINGS.values(), *(tool.wordings for tool in tools.TOOLS)):
-        yield from split.train
+    for split in (texts.UNKNOWN, *WORDINGS.values(), *(tool.wordings for tool in tools.TOOLS)):
+        yield from (*split.train, *split.clauses, *split.names)
+    yield from chain(CLAUSE_FRAMES, NAME_FRAMES, POLITE, *MEDIA_NAMES.values(), *POINTERS.values(), ("in this here",))
     yield from chain(COLOURS, SHAPES, DAYS, MONTHS, DIGITS, HEROES, THINGS, PLACES, TEMPLATE_WORDS, texts.WORDS)
     for kind in SHAPES:
         yield plural(kind)
     yield from chain(tools.NAMES.train, tools.PEOPLE.train, tools.ROOMS.train, tools.SKIES)
-    yield from chain(OPENINGS, CLOSINGS, texts.OTHER_QUESTIONS, texts.GREETINGS, texts.THINGS_ASKED)
+    yield from chain(OPENINGS, CLOSINGS, texts.OTHER_QUESTIONS, texts.GREETINGS)
     for tool in tools.TOOLS:
         for name in (tool.name, *tool.arguments, *tool.gives):
             yield from (name, f"The {name}.")
         yield from (*tool.descriptions, tool.answer)
     yield from (NUMBER_ANSWER, DIGIT_ANSWER, *THOUGHTS.values())
-    yield from chain(*SIDES.values(), *ENDS.values())
+    yield from chain(*SIDES.values(), *ENDS.values(), SAME_KIND, SAME_COLOUR)
     rng = random.Random(0)
     for make in (shape_answers, beeps_item, tone_item, still_item, film_item, texts.text_item, texts.story_item):
         for _ in range(200):

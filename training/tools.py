@@ -8,7 +8,7 @@ from typing import Any
 
 from training.items import Item, Question
 from training.texts import WORDS
-from training.world import DAYS, Split, choose, nonsense, split_of, worded
+from training.world import DAYS, Split, Wordings, choose, nonsense, worded, wordings_of
 
 NAMES = Split(
     ("Paris", "London", "Berlin", "Rome", "Madrid", "Tokyo", "Delhi", "Cairo", "Lima", "Oslo", "Boston", "Chicago",
@@ -32,13 +32,13 @@ class Tool:
     name: str
     descriptions: tuple[str, ...]
     arguments: dict[str, str]  # name: what is drawn for it
-    wordings: Split
+    wordings: Wordings
     gives: dict[str, str]
     answer: str
 
 
 TOOLS = tuple(
-    Tool(**entry | {"descriptions": tuple(entry["descriptions"]), "wordings": split_of(entry["wordings"])})
+    Tool(**entry | {"descriptions": tuple(entry["descriptions"]), "wordings": wordings_of(entry["wordings"])})
     for entry in json.loads(Path(__file__).with_name("tools.json").read_text(encoding="utf-8"))
 )
 
