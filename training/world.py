@@ -183,7 +183,7 @@ def plain(text: str) -> str:
 
 def framed(rng: random.Random, wordings: Wordings) -> str:
     """A clause or a name in one of the frames, or as it is if there is neither."""
-    options = [(CLAUSE_FRAMES, clause) for clause in wordings.clauses]
+    options: list[tuple[tuple[str, ...], str]] = [(CLAUSE_FRAMES, clause) for clause in wordings.clauses]
     options += [(NAME_FRAMES, name) for name in wordings.names]
     if not options:
         return choose(rng, wordings.train)
