@@ -470,7 +470,7 @@ def test_the_drafter_in_training_is_the_drafter_in_use(
     segment = one.segments[0]
     ids = one.prefix + segment.ids
     rows = batch([[Passage(one.prefix, one.media, [segment])]], len(ids), 48, 640)
-    hidden, keys = hidden_states(model, rows)
+    hidden, _, keys = hidden_states(model, rows)
     turns, mask = turns_of(model, mx.array(rows.positions)), for_heads(rows.full, drafter.layers[0].self_attn.heads)
     model.drafter = drafter
     last = len(ids) - 5

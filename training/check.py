@@ -23,8 +23,8 @@ from training.train import FRAME, LONG_ROW, PATCH, ROW, Source, trees_of
 
 def right_answers(model: Model, one: Batch) -> np.ndarray:
     """For each token of an answer whether it is the likeliest, bool."""
-    hidden, _ = hidden_states(model, one)
-    likeliest = np.array(mx.argmax(learnt_logits(model, hidden, one), axis=-1))
+    hidden, early, _ = hidden_states(model, one)
+    likeliest = np.array(mx.argmax(learnt_logits(model, hidden, early, one), axis=-1))
     return (likeliest == one.targets)[one.answers]
 
 

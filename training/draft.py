@@ -59,10 +59,10 @@ def propose(
 
 def loss(drafter: Drafter, target: Model, one: Batch) -> tuple[mx.array, mx.array]:
     """Mean surprise at the target's choices; for each place in a round the part of proposals that hit, [PROPOSALS]."""
-    hidden, keys = hidden_states(target, one)
+    hidden, early, keys = hidden_states(target, one)
     hidden = mx.stop_gradient(hidden)
     learnt = one.learnt[one.answers].tolist()
-    choices = mx.argmax(learnt_logits(target, hidden, one), axis=-1)[mx.array(np.flatnonzero(one.answers))]
+    choices = mx.argmax(learnt_logits(target, hidden, early, one), axis=-1)[mx.array(np.flatnonzero(one.answers))]
     turns = turns_of(target, mx.array(one.positions))
     mask = for_heads(one.full, drafter.layers[0].self_attn.heads)
     positions = {place: index for index, place in enumerate(learnt)}

@@ -13,6 +13,7 @@ from mlx_gemma4.embed import VisionEmbedder
 from mlx_gemma4.model import Model
 from training.rows import Batch
 
+HINT_LAYERS = 4  # of six: what soft tokens say after these, the last two can still carry to where it is asked for
 GELU_A, GELU_B = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -188,25 +189,31 @@ def turns_of(model: Model, positions: mx.array) -> dict[str, tuple[mx.array, mx.
     return found
 
 
-def hidden_states(model: Model, batch: Batch) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]:
-    """The hidden states after the final norm, [B, T, hidden], and the last keys and values of each kind of layer."""
+def hidden_states(model: Model, batch: Batch) -> tuple[mx.array, mx.array, dict[str, tuple[mx.array, mx.array]]]:
+    """The hidden states after the final norm, and those that hints are read from, both [B, T, hidden].
+
+    Then the last keys and values of each kind of layer.
+    """
     h = embed(model, batch)
     heads = model.language_model.layers[0].self_attn.heads
     masks = {FULL: for_heads(batch.full, heads), SLIDING: for_heads(batch.sliding, heads)}
     turns = turns_of(model, mx.array(batch.positions))
-    last = {}
-    for layer in model.language_model.layers:
+    last, early = {}, h
+    for number, layer in enumerate(model.language_model.layers, 1):
         out, k, v = self_attention(
             cast(SelfAttention, layer.self_attn), norm(layer.input_layernorm, h), turns[layer.kind], masks[layer.kind]
         )
         last[layer.kind] = (k, v)
         h = after_attention(layer, h, out)
-    return norm(model.language_model.norm, h), last
+        if number == HINT_LAYERS:
+            early = norm(model.language_model.norm, h)
+    return norm(model.language_model.norm, h), early, last
 
 
-def learnt_logits(model: Model, hidden: mx.array, batch: Batch) -> mx.array:
-    """Logits where a next token is learnt, [N, vocab]."""
-    return model.language_model.head(hidden.flatten(0, 1)[mx.array(batch.learnt)][None])[0]
+def learnt_logits(model: Model, hidden: mx.array, early: mx.array, batch: Batch) -> mx.array:
+    """Logits where a next token is learnt, [N, vocab]: of an answer from `hidden`, of a hint from `early`."""
+    late, soon = (states.flatten(0, 1)[mx.array(batch.learnt)] for states in (hidden, early))
+    return model.language_model.head(mx.where(mx.array(batch.answers)[:, None], late, soon)[None])[0]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -228,8 +235,8 @@ def log_sum_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 def loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     """Mean cross entropy of the learnt tokens in nats, and what part of the answers' tokens is the likeliest token."""
-    hidden, _ = hidden_states(model, batch)
-    logits, targets = learnt_logits(model, hidden, batch), mx.array(batch.targets)
+    hidden, early, _ = hidden_states(model, batch)
+    logits, targets = learnt_logits(model, hidden, early, batch), mx.array(batch.targets)
     weights = mx.array(batch.weights)
     answers = mx.array(batch.answers).astype(mx.float32)
     right = mx.sum((mx.argmax(logits, axis=-1) == targets) * answers) / mx.sum(answers)

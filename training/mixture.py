@@ -19,7 +19,7 @@ from training.sounds import (
 )
 from training.texts import story_item, text_item, unknown_item
 from training.tools import tool_item
-from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, there_are
+from training.world import MOST_BEEPS, MOST_SHAPES, ask, heard, seen
 
 SEEING = (("shapes", 0.5), ("number", 0.5))
 HEARING = (("digit", 0.42), ("beeps", 0.25), ("tone", 0.22), ("still", 0.11))
@@ -54,31 +54,31 @@ def both_item(rng: random.Random, material: Material) -> Item:
     shapes, held_out = rng.randint(1, MOST_SHAPES), material.held_out
     same = rng.random() < 0.5
     says = "Yes." if same else "No."
-    seen = there_are(shapes, "shape").rstrip(".")
+    shown = seen(shapes, "shape").rstrip(".")
     picture, _ = shapes_item(rng, held_out, shapes)
     if rng.random() < 0.6:
         count = shapes if same else rng.choice([n for n in range(1, MOST_BEEPS + 1) if n != shapes])
         samples, hints = beeps(rng, count, held_out)
         samples = record(rng, samples)
-        both = f"{seen} and {counted(count, 'beep')}."
+        both = f"{shown} and {heard(count).removeprefix('I ')}"
         questions = [
             Question("both counts", ask(rng, "both counts", held_out), both),
             Question("same counts", ask(rng, "same counts", held_out), f"{both} {says}"),
         ]
-        alone = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
+        alone = [Question("beeps", ask(rng, "beeps", held_out), heard(count))]
     else:
         digit = shapes if same else rng.choice([n for n in range(10) if n != shapes])
         samples, hints = spoken(rng, digit, material)
         questions = [
-            Question("same number", ask(rng, "same number", held_out), f"{seen} and the digit is {digit}. {says}")
+            Question("same number", ask(rng, "same number", held_out), f"{shown} and hear the digit {digit}. {says}")
         ]
         alone = [Question("spoken", ask(rng, "spoken", held_out), DIGIT_ANSWER.format(digit))]
     if not held_out:
-        alone.append(Question("count shapes", ask(rng, "count shapes", held_out), there_are(shapes, "shape")))
+        alone.append(Question("count shapes", ask(rng, "count shapes", held_out), seen(shapes, "shape")))
         questions += [*alone, *picture.questions[:2]]
     sound = {"type": "audio", "audio": (samples, RATE)}
-    heard = (replace(hint, run=1) for hint in hints)
-    return Item("both", tuple(questions), (*picture.media, sound), (*picture.hints, *heard))
+    in_sound = (replace(hint, run=1) for hint in hints)
+    return Item("both", tuple(questions), (*picture.media, sound), (*picture.hints, *in_sound))
 
 
 def text_like_item(rng: random.Random, held_out: bool) -> Item:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from training.items import Hint, Item, Question
 from training.material import Material
-from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural, there_are
+from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural, seen
 
 SIDES = {
     "left": ("left of", "to the left of", "on the left of"),
@@ -198,7 +198,7 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
             ask(rng, "describe picture", held_out),
             listing([article(s) for s in sorted(shapes, key=lambda s: s.x)]),
         ),
-        Question("count shapes", ask(rng, "count shapes", held_out), there_are(len(shapes), "shape")),
+        Question("count shapes", ask(rng, "count shapes", held_out), seen(len(shapes), "shape")),
     ]
     for shape in shapes:
         if kinds.count(shape.kind) == 1:
@@ -209,13 +209,11 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
             found.append(Question("shape", text, f"It is a {shape.kind}."))
     for what in sorted({choose(rng, SHAPES), choose(rng, kinds)}):
         found.append(
-            Question(
-                "count some", ask(rng, "count some", held_out, whats=plural(what)), there_are(kinds.count(what), what)
-            )
+            Question("count some", ask(rng, "count some", held_out, whats=plural(what)), seen(kinds.count(what), what))
         )
     for colour in sorted({choose(rng, list(COLOURS)), choose(rng, colours)}):
         what = f"{colour} {choose(rng, ('shape', 'thing', 'object'))}"
-        answer = there_are(colours.count(colour), f"{colour} shape")
+        answer = seen(colours.count(colour), f"{colour} shape")
         found.append(Question("count some", ask(rng, "count some", held_out, whats=plural(what)), answer))
     if len(shapes) == 2:
         first, second = rng.sample(shapes, 2)

@@ -6,7 +6,7 @@ import numpy as np
 
 from training.items import Hint, Item, Question
 from training.material import RATE, Material
-from training.world import MOST_BEEPS, ask, choose, there_are
+from training.world import MOST_BEEPS, ask, choose, heard
 
 DIGIT_ANSWER = "The digit is {}."
 
@@ -72,7 +72,7 @@ def sound_part(samples: np.ndarray) -> tuple[dict[str, object], ...]:
 
 def beeps_item(rng: random.Random, held_out: bool) -> Item:
     count = rng.randint(1, MOST_BEEPS)
-    questions = [Question("beeps", ask(rng, "beeps", held_out), there_are(count, "beep"))]
+    questions = [Question("beeps", ask(rng, "beeps", held_out), heard(count))]
     if count > 1:
         questions.append(Question("describe sound", ask(rng, "describe sound", held_out), f"{count} beeps."))
     samples, hints = beeps(rng, count, held_out)

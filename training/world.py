@@ -222,8 +222,13 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what if count == 1 else plural(what)}"
 
 
-def there_are(count: int, what: str) -> str:
-    return f"There {'is' if count == 1 else 'are'} {counted(count, what)}."
+def seen(count: int, what: str) -> str:
+    """Nothing before the number depends on it: "there is" and "there are" would have to know."""
+    return f"I see {counted(count, what)}."
+
+
+def heard(count: int) -> str:
+    return f"I hear {counted(count, 'beep')}."
 
 
 def nonsense(rng: random.Random, most: int = 7) -> str:
