@@ -29,7 +29,19 @@ from training.checkpoint import write_files
 from training.draft import loss as draft_loss
 from training.draft import propose
 from training.films import FRAMES, film_item
-from training.forward import attend, cross_entropy, for_heads, gelu, hidden_states, loss, norm, rms_norm, turn, turns_of
+from training.forward import (
+    attend,
+    cross_entropy,
+    for_heads,
+    gelu,
+    hidden_states,
+    learnt_logits,
+    loss,
+    norm,
+    rms_norm,
+    turn,
+    turns_of,
+)
 from training.items import Item, Question
 from training.material import RATE, Material
 from training.mixture import both_item, image_item, item
@@ -301,6 +313,19 @@ def test_learnt_tokens_are_those_of_the_answers(small: tuple[Model, Drafter, Pro
     hints = [token for member in row for _, token in member.hints]
     assert hints and one.targets[~of_answers].tolist() == hints
     assert (one.soft.reshape(-1)[one.learnt[~of_answers]] > 0).all()
+
+
+def test_hints_are_said_after_four_layers(
+    small: tuple[Model, Drafter, Processor], material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small[0]
+    one = batch([passages(small[2], material, 8)], 1200, 48, 640)
+    hidden, early, _ = hidden_states(model, one)
+    logits = learnt_logits(model, hidden, early, one)
+    late, soon = (model.language_model.head(states)[0][mx.array(one.learnt)] for states in (hidden, early))
+    assert mx.allclose(logits, mx.where(mx.array(one.answers)[:, None], late, soon), atol=1e-4)
+    monkeypatch.setattr(model.language_model, "layers", model.language_model.layers[:4])
+    assert mx.allclose(hidden_states(model, one)[0], early, atol=1e-5)
 
 
 def test_media_stand_alone_at_first(small: tuple[Model, Drafter, Processor], material: Material) -> None:
