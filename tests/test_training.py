@@ -129,7 +129,7 @@ def check_shape_answer(question: Question, shapes: list) -> None:
     if question.task == "count shapes":
         assert numbers == [len(shapes)]
     elif question.task == "count some":
-        what = re.findall(r"\d+ (?:(\w+) shapes?|(circle|square|triangle|star|cross)(?:e?s)?)\.", question.answer)[0]
+        what = re.findall(r"number of (?:(\w+) \w+|(circle|square|triangle|star|cross)e?s) is", question.answer)[0]
         assert numbers == [sum(what[0] == s.colour if what[0] else what[1] == s.kind for s in shapes)]
         assert (what[0] or what[1]) in question.text
     elif question.task == "describe picture":

@@ -206,15 +206,12 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
             found.append(Question("colour", text, f"The {shape.kind} is {shape.colour}."))
         if colours.count(shape.colour) == 1:
             text = ask(rng, "shape", held_out, colour=shape.colour)
-            found.append(Question("shape", text, f"It is a {shape.kind}."))
+            found.append(Question("shape", text, f"The {shape.colour} shape is a {shape.kind}."))
     for what in sorted({choose(rng, SHAPES), choose(rng, kinds)}):
-        found.append(
-            Question("count some", ask(rng, "count some", held_out, whats=plural(what)), seen(kinds.count(what), what))
-        )
+        found.append(count_question(rng, plural(what), kinds.count(what), held_out))
     for colour in sorted({choose(rng, list(COLOURS)), choose(rng, colours)}):
-        what = f"{colour} {choose(rng, ('shape', 'thing', 'object'))}"
-        answer = seen(colours.count(colour), f"{colour} shape")
-        found.append(Question("count some", ask(rng, "count some", held_out, whats=plural(what)), answer))
+        name = choose(rng, ("shapes", "things", "objects"))
+        found.append(count_question(rng, f"{colour} {name}", colours.count(colour), held_out))
     if len(shapes) == 2:
         first, second = rng.sample(shapes, 2)
         side = relation(first, second)
@@ -239,6 +236,12 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
                 found.append(Question("furthest", text, f"The {nearest}."))
     rng.shuffle(found)
     return found
+
+
+def count_question(rng: random.Random, whats: str, number: int, held_out: bool) -> Question:
+    """What is counted is said before the number: it is looked for where the number is to come."""
+    text = ask(rng, "count some", held_out, whats=whats)
+    return Question("count some", text, f"The number of {whats} is {number}.")
 
 
 def shapes_item(rng: random.Random, held_out: bool, count: int | None = None) -> tuple[Item, list[Shape]]:
