@@ -86,7 +86,7 @@ def model_card() -> str:
             )
             if texts
         )
-        for task, said in WORDINGS.items()
+        for task, said in (WORDINGS | {tool.name: tool.wordings for tool in TOOLS}).items()
     )  # fmt: skip
     return TEMPLATE.format(
         front_matter=front_matter(None),
