@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 FIRST_TIMED = ((0, 3), (2, 2))  # lengths and how many of their rounds, to know what a draft costs
@@ -17,7 +18,11 @@ MAX_DRAFTS = 7  # in a round
 
 
 def check_draft_length(value: int | str) -> None:
-    if isinstance(value, bool) or value not in ("auto", *range(MAX_DRAFTS + 1)):
+    if isinstance(value, str):
+        valid = value == "auto"
+    else:
+        valid = isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value <= MAX_DRAFTS
+    if not valid:
         raise ValueError(f"draft_length is {value!r}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
 
 

@@ -57,6 +57,7 @@ class RoPE:
         turning = mx.arange(0, config.rotated_dims, 2, dtype=mx.float32) / config.head_dim
         still = mx.full(((config.head_dim - config.rotated_dims) // 2,), mx.inf)
         self.periods = mx.concatenate([config.rope_theta**turning, still])  # infinite: never turns
+        mx.eval(self.periods)  # what is left to compute can be computed in this thread alone
 
     def __call__(self, x: mx.array, offset: mx.array) -> mx.array:
         """x [B, H, L, hd], whose first row is at position `offset`."""

@@ -4,8 +4,9 @@ import secrets
 import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
+from threading import Lock
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.core as mx
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
 from mlx_gemma4.controller import FixedLength, Pace, check_draft_length
 from mlx_gemma4.memory import check_memory, footprint
-from mlx_gemma4.messages import request_messages
+from mlx_gemma4.messages import request_messages, shown
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length
@@ -21,6 +22,8 @@ from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 from mlx_gemma4.sampling import Sampler, Sampling
 from mlx_gemma4.speculate import State, compiled_round, first_state, launch
 from mlx_gemma4.weights import parameters
+
+SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
 
 # Freed buffers that MLX may keep for reuse; unbounded, they crowd the weights out of a 16 GB machine.
 BUFFER_CACHE_BYTES = 512 * 2**20
@@ -126,19 +129,26 @@ def generation_events(
     The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
     prompt took, which count for the time to first token.
     """
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens!r}; expected a whole number, 1 or more")
     check_length(prompt, model.config)
-    pace = choose_pace(model, draft_length)
-    return run(model, processor, prompt, max_tokens, sampling, pace, prepared)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling is {shown(sampling)}; expected Sampling(…)")
+    pace = choose_pace(model, draft_length, sampling)
+    return run(model, processor, prompt, int(max_tokens), sampling, pace, prepared)
 
 
-def choose_pace(model: Model, draft_length: int | str) -> Pace:
+def choose_pace(model: Model, draft_length: int | str, sampling: Sampling) -> Pace:
+    """With a seed "auto" is one length: which random number decides on which token must not hang on measured times."""
     check_draft_length(draft_length)
     if model.drafter is None and draft_length not in ("auto", 0):
         raise ValueError(f"draft_length is {draft_length} and the model has no drafter; expected 0, or load one")
     if draft_length == "auto":
-        return model.learnt.controller if model.drafter is not None else FixedLength(0)
+        if model.drafter is None:
+            return FixedLength(0)
+        own = sampling.temperature
+        is_greedy = (model.config.generation.temperature if own is None else own) == 0
+        return model.learnt.controller if sampling.seed is None or is_greedy else FixedLength(SEEDED_LENGTH)
     return FixedLength(int(draft_length))
 
 
@@ -159,7 +169,7 @@ def run(
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
     mx.reset_peak_memory()
-    with bounded_memory():
+    with bounded_memory:
         cache = PromptCache(config.text, capacity_for(length, limit))
         for hidden in model.read(prompt, cache):  # noqa: B007
             yield Reading(cache.length, length)
@@ -287,17 +297,33 @@ def tokens_of(array: mx.array) -> list[int]:
     return cast(list[int], array.tolist())
 
 
-@contextmanager
-def bounded_memory() -> Iterator[None]:
-    """While generating, weights stay wired on Metal and MLX keeps few freed buffers."""
-    wired = None
-    if mx.metal.is_available():
-        wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    buffers = mx.set_cache_limit(BUFFER_CACHE_BYTES)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(buffers)
-        if wired is not None:
-            mx.synchronize()
-            mx.set_wired_limit(wired)
+class BoundedMemory:
+    """While generating, weights stay wired on Metal and MLX keeps few freed buffers.
+
+    MLX's limits are those of the process: of requests that overlap, the first sets them and the last sets them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.requests = 0
+        self.buffers, self.wired = 0, 0  # the limits before
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.requests += 1
+            if self.requests == 1:
+                self.buffers = mx.set_cache_limit(BUFFER_CACHE_BYTES)
+                if mx.metal.is_available():
+                    self.wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+    def __exit__(self, *exception: object) -> None:
+        with self.lock:
+            self.requests -= 1
+            if not self.requests:
+                mx.set_cache_limit(self.buffers)
+                if mx.metal.is_available():
+                    mx.synchronize()
+                    mx.set_wired_limit(self.wired)
+
+
+bounded_memory = BoundedMemory()

@@ -15,7 +15,7 @@ from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder
 from mlx_gemma4.mask import attention_mask
-from mlx_gemma4.prompt import Prompt, SoftTokens
+from mlx_gemma4.prompt import Prompt, SoftTokens, check_vocabulary
 from mlx_gemma4.sampling import Sampler, Sampling
 
 # Tokens read at once: enough to keep the multipliers busy, few enough for activations of tens of MB.
@@ -50,7 +50,11 @@ class Model(nn.Module):
             )
 
     def logits(self, prompt: Prompt) -> mx.array:
-        """Logits of every position, [1, L, vocab] float32, soft-capped, nothing suppressed."""
+        """Logits of every position, [1, L, vocab] float32, soft-capped, nothing suppressed.
+
+        ValueError for an id beyond the vocabulary.
+        """
+        check_vocabulary(prompt, self.config)
         cache = PromptCache(self.config.text, len(prompt.token_ids))
         hidden = mx.concatenate(list(self.read(prompt, cache)), axis=1)
         return self.language_model.head(hidden)
@@ -58,12 +62,16 @@ class Model(nn.Module):
     def draft(self, prompt: Prompt, length: int) -> list[int]:
         """The drafter's `length` greedy proposals; the prompt's last token is the newest one.
 
-        ValueError without a drafter, or if the prompt is shorter than two tokens.
+        ValueError without a drafter, if the prompt is shorter than two tokens or has an id beyond the vocabulary, or
+        if nothing is to be drafted.
         """
         if self.drafter is None:
             raise ValueError("the model has no drafter; expected one, load(…, drafter=…)")
         if len(prompt) < 2:
             raise ValueError("the prompt has 1 token; expected at least 2, one before the newest")
+        if length < 1:
+            raise ValueError(f"the length of the draft is {length}; expected 1 or more")
+        check_vocabulary(prompt, self.config)
         committed = Prompt(prompt.token_ids[:-1], prompt.media)
         cache = PromptCache(self.config.text, len(committed))
         for hidden in self.read(committed, cache):  # noqa: B007

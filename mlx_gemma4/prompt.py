@@ -56,8 +56,13 @@ def check_ids(ids: Any) -> list[int]:
 
 def check_length(prompt: Prompt, config: ModelConfig) -> None:
     """ValueError if the model cannot take a prompt: no room is left for a reply, or an id is beyond the vocabulary."""
-    limit, vocabulary = config.text.max_position_embeddings, config.text.vocab_size
+    limit = config.text.max_position_embeddings
     if len(prompt) >= limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; the context holds {limit}, the reply included")
-    if max(prompt.token_ids) >= vocabulary:
-        raise ValueError(f"the prompt has the token id {max(prompt.token_ids)}; the vocabulary has {vocabulary}")
+    check_vocabulary(prompt, config)
+
+
+def check_vocabulary(prompt: Prompt, config: ModelConfig) -> None:
+    """ValueError for an id beyond the vocabulary: MLX would read whatever lies behind the table."""
+    if (largest := max(prompt.token_ids)) >= config.text.vocab_size:
+        raise ValueError(f"the prompt has the token id {largest}; the vocabulary has {config.text.vocab_size}")

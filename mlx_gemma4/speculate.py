@@ -4,7 +4,9 @@ A round is a function of arrays with fixed shapes, compiled once for each k and 
 decides the next round stays on the device, so the host can hand over a round before it has seen the last one.
 """
 
+import weakref
 from collections.abc import Callable
+from typing import cast
 
 import mlx.core as mx
 
@@ -47,7 +49,8 @@ def compiled_round(model: Model, sampler: Sampler, length: int) -> tuple[Round, 
     return rounds[key], is_new
 
 
-def make_round(model: Model, sampler: Sampler, length: int) -> Round:
+def make_round(owner: Model, sampler: Sampler, length: int) -> Round:
+    model = cast(Model, weakref.proxy(owner))  # it keeps the round: if that kept it, `del model` would free no weights
     kinds = model.config.text.layer_types
 
     def round_(state: State, start: mx.array, layers: Layers) -> tuple[mx.array, State, Layers]:

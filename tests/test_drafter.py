@@ -86,6 +86,16 @@ def test_the_reference_of_the_other_tests_proposes_the_same(planted: Loaded) -> 
         assert reference_drafts(planted[0], prompt, 3) == planted[0].draft(prompt, 3)
 
 
+def test_what_cannot_be_drafted_or_read_is_refused(planted: Loaded) -> None:
+    model, _ = planted
+    with pytest.raises(ValueError, match=r"^the length of the draft is 0; expected 1 or more$"):
+        model.draft(Prompt(IDS), 0)
+    beyond = Prompt([*IDS, 10**6])
+    for call in (lambda: model.draft(beyond, 1), lambda: model.logits(beyond)):
+        with pytest.raises(ValueError, match=r"^the prompt has the token id 1000000; the vocabulary has \d+$"):
+            call()
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_there_are_as_many_proposals_as_asked_for(planted: Loaded, length: int) -> None:
     assert planted[0].draft(Prompt(IDS), length) == planted[0].draft(Prompt(IDS), 7)[:length]

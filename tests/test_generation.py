@@ -1,6 +1,10 @@
 """From a request to a reply: where it ends, what is streamed and counted, thoughts and calls, wrong requests."""
 
 import itertools
+import subprocess
+import sys
+import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +19,7 @@ from toy_checkpoint import TINY
 from mlx_gemma4 import Prompt, Sampling, generate, generation, load, stream_generate
 from mlx_gemma4.cache import GROWTH
 from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.controller import Controller
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.reply import Reply
@@ -269,6 +274,43 @@ def test_requests_may_be_interleaved(endless: Loaded) -> None:
     assert together == alone
 
 
+def test_requests_that_overlap_leave_the_limits_as_they_were(endless: Loaded) -> None:
+    before = mx.set_cache_limit(1 << 25)
+    try:
+        streams = [stream_generate(*endless, Prompt(IDS), max_tokens=5, sampling=GREEDY) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        for stream in streams:
+            list(stream)
+        assert mx.set_cache_limit(before) == 1 << 25
+    finally:
+        mx.set_cache_limit(before)
+
+
+def test_a_model_that_has_generated_is_freed_with_its_last_name(planted_folder: Path) -> None:
+    model, processor = load(planted_folder)
+    generate(model, processor, Prompt(IDS), max_tokens=8, sampling=GREEDY, draft_length=2)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
+
+
+def test_a_model_may_be_loaded_in_one_thread_and_used_in_another(planted_folder: Path) -> None:
+    """In a process of its own: MLX's threads may abort it at the very end."""
+    code = f"""
+from concurrent.futures import ThreadPoolExecutor
+from mlx_gemma4 import Prompt, Sampling, generate, load
+loaded = load({str(planted_folder)!r})
+def ask():
+    return generate(*loaded, Prompt({IDS}), max_tokens=8, sampling=Sampling(temperature=0)).token_ids
+with ThreadPoolExecutor(1) as pool:
+    replies = [pool.submit(ask).result(), ask()]
+print(replies[0] == replies[1], flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 # --- sampling ----------------------------------------------------------------------------------
 
 
@@ -280,6 +322,20 @@ def test_a_seed_makes_a_reply_again(endless: Loaded, length: int) -> None:
 
     assert reply(5) == reply(5) != reply(6)
     assert reply(None) != reply(None)
+
+
+def test_what_was_measured_before_does_not_change_what_a_seed_gives(endless: Loaded) -> None:
+    """Though "auto" drafts as many as times and acceptance say."""
+    model, _ = endless
+    sampling = Sampling(temperature=2.0, top_k=0, top_p=1.0, seed=5)
+    replies = []
+    for best in (0, 2, 7):
+        model.learnt.controller = Controller(
+            times={0: deque([1.0] * 3), 2: deque([1.0] * 2), best: deque([1.0] * 3)}, best=best
+        )
+        replies.append(reply_of(endless, "auto", 30, sampling).token_ids)
+    model.learnt.controller = Controller()
+    assert replies[0] == replies[1] == replies[2]
 
 
 def test_what_sampling_leaves_open_comes_from_the_checkpoint(endless: Loaded, configure: Callable[..., None]) -> None:
@@ -366,6 +422,9 @@ MESSAGES = [{"role": "user", "content": "a"}]
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "max_tokens 0": ("a", {"max_tokens": 0}, "max_tokens is 0; expected a whole number, 1 or more"),
     "max_tokens 1.5": ("a", {"max_tokens": 1.5}, "max_tokens is 1.5; expected a whole number, 1 or more"),
+    "sampling None": ("a", {"sampling": None}, "sampling is None; expected Sampling(…)"),
+    "sampling {}": ("a", {"sampling": {"temperature": 0}}, "sampling is {'temperature': 0}; expected Sampling(…)"),
+    "image_budget '70'": ("a", {"images": ["a.png"], "image_budget": "70"}, "image_budget is '70'; expected one of"),
     "max_tokens True": ("a", {"max_tokens": True}, "max_tokens is True; expected a whole number, 1 or more"),
     "draft_length 8": ("a", {"draft_length": 8}, "draft_length is 8; expected 'auto' or a whole number from 0 to 7"),
     "draft_length -1": ("a", {"draft_length": -1}, "draft_length is -1; expected 'auto' or a whole number"),
