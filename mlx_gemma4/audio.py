@@ -1,6 +1,5 @@
 """Sound → frames: one soft token for each 40 ms of mono sound."""
 
-import math
 import warnings
 from io import BytesIO
 from numbers import Real
@@ -16,6 +15,7 @@ AudioSource = str | Path | bytes | tuple[np.ndarray, int]
 
 SAMPLING_RATE = 16000  # Hz, of the checkpoint's processor_config.json
 TRAINED_SECONDS = 30  # the longest clip that Gemma 4's model card speaks of
+SLOWEST, FASTEST = 1000, 1_000_000  # Hz, of what is taken
 BLOCK = 1 << 18  # samples decoded at a time
 MOST_CHANNELS_FIRST = 8  # up to so many short rows are taken for channels (7.1 sound has 8)
 
@@ -34,13 +34,15 @@ def read_audio(source: AudioSource, rate: int = SAMPLING_RATE) -> np.ndarray:
     else:
         name, data = describe(source, "audio"), read_source(source, "audio")
         channels, own_rate = decode(data, name)
+    if not SLOWEST <= own_rate <= FASTEST:  # also NaN
+        raise MediaError(f"the sampling rate of {name} is {own_rate:g} Hz; expected from {SLOWEST} to {FASTEST}")
     mono = channels.mean(axis=1, dtype=np.float32)  # [n, channels] -> [n]
     if not np.isfinite(mono).all():
         raise MediaError(f"{name} has samples that are NaN or infinite")
     if own_rate != rate:
         mono = soxr.resample(mono, own_rate, rate, quality="HQ")
     if not len(mono):
-        raise MediaError(f"{name} has no samples")
+        raise MediaError(f"{name} has no samples at {rate} Hz")
     if (seconds := len(mono) / rate) > TRAINED_SECONDS:
         warnings.warn(
             f"{name} is {seconds:.1f} s long; the model was trained on clips of at most {TRAINED_SECONDS} s, "
@@ -58,12 +60,11 @@ def audio_frames(samples: np.ndarray, samples_per_token: int) -> np.ndarray:
 
 def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
     """A user's (samples, sampling rate) → ([n, channels] float32, Hz)."""
-    if len(source) != 2 or not isinstance(source[0], np.ndarray) or not isinstance(source[1], Real):
+    is_pair = len(source) == 2 and isinstance(source[0], np.ndarray)
+    if not is_pair or not isinstance(source[1], Real) or isinstance(source[1], bool):
         kinds = ", ".join(type(item).__name__ for item in source)
         raise MediaError(f"audio is a tuple of ({kinds}); expected (numpy array, sampling rate)")
     samples, rate = source
-    if not 0 < rate < math.inf:  # also NaN
-        raise MediaError(f"the sampling rate of the audio is {rate}; expected a number above 0")
     if samples.ndim not in (1, 2):
         raise MediaError(f"audio has the shape {samples.shape}; expected [n], [n, channels] or [channels, n]")
     if not samples.size:
@@ -123,7 +124,8 @@ def decode_with_pyav(data: bytes, name: str, refused: soundfile.LibsndfileError)
     except MediaError:
         raise
     except FFmpegError as error:
-        raise MediaError(f"{name} cannot be read: {error.strerror}") from None
+        known = "WAV, FLAC, OGG, MP3, or what FFmpeg reads"
+        raise MediaError(f"{name} cannot be read: {error.strerror}; expected {known}") from None
     except ValueError as error:  # the track changes its format midway
         raise unreadable(name, error) from None
     if not blocks:

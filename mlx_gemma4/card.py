@@ -62,7 +62,7 @@ def front_matter(base_model: str | None) -> str:
 
 
 def write_card(
-    folder: Path, name: str, source: str, base_model: str, recipe: str, target: Figures, drafter: Figures | None
+    folder: Path, name: str, source: str, base_model: str | None, recipe: str, target: Figures, drafter: Figures | None
 ) -> None:
     """Write the README.md of a model folder. `name` is what it will be called, `source` what it was made from."""
     size = target.text + (f"; the drafter in `drafter/`: {drafter.text}" if drafter else "")

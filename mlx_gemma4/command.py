@@ -96,6 +96,8 @@ def generate(
 def read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; expected the prompt there, for --prompt -")
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -260,16 +260,20 @@ def parse_quantization(raw: dict[str, Any] | None) -> tuple[Quantization | None,
         raise CheckpointError(
             f"quantization has the keys {sorted(raw)}; expected group_size and bits, as MLX writes them"
         )
-    mode = raw.get("mode", "affine")
-    default = Quantization(raw["group_size"], raw["bits"], mode)
+    own = ("group_size", "bits", "mode")
+    chosen = {"mode": "affine"} | {key: raw[key] for key in own if key in raw}
     overrides = {
-        path: Quantization(
-            own.get("group_size", default.group_size), own.get("bits", default.bits), own.get("mode", mode)
-        )
-        for path, own in raw.items()
-        if isinstance(own, dict)
+        path: one_quantization(chosen | {key: value[key] for key in own if key in value})
+        for path, value in raw.items()
+        if isinstance(value, dict) and path not in own
     }
-    return default, overrides
+    return one_quantization(chosen), overrides
+
+
+def one_quantization(raw: dict[str, Any]) -> Quantization:
+    if not isinstance(raw["mode"], str):
+        raise CheckpointError(f"the mode of the quantization is {raw['mode']!r}; expected a name such as affine")
+    return Quantization(count(raw, "group_size"), count(raw, "bits"), raw["mode"])
 
 
 def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
@@ -283,9 +287,11 @@ def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
     chosen = {key: own[key] for key in ranges if own.get(key) is not None}
     for key, value in chosen.items():
         kinds = int if key == "top_k" else (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value <= ranges[key]:
+        above = key in ("top_p", "repetition_penalty") and value == 0
+        if not isinstance(value, kinds) or isinstance(value, bool) or above or not 0 <= value <= ranges[key]:
             raise CheckpointError(
                 f"generation_config.json: {key} is {value!r}; expected a number from 0 to {ranges[key]:g}"
+                + (", above 0" if above else "")
             )
     for key, ids in (("eos_token_id", eos), ("suppress_tokens", own.get("suppress_tokens"))):
         if not all(map(is_id, ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])):

@@ -28,7 +28,7 @@ from mlx_gemma4.conversion import (
 )
 from mlx_gemma4.recipes import RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.terminal import Debug, SizeBar, ctrl_c_at_once, run, whole_number
-from mlx_gemma4.weights import find_drafter, find_folder
+from mlx_gemma4.weights import DEMO, find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
 DRAFTER = "drafter"
@@ -303,11 +303,13 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, sett
         if (said := copy_files(source.folder, part)) is not None:
             note(said)
         is_local = Path(hf_path).expanduser().exists()
+        base_model = BASE_MODEL if is_local else hf_path
+        is_demo = source.folder.resolve() == DEMO.resolve()  # it holds no weights of Google's
         write_card(
             part,
             name=output.absolute().name,
             source=Path(hf_path).name if is_local else hf_path,
-            base_model=BASE_MODEL if is_local else hf_path,
+            base_model=None if is_demo else base_model,
             recipe=settings.recipe.name if settings.recipe is not None else "full precision",
             target=target.figures,
             drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,

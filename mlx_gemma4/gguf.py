@@ -193,7 +193,7 @@ def list_gguf(file: Path, architecture: str, dtype: mx.Dtype) -> list[GGUFTensor
     try:
         with open(file, "rb") as opened:
             infos, start = read_infos(file, opened, architecture)
-    except (struct.error, UnicodeDecodeError, OverflowError, MemoryError):
+    except (struct.error, UnicodeDecodeError, OverflowError, MemoryError, RecursionError):
         raise CheckpointError(
             f"{file} is damaged or incomplete; expected a whole GGUF file, so fetch it again"
         ) from None
@@ -223,9 +223,14 @@ def read_infos(file: Path, opened: BinaryIO, expected: str) -> tuple[list[tuple[
     infos = []
     for _ in range(tensors):
         name = take_string(opened)
-        shape = take(opened, f"{take(opened, 'I')[0]}Q")
+        dimensions = take(opened, "I")[0]
+        shape = take(opened, f"{dimensions}Q")
+        if not dimensions:
+            raise struct.error(f"{name} has no dimensions")
         infos.append((name, shape[::-1], *take(opened, "IQ")))
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise struct.error(f"an alignment of {alignment!r}")
     return infos, -(-opened.tell() // alignment) * alignment
 
 

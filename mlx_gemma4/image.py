@@ -2,6 +2,7 @@
 
 import math
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,7 +23,7 @@ HEIF_BRANDS, AVIF_BRANDS = {b"mif1", b"msf1"}, {b"avif", b"avis"}
 # what Pillow and libheif raise on damaged files
 DAMAGED = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError, KeyError, OverflowError, RuntimeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Patches:
 def check_budget(budget: int) -> None:
     """ValueError for an image budget that the model was not trained with."""
     if budget not in IMAGE_BUDGETS:
-        raise ValueError(f"image_budget is {budget}; expected one of {', '.join(map(str, IMAGE_BUDGETS))}")
+        raise ValueError(f"image_budget is {budget!r}; expected one of {', '.join(map(str, IMAGE_BUDGETS))}")
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -62,12 +63,18 @@ def read_image(source: ImageSource) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise MediaError(f"{name} is no image known here; expected {', '.join(FORMATS)} or HEIC") from None
+    except Image.DecompressionBombError:
+        raise MediaError(f"{name} has more than 178 million pixels; expected fewer, 2.6 million are seen") from None
     except DAMAGED as error:
         raise unreadable(name, error) from None
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    return open_heic(data, name) if is_heic(data) else Image.open(BytesIO(data), formats=FORMATS)
+    if is_heic(data):
+        return open_heic(data, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # 90 million pixels: a phone's photo
+        return Image.open(BytesIO(data), formats=FORMATS)
 
 
 def is_heic(data: bytes) -> bool:

@@ -64,6 +64,7 @@ def check_message(message: Any, where: str) -> Message:
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ROLES:
         raise ValueError(f"{where} has the role {shown(role)}; expected system, developer, user, assistant or tool")
+    check_no_media(message, (*MEDIA, *(f"{kind}s" for kind in MEDIA)), where)
     checked: Message = {"role": role, "content": ""}
     extras = check_assistant(message, where)
     if extras and role != "assistant":
@@ -74,6 +75,15 @@ def check_message(message: Any, where: str) -> Message:
         if role == "tool" and message.get(key) is not None:
             checked[key] = check_string(message[key], f"{where}.{key}")
     return checked | extras
+
+
+def check_no_media(holder: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    """ValueError for media where nobody looks for them, such as Ollama's `images` beside the content."""
+    for key in keys:
+        value = holder.get(key)
+        if value is not None and not (isinstance(value, (list, tuple)) and not value):
+            kind = key.rstrip("s")
+            raise ValueError(f'{where} has the key {key}; expected a part {{"type": "{kind}", "{kind}": …}} in content')
 
 
 def check_assistant(message: Message, where: str) -> Message:
@@ -114,6 +124,7 @@ def check_part(part: Any, where: str) -> Part:
     if not isinstance(spelling, str) or spelling not in kind:
         raise ValueError(f"{where} has the type {shown(spelling)}; expected text, image, audio or video")
     if spelling == "text":
+        check_no_media(part, MEDIA, where)
         return {"type": "text", "text": check_string(part.get("text"), f"{where}.text")}
     if spelling in MEDIA:
         source = media_source(part, (spelling, "url", "path", "base64"), where)

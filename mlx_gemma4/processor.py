@@ -258,7 +258,7 @@ def named_tokens(names: dict[str, Any]) -> set[str]:
     values = [value for key, value in names.items() if key.endswith("_token")]
     for key in ("extra_special_tokens", "additional_special_tokens"):
         more = names.get(key) or []
-        values += more.values() if isinstance(more, dict) else more
+        values += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
     return {text for text in map(token_text, values) if text}
 
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mlx_gemma4 import lattice
 from mlx_gemma4.config import Quantization
 
 # What MLX takes: bits and group sizes by mode, the usual ones first.
@@ -81,11 +80,6 @@ def plan(recipe: Recipe, shapes: Mapping[str, Shape], item_bytes: int) -> dict[s
         room = int((recipe.growth - 1) * sum(weights_nbytes(shapes, chosen, item_bytes).values()))
         chosen |= upgrades(matrices, chosen, room, item_bytes)
     return chosen
-
-
-def with_lattice(planned: Quantization | None, shape: Shape) -> Quantization | None:
-    """What a matrix on the lattice is stored as instead."""
-    return lattice.QUANTIZATION if shape[1] % lattice.BLOCK == 0 else planned
 
 
 def weights_nbytes(

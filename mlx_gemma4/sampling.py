@@ -8,6 +8,8 @@ import mlx.core as mx
 
 from mlx_gemma4.config import GenerationConfig
 
+COLDEST = 1e-6  # colder, float32 logits of 30 differ by nothing or by so much that the largest alone is drawn
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -50,7 +52,8 @@ class Sampler:
         own = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: value for name, value in vars(sampling).items() if name in own and value is not None}
         chosen = self.chosen = replace(defaults, **given)
-        self.temperature, self.top_p, self.min_p = chosen.temperature, chosen.top_p, chosen.min_p
+        self.temperature = max(chosen.temperature, COLDEST) if chosen.temperature else 0.0
+        self.top_p, self.min_p = chosen.top_p, chosen.min_p
         self.top_k = min(chosen.top_k, vocab_size)
         self.penalty = chosen.repetition_penalty
         ids = mx.arange(vocab_size)

@@ -9,6 +9,11 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 TIMEOUT = 60  # seconds a server may stay silent
 TRY_AGAIN = (408, 425, 429)  # of the answers 4xx, those that do not blame the request (RFC 9110, 8470, 6585)
+OTHER_SOURCES = {
+    "image": "a PIL image",
+    "audio": "a tuple (samples, sampling rate)",
+    "video": 'a list of images with "fps" beside it',
+}
 SHOWN_CHARACTERS = 200  # of a path or URL in a message
 SHOWN_OF_DATA_URL = 40  # its type and a few characters
 
@@ -43,10 +48,10 @@ def read_source(source: str | Path | bytes, what: str) -> bytes:
 
 def local_path(source: str | Path, what: str) -> Path | None:
     """The file that a path or a file:// URL names, or None for a URL to fetch; MediaError if there is no such file."""
-    name = describe(source, what)
     if not isinstance(source, str | Path) or source == "":
-        kind = "empty" if source == "" else f"a {type(source).__name__}"
-        raise MediaError(f"the source of the {what} is {kind}; expected a path, a URL or bytes")
+        kind = "empty" if isinstance(source, str) else f"of type {type(source).__name__}"
+        raise MediaError(f"the source of the {what} is {kind}; expected a path, a URL, bytes or {OTHER_SOURCES[what]}")
+    name = describe(source, what)
     scheme = url_scheme(source) if isinstance(source, str) else None
     if scheme in ("http", "https", "data"):
         return None
@@ -118,12 +123,13 @@ def download(url: str, name: str) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response
         kind = FetchError if error.code >= 500 or error.code in TRY_AGAIN else MediaError
-        raise kind(f"{name} cannot be fetched: the server answered {error.code} {error.reason}") from None
+        reason = " ".join(str(error.reason).split())  # of a loop of redirects it has lines
+        raise kind(f"{name} cannot be fetched: the server answered {error.code} {reason}") from None
     except (http.client.InvalidURL, ValueError) as error:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
     except urllib.error.URLError as error:
         kind = FetchError if isinstance(error.reason, OSError) else MediaError  # a str: not a URL after all
-        raise kind(f"{name} cannot be fetched: {error.reason}") from None
+        raise kind(f"{name} cannot be fetched: {' '.join(str(error.reason).split())}") from None
     except (OSError, http.client.HTTPException) as error:  # cut off or silent
         raise FetchError(f"{name} cannot be fetched: {one_line(error)}") from None
 

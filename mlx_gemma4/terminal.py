@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 def run(app: typer.Typer) -> int:
     """Run a command; what fails becomes one line on standard error and an exit status."""
     warnings.showwarning = on_warning
+    if sys.stderr is None:  # closed by whoever started this
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
     news = logging.StreamHandler(sys.stderr)
@@ -37,7 +40,7 @@ def run(app: typer.Typer) -> int:
         return app(standalone_mode=False) or 0  # typer gives 130 for Ctrl-C and 1 for a closed pipe
     except (TyperException, ValueError, OSError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv:
-            raise
+            traceback.print_exc()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
         wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)

@@ -45,7 +45,7 @@ def read_video(source: VideoSource, fps: float | None, num_frames: int) -> Video
     if fps is not None:
         raise MediaError(f'{name} has its own frame rate, but "fps" is {fps}; expected only beside a list of images')
     path = None if isinstance(source, bytes) else local_path(source, "video")
-    if path is None:
+    if path is None or not path.is_file():  # in a pipe nobody can go back
         return decode(BytesIO(read_source(source, "video")), name, num_frames)
     try:
         file = path.open("rb")  # not read into memory: it may be larger

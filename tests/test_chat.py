@@ -270,6 +270,14 @@ ERRORS: list[tuple[Any, str]] = [
     (user({"type": "file"}), f"messages[0].content[0] has the type 'file'; {TYPES}"),
     (user({"type": "text"}), "messages[0].content[0].text is None; expected a string"),
     (user({"type": "text", "text": 3}), "messages[0].content[0].text is an int; expected a string"),
+    (
+        user({"type": "text", "text": "a", "image": "b.png"}),
+        'messages[0].content[0] has the key image; expected a part {"type": "image", "image": …} in content',
+    ),
+    (
+        [{"role": "user", "content": "a", "images": ["b.png"]}],
+        'messages[0] has the key images; expected a part {"type": "image", "image": …} in content',
+    ),
     (user({"type": "image"}), f"messages[0].content[0] has no value; {IMAGE_VALUE}"),
     (user({"type": "image", "image": ""}), f"messages[0].content[0] has no value; {IMAGE_VALUE}"),
     (user(IMAGE | {"url": "b"}), f"messages[0].content[0] has image and url; {IMAGE_VALUE}"),

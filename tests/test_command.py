@@ -636,9 +636,19 @@ def test_a_prompt_too_long_for_the_memory_is_said_before_loading(
     check_refused(asked, 1, "tokens needs 0.", "expected a prompt of at most ")
 
 
+@pytest.mark.parametrize(
+    ("closed", "prompt", "status", "out"), [("0<&-", "-", 2, ""), ("2>&-", "What is 3 + 4?", 0, "3 + 4 = 7.\n")]
+)
+def test_streams_may_be_closed(closed: str, prompt: str, status: int, out: str) -> None:
+    line = f'exec "$0" -m mlx_gemma4.generate --model demo --prompt "$1" {closed}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, prompt], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, out)
+    assert ("error: standard input is closed; expected the prompt there" in done.stderr) == (status > 0)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = command("--model", tmp_path, "--prompt", "a", "--debug")
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert "Traceback" in done.stderr and "CheckpointError" in done.stderr
     done = command("--model", tmp_path, "--prompt", "a")
     assert done.returncode == 2

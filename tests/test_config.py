@@ -129,6 +129,12 @@ def test_quantization_with_overrides_is_read_from_either_key() -> None:
 
 def test_a_quantization_of_another_library_is_refused() -> None:
     raw = config(TINY) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    for own, message in (
+        ({"group_size": "64", "bits": 4}, r"^group_size is '64'; expected a whole number above 0$"),
+        ({"group_size": 64, "bits": 4, "mode": {}}, r"^the mode of the quantization is {}; expected a name such as "),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            parse_config(config(TINY) | {"quantization": own}, PLAIN)
     with pytest.raises(CheckpointError, match=r"^quantization has the keys \['bits', 'quant_method'\]; expected "):
         parse_config(raw, PLAIN)
 
@@ -216,3 +222,5 @@ def test_a_size_that_is_none_is_refused(key: str, value: Any) -> None:
 def test_a_sampling_default_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p is 'x'; expected a number from 0 to 1$"):
         read_config(write(tmp_path, config(TINY), {"top_p": "x"}))
+    with pytest.raises(CheckpointError, match=r"top_p is 0; expected a number from 0 to 1, above 0$"):
+        read_config(write(tmp_path, config(TINY), {"top_p": 0}))

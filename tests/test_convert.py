@@ -475,6 +475,12 @@ def test_a_gguf_needs_its_media_from_elsewhere(gguf_file: Path, run: Run) -> Non
     assert status == 2 and "holds the text model alone; expected --media-from" in err
 
 
+def small_gguf(entry: bytes, tensor: bytes) -> bytes:
+    """A header, the architecture, at most one more entry, at most one tensor."""
+    architecture = struct.pack("<Q20sIQ6s", 20, b"general.architecture", 8, 6, b"gemma4")
+    return struct.pack("<4sIQQ", b"GGUF", 3, bool(tensor), 1 + bool(entry)) + architecture + entry + tensor
+
+
 def test_a_damaged_gguf_is_one_line(gguf_file: Path, bfloat16_source: Path, run: Run, tmp_path: Path) -> None:
     whole = gguf_file.read_bytes()
     damaged = tmp_path / "damaged.gguf"
@@ -486,6 +492,10 @@ def test_a_damaged_gguf_is_one_line(gguf_file: Path, bfloat16_source: Path, run:
         (other, "holds the architecture 'gemma9'; expected 'gemma4'"),
         (b"", "is damaged or incomplete"),
         (whole[:24] + struct.pack("<Q", 2**62) + whole[32:], "is damaged or incomplete"),
+        (small_gguf(struct.pack("<Q17sII", 17, b"general.alignment", 4, 0), b""), "is damaged or incomplete"),
+        (small_gguf(struct.pack("<Q17sIQ1s", 17, b"general.alignment", 8, 1, b"a"), b""), "is damaged or incomplete"),
+        (small_gguf(struct.pack("<Q1sI", 1, b"a", 9) + struct.pack("<IQ", 9, 1) * 5000, b""), "is damaged or"),
+        (small_gguf(b"", struct.pack("<Q1sIIQ", 1, b"a", 0, 0, 0)), "is damaged or incomplete"),
     ):
         damaged.write_bytes(data)
         status, _, err = run("--hf-path", damaged, "--media-from", bfloat16_source)

@@ -139,6 +139,13 @@ def test_temperature_zero_is_all_on_the_best_that_is_not_suppressed(vocab: int) 
     assert sampler.draw(found, mx.random.key(0)).tolist() == logits_left.argmax(axis=-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_the_coldest_draws_the_best(temperature: float) -> None:
+    logits = mx.array([[29.9, 30.0, -30.0, 3.0]])
+    sampler = Sampler(Sampling(temperature=temperature, top_k=0, top_p=1), PLAIN, 4)
+    assert sampler.probabilities(logits).tolist() == [[0, 1, 0, 0]]
+
+
 def test_temperature_zero_obeys_the_repetition_penalty() -> None:
     logits, seen = mx.array([[3.0, 2.0, -1.0], [-1.0, -1.5, -9.0]]), mx.array([[True, False, False]] * 2)
     sampler = Sampler(Sampling(temperature=0, repetition_penalty=2.0), PLAIN, 3)

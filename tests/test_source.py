@@ -123,7 +123,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         "~nobody-of-this-name/x.png": r"^image '~nobody-of-this-name/x.png' cannot be read: ",
         "file://elsewhere/x.png": r"the URL names the host 'elsewhere'; expected file:///…$",
         "s3://bucket/x.png": r"has the scheme 's3'; expected a path or a file, http, https or data URL$",
-        "": r"^the source of the image is empty; expected a path, a URL or bytes$",
+        "": r"^the source of the image is empty; expected a path, a URL, bytes or a PIL image$",
     }
     for source, message in cases.items():
         with pytest.raises(MediaError, match=message) as caught:
@@ -134,7 +134,9 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 
 def test_another_type_is_an_error() -> None:
-    with pytest.raises(MediaError, match=r"^the source of the audio is a int; expected a path, a URL or bytes$"):
+    with pytest.raises(
+        MediaError, match=r"^the source of the audio is of type int; expected a path, a URL, bytes or a t"
+    ):
         read_source(5, "audio")  # type: ignore[arg-type]
 
 

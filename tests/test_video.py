@@ -161,7 +161,7 @@ def test_what_is_no_video_is_an_error(clip: bytes, tmp_path: Path) -> None:
         tmp_path: r"is a folder; expected a file$",
         clip[: len(clip) // 2]: r"^video of \d+ bytes cannot be read: ",
         b"": r"^video of 0 bytes is empty",
-        5: r"^the source of the video is a int; expected",
+        5: r"^the source of the video is of type int; expected a path, a URL, bytes or a list",
     }
     for source, message in cases.items():
         with pytest.raises(MediaError, match=message):
