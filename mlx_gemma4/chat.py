@@ -18,6 +18,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_gemma4.messages import Message
+from mlx_gemma4.source import unbroken
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # the Unicode standard, 23.5
 
@@ -79,8 +80,9 @@ def render(
             add_generation_prompt=add_generation_prompt,
         )
     except TEMPLATE_FAILURES as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template fails on this request: {reason or type(error).__name__}") from error
+        raise ValueError(
+            f"the chat template fails on this request: {unbroken(error) or type(error).__name__}"
+        ) from error
 
 
 # --- shielding ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
-from mlx_gemma4.sampling import Sampler, Sampling
+from mlx_gemma4.sampling import Sampler, Sampling, settled
 from mlx_gemma4.speculate import State, compiled_round, first_state, launch
 from mlx_gemma4.weights import parameters
 
@@ -143,13 +143,12 @@ def choose_pace(model: Model, draft_length: int | str, sampling: Sampling) -> Pa
     check_draft_length(draft_length)
     if model.drafter is None and draft_length not in ("auto", 0):
         raise ValueError(f"draft_length is {draft_length} and the model has no drafter; expected 0, or load one")
-    if draft_length == "auto":
-        if model.drafter is None:
-            return FixedLength(0)
-        own = sampling.temperature
-        is_greedy = (model.config.generation.temperature if own is None else own) == 0
-        return model.learnt.controller if sampling.seed is None or is_greedy else FixedLength(SEEDED_LENGTH)
-    return FixedLength(int(draft_length))
+    if draft_length != "auto":
+        return FixedLength(int(draft_length))
+    if model.drafter is None:
+        return FixedLength(0)
+    is_greedy = settled(sampling, model.config.generation).temperature == 0
+    return model.learnt.controller if sampling.seed is None or is_greedy else FixedLength(SEEDED_LENGTH)
 
 
 def run(

@@ -15,6 +15,7 @@ from mlx_gemma4.chat import compile_template, render, shield, unused_character
 from mlx_gemma4.config import CheckpointError, ModelConfig, read_json
 from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
+from mlx_gemma4.source import unbroken
 
 # What the published processor_config.json and tokenizer_config.json say, for conversions that lack them.
 IMAGE_BUDGET = 280  # soft tokens an image: image_processor.max_soft_tokens
@@ -240,7 +241,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{path} is not a tokenizer: {unbroken(error)}") from None
     tokenizer.no_truncation()  # some are saved with the settings of their training
     tokenizer.no_padding()
     return tokenizer
@@ -303,7 +304,7 @@ def read_template(folder: Path, names: dict[str, Any]) -> Template:
     try:
         return compile_template(source)
     except TemplateSyntaxError as error:
-        raise CheckpointError(f"{origin} holds no valid chat template: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{origin} holds no valid chat template: {unbroken(error)}") from None
 
 
 def find_template(folder: Path, names: dict[str, Any]) -> tuple[str | None, Path]:

@@ -45,13 +45,18 @@ def check(
         raise ValueError(f"{name} is {value!r}; expected {'a whole number, ' if whole else ''}{expected}")
 
 
+def settled(sampling: Sampling, defaults: GenerationConfig) -> GenerationConfig:
+    """The checkpoint's defaults, with what the sampling says in their place."""
+    own = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: value for name, value in vars(sampling).items() if name in own and value is not None}
+    return replace(defaults, **given)
+
+
 class Sampler:
     """A `Sampling` with nothing left open, for one checkpoint. Holds no state: keys and seen tokens are arguments."""
 
     def __init__(self, sampling: Sampling, defaults: GenerationConfig, vocab_size: int):
-        own = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: value for name, value in vars(sampling).items() if name in own and value is not None}
-        chosen = self.chosen = replace(defaults, **given)
+        chosen = self.chosen = settled(sampling, defaults)
         self.temperature = max(chosen.temperature, COLDEST) if chosen.temperature else 0.0
         self.top_p, self.min_p = chosen.top_p, chosen.min_p
         self.top_k = min(chosen.top_k, vocab_size)

@@ -123,13 +123,13 @@ def download(url: str, name: str) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response
         kind = FetchError if error.code >= 500 or error.code in TRY_AGAIN else MediaError
-        reason = " ".join(str(error.reason).split())  # of a loop of redirects it has lines
-        raise kind(f"{name} cannot be fetched: the server answered {error.code} {reason}") from None
+        answer = f"{error.code} {unbroken(error.reason)}"  # of a loop of redirects it has lines
+        raise kind(f"{name} cannot be fetched: the server answered {answer}") from None
     except (http.client.InvalidURL, ValueError) as error:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
     except urllib.error.URLError as error:
         kind = FetchError if isinstance(error.reason, OSError) else MediaError  # a str: not a URL after all
-        raise kind(f"{name} cannot be fetched: {' '.join(str(error.reason).split())}") from None
+        raise kind(f"{name} cannot be fetched: {unbroken(error.reason)}") from None
     except (OSError, http.client.HTTPException) as error:  # cut off or silent
         raise FetchError(f"{name} cannot be fetched: {one_line(error)}") from None
 
@@ -157,4 +157,9 @@ def needs_extra(name: str, library: str, mac_command: str | None) -> MediaError:
 def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return unbroken(error) or type(error).__name__
+
+
+def unbroken(text: object) -> str:
+    """A text in one line."""
+    return " ".join(str(text).split())

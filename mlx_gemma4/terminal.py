@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from typer.exceptions import TyperException
 
-from mlx_gemma4.source import FetchError
+from mlx_gemma4.source import FetchError, unbroken
 from mlx_gemma4.weights import logger
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(app: typer.Typer) -> int:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
-        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)
         wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)
         return WRONG_REQUEST if wrong else FAILED
     finally:
@@ -51,7 +51,7 @@ def run(app: typer.Typer) -> int:
 
 
 def show_warning(message: Warning | str) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {unbroken(message)}", file=sys.stderr)
 
 
 def on_warning(

@@ -127,14 +127,20 @@ def test_quantization_with_overrides_is_read_from_either_key() -> None:
         }
 
 
-def test_a_quantization_of_another_library_is_refused() -> None:
-    raw = config(TINY) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    for own, message in (
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
         ({"group_size": "64", "bits": 4}, r"^group_size is '64'; expected a whole number above 0$"),
         ({"group_size": 64, "bits": 4, "mode": {}}, r"^the mode of the quantization is {}; expected a name such as "),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            parse_config(config(TINY) | {"quantization": own}, PLAIN)
+    ],
+)
+def test_a_quantization_that_is_none_is_refused(own: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        parse_config(config(TINY) | {"quantization": own}, PLAIN)
+
+
+def test_a_quantization_of_another_library_is_refused() -> None:
+    raw = config(TINY) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(CheckpointError, match=r"^quantization has the keys \['bits', 'quant_method'\]; expected "):
         parse_config(raw, PLAIN)
 

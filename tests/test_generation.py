@@ -324,17 +324,17 @@ def test_a_seed_makes_a_reply_again(endless: Loaded, length: int) -> None:
     assert reply(None) != reply(None)
 
 
-def test_what_was_measured_before_does_not_change_what_a_seed_gives(endless: Loaded) -> None:
+def test_what_was_measured_before_does_not_change_what_a_seed_gives(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though "auto" drafts as many as times and acceptance say."""
     model, _ = endless
     sampling = Sampling(temperature=2.0, top_k=0, top_p=1.0, seed=5)
     replies = []
     for best in (0, 2, 7):
-        model.learnt.controller = Controller(
-            times={0: deque([1.0] * 3), 2: deque([1.0] * 2), best: deque([1.0] * 3)}, best=best
-        )
+        times = {0: deque([1.0] * 3), 2: deque([1.0] * 2), best: deque([1.0] * 3)}
+        monkeypatch.setattr(model.learnt, "controller", Controller(times=times, best=best))
         replies.append(reply_of(endless, "auto", 30, sampling).token_ids)
-    model.learnt.controller = Controller()
     assert replies[0] == replies[1] == replies[2]
 
 

@@ -19,7 +19,7 @@ from training.sounds import (
 )
 from training.texts import story_item, text_item, unknown_item
 from training.tools import tool_item
-from training.world import MOST_BEEPS, MOST_SHAPES, ask, heard, seen
+from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, heard, seen
 
 SEEING = (("shapes", 0.5), ("number", 0.5))
 HEARING = (("digit", 0.42), ("beeps", 0.25), ("tone", 0.22), ("still", 0.11))
@@ -60,7 +60,7 @@ def both_item(rng: random.Random, material: Material) -> Item:
         count = shapes if same else rng.choice([n for n in range(1, MOST_BEEPS + 1) if n != shapes])
         samples, hints = beeps(rng, count, held_out)
         samples = record(rng, samples)
-        both = f"{shown} and {heard(count).removeprefix('I ')}"
+        both = f"{shown} and hear {counted(count, 'beep')}."
         questions = [
             Question("both counts", ask(rng, "both counts", held_out), both),
             Question("same counts", ask(rng, "same counts", held_out), f"{both} {says}"),
