@@ -12,6 +12,7 @@ MEMORY = 0.97  # what a trial of a draft position still counts after each later 
 GUESSED_ACCEPTANCE = 0.6  # of the first draft, before any trial
 GAIN = 1.02  # another length must promise this much more tokens a second
 FIRST_PROBE, LAST_PROBE = 32, 1024  # rounds between probes, doubled as long as they change nothing
+LONGEST_PROBE = 4  # rounds, if all its drafts are accepted
 CHECK = 8  # rounds after a change until the length before it is probed
 
 MAX_DRAFTS = 7  # in a round
@@ -56,8 +57,8 @@ class Controller:
     """Learns what a round of each length costs and how often each draft position is accepted.
 
     It maximizes expected tokens a round over seconds a round. The best length stays in use; now and then another is
-    probed for two rounds, and for longer only while its drafts are accepted. What the machine does besides slows all
-    lengths down alike: when the best one's times change, the others' are changed with them until they are probed.
+    probed until a draft is refused, for four rounds at most. What the machine does besides slows all lengths
+    down alike: when the best one's times change, the others' are changed with them until they are probed.
     """
 
     longest: int = MAX_DRAFTS
@@ -100,8 +101,9 @@ class Controller:
             self.hits[position] = MEMORY * self.hits[position] + (position < accepted)
         if seconds is not None:
             self.remember(length, seconds)
-            if length == self.probe and (accepted < length or length == 0):
-                self.probe = None
+        told = seconds is not None and (accepted < length or length == 0)
+        if length == self.probe and (told or self.rounds >= LONGEST_PROBE):
+            self.probe = None
         # plain rounds say nothing new of drafting, and this takes as long as a few of a round's launches
         if len(self.times) >= len(FIRST_TIMED) and (length or self.rounds % 16 == 0):
             self.settle()

@@ -265,7 +265,7 @@ class RoundClock:
     """Seconds a round, from one read to the next: the device works on without a gap, if nobody makes it wait.
 
     MLX bounds how far it runs ahead, so between two reads the device does parts of two rounds. Only if they draft
-    alike, and neither a trace nor the caller took long, is the time that of one round.
+    alike, and neither a trace nor the caller took longer than the device, is the time that of one round.
     """
 
     def __init__(self) -> None:
@@ -284,7 +284,7 @@ class RoundClock:
         seconds = None if self.last_read is None else now - self.last_read
         alike = len(set(self.lengths)) == 1 and not self.traced
         self.last_read = now
-        return seconds if alike and seconds is not None and self.outside < 0.2 * seconds else None
+        return seconds if alike and seconds is not None and self.outside < seconds / 2 else None
 
     def resumed(self) -> None:
         if self.last_read is not None:

@@ -65,6 +65,8 @@ PAYS = [
     pytest.param(linear(0.02), 0.98, id="nearly free"),
     pytest.param(linear(0.25), 0.5, id="hardly"),
     pytest.param(steep, 0.7, id="another pass from four rows on"),
+    pytest.param(linear(0.55), 1.0, id="dear and always accepted"),
+    pytest.param(steep, 1.0, id="another pass from four rows on, always accepted"),
 ]
 
 
@@ -82,8 +84,10 @@ def test_where_drafting_pays_it_is_near_the_best_fixed_length(
     assert rates[0] > 0.97 * plain
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("draft", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("draft", "acceptance"),
+    [*((draft, acceptance) for draft in (0.3, 0.5, 1.0) for acceptance in (0.0, 0.05, 0.3)), (1.2, 1.0), (1.5, 1.0)],
+)
 def test_where_drafting_never_pays_it_parks_at_none(draft: float, acceptance: float) -> None:
     machine = Machine(linear(draft), acceptance)
     assert machine.best == machine.expected(0)

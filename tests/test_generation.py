@@ -324,6 +324,25 @@ def test_a_seed_makes_a_reply_again(endless: Loaded, length: int) -> None:
     assert reply(None) != reply(None)
 
 
+@pytest.mark.parametrize(("kept", "known"), [(0.0, True), (0.04, True), (0.06, False)])
+def test_a_round_is_timed_unless_the_caller_takes_longer(
+    monkeypatch: pytest.MonkeyPatch, kept: float, known: bool
+) -> None:
+    """It reads every 0.1 s and the caller keeps each piece for a part of that."""
+    now = 0.0
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: now)
+    clock = generation.RoundClock()
+    times = []
+    for _ in range(4):
+        clock.launched(2, False)
+        now += 0.1 - kept
+        times.append(clock.read())
+        now += kept
+        clock.resumed()
+    assert times[0] is None
+    assert times[1:] == ([pytest.approx(0.1)] * 3 if known else [None] * 3)
+
+
 def test_what_was_measured_before_does_not_change_what_a_seed_gives(
     endless: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
