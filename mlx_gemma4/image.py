@@ -137,14 +137,19 @@ def image_size(height: int, width: int, budget: int, side: int) -> tuple[int, in
 
 
 def image_patches(image: Image.Image, budget: int, side: int) -> Patches:
-    """Resize an RGB image to its budget of soft tokens and cut it into patches.
+    """Resize an RGB image to its budget of soft tokens and cut it into patches."""
+    return cut(fitted(image, budget, side), side)
 
-    Bicubic with antialiasing on 8-bit values, as the model was trained; the model itself scales by 1/255.
-    """
+
+def fitted(image: Image.Image, budget: int, side: int) -> Image.Image:
+    """Of the size for its budget of soft tokens, as the model was trained: bicubic, antialiased, on 8-bit values."""
     height, width = image_size(image.height, image.width, budget, side)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    rows, columns = height // side, width // side
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def cut(image: Image.Image, side: int) -> Patches:
+    """A fitted RGB image as patches; the model itself scales by 1/255."""
+    rows, columns = image.height // side, image.width // side
     pixels = np.asarray(image).reshape(rows, side, columns, side, 3)  # [H, W, 3] -> [rows, side, columns, side, 3]
     pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, side * side * 3)  # -> [n, side * side * 3]
     y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ SAMPLING_RATE = 16000  # Hz: feature_extractor.sampling_rate
 BOS_TOKEN = "<bos>"
 
 PACKAGED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")  # as published on 2026-07-09
-OLD_TEMPLATE_BYTES = 17466  # its predecessor leaks thoughts and loops on tools: reference/architecture.md, section 5
+OLD_TEMPLATE_BYTES = 17466  # of its predecessor, which leaks thoughts and loops on tools
 
 # The config's ids that each kind of media is written with: begin, soft token, end. A video is a row of images.
 RUN_KEYS = {
@@ -161,17 +162,18 @@ class Processor:
 
             samples = read_audio(part["audio"], self.settings.sampling_rate)
             return [Loaded(audio_frames(samples, size), None)]
-        from mlx_gemma4.image import image_patches, read_image
+        from mlx_gemma4.image import cut, fitted, image_patches, read_image
 
         if part["type"] == "image":
             patches = image_patches(read_image(part["image"]), image_budget, size)
             return [Loaded(patches.pixels, patches.positions)]
         from mlx_gemma4.video import read_video, timestamp
 
-        video = read_video(part["video"], part.get("fps"), self.settings.num_frames)
+        smaller = partial(fitted, budget=self.settings.video_budget, side=size)
+        video = read_video(part["video"], part.get("fps"), self.settings.num_frames, smaller)
         loaded = []
         for frame, seconds in zip(video.frames, video.seconds, strict=True):
-            patches = image_patches(frame, self.settings.video_budget, size)
+            patches = cut(frame, size)
             loaded.append(Loaded(patches.pixels, patches.positions, caption=f"{timestamp(seconds)} "))
         return loaded
 

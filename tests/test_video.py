@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_gemma4.source import MediaError
-from mlx_gemma4.video import Video, chosen_frames, read_video, timestamp
+from mlx_gemma4.video import Video, VideoSource, chosen_frames, read_video, timestamp
 
 STEP = 6  # of brightness from frame to frame
 
@@ -41,6 +41,10 @@ def encoded(count: int, rate: Fraction | int = 10, format: str = "mp4", codec: s
     return file.getvalue()
 
 
+def read(source: VideoSource, fps: float | None, num_frames: int) -> Video:
+    return read_video(source, fps, num_frames, lambda frame: frame)
+
+
 def which(video: Video) -> list[int]:
     """The numbers of the ramp's frames in an upright video."""
     return [round(np.asarray(frame)[4:20].mean() / STEP) for frame in video.frames]
@@ -53,7 +57,7 @@ def clip() -> bytes:
 
 @pytest.mark.parametrize("num_frames", [1, 3, 7, 32, 39, 40, 41, 100])
 def test_frames_are_spread_evenly_with_their_times(clip: bytes, num_frames: int) -> None:
-    video = read_video(clip, None, num_frames)
+    video = read(clip, None, num_frames)
     expected = [i * 40 // num_frames for i in range(num_frames)] if num_frames < 40 else list(range(40))
     assert which(video) == expected
     assert video.seconds == tuple(i / 10 for i in expected)
@@ -63,7 +67,7 @@ def test_frames_are_spread_evenly_with_their_times(clip: bytes, num_frames: int)
 def test_all_ways_to_give_a_file_agree(clip: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(clip)
     for source in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), (tmp_path / "a.mp4").as_uri()):
-        assert which(read_video(source, None, 4)) == [0, 10, 20, 30]
+        assert which(read(source, None, 4)) == [0, 10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_all_ways_to_give_a_file_agree(clip: bytes, tmp_path: Path) -> None:
     ],
 )
 def test_containers_of_any_kind_are_read(format: str, codec: str, rate: Fraction | int) -> None:
-    video = read_video(encoded(20, rate, format, codec), None, 4)
+    video = read(encoded(20, rate, format, codec), None, 4)
     assert which(video) == [0, 5, 10, 15]
     assert np.allclose(video.seconds, [i / float(rate) for i in (0, 5, 10, 15)])
 
@@ -87,10 +91,16 @@ def test_the_rotation_of_a_phone_is_applied(clip: bytes, clockwise: int) -> None
     matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]  # ISO/IEC 14496-12, 6.2.2
     place = clip.index(b"tkhd") + 44
     turned = clip[:place] + struct.pack(">9i", *matrix) + clip[place + 36 :]
-    frame = read_video(turned, None, 1).frames[0]
+    frame = read(turned, None, 1).frames[0]
     shown = ramp(1)[0].rotate(-clockwise, expand=True)
     assert frame.size == shown.size
     assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
+def test_each_frame_is_made_smaller(clip: bytes) -> None:
+    for source, fps in ((clip, None), (ramp(40), 10.0)):
+        video = read_video(source, fps, 4, lambda frame: frame.reduce(4))
+        assert {frame.size for frame in video.frames} == {(16, 12)}
 
 
 def test_hidden_frames_are_not_counted() -> None:
@@ -111,7 +121,7 @@ def test_hidden_frames_are_not_counted() -> None:
             hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
             hidden.is_keyframe, hidden.stream = packet.is_keyframe, stream
             container.mux(hidden)
-    assert which(read_video(file.getvalue(), None, 5)) == [0, 4, 8, 12, 16]
+    assert which(read(file.getvalue(), None, 5)) == [0, 4, 8, 12, 16]
 
 
 def test_a_list_of_images_is_spread_evenly_at_its_frame_rate(tmp_path: Path) -> None:
@@ -120,15 +130,15 @@ def test_a_list_of_images_is_spread_evenly_at_its_frame_rate(tmp_path: Path) -> 
         image.save(tmp_path / f"{i}.png")
     paths = [tmp_path / f"{i}.png" for i in range(9)]
     for source in (images, tuple(paths), [str(path) for path in paths], [path.read_bytes() for path in paths]):
-        video = read_video(source, 0.5, 4)
+        video = read(source, 0.5, 4)
         assert which(video) == [0, 2, 4, 6]
         assert video.seconds == (0, 4, 8, 12)
-    assert which(read_video(images, 2, 32)) == list(range(9))
+    assert which(read(images, 2, 32)) == list(range(9))
 
 
 def test_only_the_chosen_images_are_read(tmp_path: Path) -> None:
     ramp(1)[0].save(tmp_path / "a.png")
-    assert len(read_video([tmp_path / "a.png", "missing.png"], 1, 1).frames) == 1
+    assert len(read([tmp_path / "a.png", "missing.png"], 1, 1).frames) == 1
 
 
 @given(st.integers(0, 5000), st.integers(1, 100))
@@ -143,12 +153,12 @@ def test_chosen_frames_are_distinct_in_order_and_begin_with_the_first(total: int
 @pytest.mark.parametrize("fps", [None, 0, -1, float("nan"), float("inf"), "2"])
 def test_a_list_of_images_needs_their_frame_rate(fps: float | None) -> None:
     with pytest.raises(MediaError, match=rf'^a video of 2 images has "fps" {fps}; expected their number a second'):
-        read_video(ramp(2), fps, 32)
+        read(ramp(2), fps, 32)
 
 
 def test_a_file_takes_no_frame_rate(clip: bytes) -> None:
     with pytest.raises(MediaError, match=r'has its own frame rate, but "fps" is 2; expected only beside a list'):
-        read_video(clip, 2, 32)
+        read(clip, 2, 32)
 
 
 def test_what_is_no_video_is_an_error(clip: bytes, tmp_path: Path) -> None:
@@ -165,13 +175,13 @@ def test_what_is_no_video_is_an_error(clip: bytes, tmp_path: Path) -> None:
     }
     for source, message in cases.items():
         with pytest.raises(MediaError, match=message):
-            read_video(source, None, 32)  # type: ignore[arg-type]
+            read(source, None, 32)  # type: ignore[arg-type]
     with pytest.raises(MediaError, match=r"^video is an empty list; expected at least one image$"):
-        read_video([], 1, 32)
+        read([], 1, 32)
     with pytest.raises(MediaError, match=r"^image 'no\.png' does not exist$"):
-        read_video(["no.png"], 1, 32)
+        read(["no.png"], 1, 32)
     with pytest.raises(ValueError, match=r"^num_frames is 0; expected at least 1$"):
-        read_video(clip, None, 0)
+        read(clip, None, 0)
 
 
 def test_a_sound_is_no_video() -> None:
@@ -183,20 +193,20 @@ def test_a_sound_is_no_video() -> None:
         frame.sample_rate = 8000
         container.mux([*stream.encode(frame), *stream.encode()])
     with pytest.raises(MediaError, match=r"has no video track$"):
-        read_video(file.getvalue(), None, 32)
+        read(file.getvalue(), None, 32)
 
 
 def test_a_playlist_opens_no_other_file(clip: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.ts").write_bytes(encoded(5, 25, "mpegts", "mpeg2video"))
     (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n")
     with pytest.raises(MediaError, match=r"cannot be read: "):
-        read_video(tmp_path / "a.m3u8", None, 32)
+        read(tmp_path / "a.m3u8", None, 32)
 
 
 def test_without_pyav_the_message_names_the_extra(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MediaError, match=r'^video of \d+ bytes needs PyAV: pip install "mlx_gemma4\[video\]"$'):
-        read_video(clip, None, 32)
+        read(clip, None, 32)
 
 
 def test_timestamps_are_minutes_and_seconds() -> None:
