@@ -13,14 +13,13 @@ from mlx_gemma4.source import MediaError, describe, needs_extra, read_source, un
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
 
-SAMPLING_RATE = 16000  # Hz, of the checkpoint's processor_config.json
 TRAINED_SECONDS = 30  # the longest clip that Gemma 4's model card speaks of
 SLOWEST, FASTEST = 1000, 1_000_000  # Hz, of what is taken
 BLOCK = 1 << 18  # samples decoded at a time
 MOST_CHANNELS_FIRST = 8  # up to so many short rows are taken for channels (7.1 sound has 8)
 
 
-def read_audio(source: AudioSource, rate: int = SAMPLING_RATE) -> np.ndarray:
+def read_audio(source: AudioSource, rate: int) -> np.ndarray:
     """Mono sound [samples] float32 at `rate` Hz, full scale -1 to 1, neither rescaled nor cut.
 
     `source`: a path, a URL, a file's bytes or (samples, sampling rate) with samples [n], [n, channels] or, for up to

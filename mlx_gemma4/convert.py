@@ -26,7 +26,7 @@ from mlx_gemma4.conversion import (
     open_target,
     write_model,
 )
-from mlx_gemma4.recipes import RECIPES, Recipe, named_recipe, uniform_recipe
+from mlx_gemma4.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.terminal import Debug, SizeBar, ctrl_c_at_once, run, whole_number
 from mlx_gemma4.weights import DEMO, find_drafter, find_folder
 
@@ -74,7 +74,9 @@ def convert(
         str | None, typer.Option(metavar="NAME", help="Of --recipe qat: bfloat16, or float32, which is always exact.")
     ] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Back to full precision.")] = False,
-    drafter: Annotated[str, typer.Option(metavar="MODEL", help="The drafter's folder or hub id, or auto.")] = "auto",
+    drafter: Annotated[
+        str, typer.Option(metavar="MODEL", help="The drafter's folder or hub id, auto, or none.")
+    ] = "auto",
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Convert the model alone.")] = False,
     drafter_bits: Annotated[
         int, typer.Option(parser=whole_number, metavar="N", help="Bits a weight of the drafter.")
@@ -92,10 +94,13 @@ def convert(
         recipe=choose_recipe(recipe, q_bits, q_group_size, q_mode, dequantize, files is not None),
         dtype=choose_dtype(dtype),
         float32_scales=choose_scales(scales, recipe, files is not None),
-        drafter=None if no_drafter else drafter,
+        drafter=None if no_drafter or drafter == "none" else drafter,
         drafter_bits=drafter_bits,
     )
-    uniform_recipe(drafter_bits, None, None)  # an error about the bits, if any, before anything is downloaded
+    if drafter_bits not in BITS["affine"]:
+        raise ValueError(
+            f"drafter-bits is {drafter_bits}; expected one of {', '.join(map(str, sorted(BITS['affine'])))}"
+        )
     if media_from is not None and files is None:
         raise ValueError("media-from is for a .gguf file; a model folder has its own")
     output = check_output(Path(mlx_path).expanduser())
@@ -106,7 +111,7 @@ def convert(
     source = open_sources(hf_path, files, media_from)
     is_local = Path(hf_path).expanduser().exists()
     beside = (media_from or str(source.folder)) if is_local and files is not None else hf_path
-    convert_folder(source, hf_path, beside, output, settings)
+    convert_folder(source, hf_path, beside, output, upload_repo or output.absolute().name, settings)
     if upload_repo is not None:
         from mlx_gemma4.upload import upload
 
@@ -283,8 +288,11 @@ def find_drafter_source(target: Source, beside: str, drafter: str | None) -> Sou
 # --- converting --------------------------------------------------------------------------------
 
 
-def convert_folder(source: Source, hf_path: str, beside: str, output: Path, settings: Settings) -> None:
-    """Write the model folder `output`: all or nothing. beside: the model next to which a drafter is looked for."""
+def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name: str, settings: Settings) -> None:
+    """Write the model folder `output`, whose card says `name`: all or nothing.
+
+    beside: the model next to which a drafter is looked for.
+    """
     jobs = {"": target_job(source, hf_path, settings)}
     if (found := find_drafter_source(source, beside, settings.drafter)) is not None:
         jobs[DRAFTER] = drafter_job(found, settings)
@@ -307,7 +315,7 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, sett
         is_demo = source.folder.resolve() == DEMO.resolve()  # it holds no weights of Google's
         write_card(
             part,
-            name=output.absolute().name,
+            name=name,
             source=Path(hf_path).name if is_local else hf_path,
             base_model=None if is_demo else base_model,
             recipe=settings.recipe.name if settings.recipe is not None else "full precision",

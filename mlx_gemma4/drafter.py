@@ -63,7 +63,9 @@ def check_fit(drafter: DrafterConfig, target: TextConfig) -> None:
         *((f"shape of {kind}", drafter.text.attention[kind], target.attention[kind]) for kind in (SLIDING, FULL)),
     ):
         if own != expected:
-            raise CheckpointError(f"the drafter does not fit the model: its {name} is {own}; expected {expected}")
+            raise CheckpointError(
+                f"the drafter does not fit the model: its {name} is {own}; expected {expected}, or no drafter"
+            )
 
 
 class Drafter(nn.Module):

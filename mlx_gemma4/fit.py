@@ -28,7 +28,9 @@ from mlx_gemma4.weights import (
     parameters,
 )
 
-METAL_SHARE = 2 / 3  # of a Mac's memory that Metal may hold; above 36 GB it is more
+# The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
+# issues 1826, 1870, 2011 and 3213). Newer systems allow some more.
+METAL_SHARE, LARGE_MAC, SHARE_OF_LARGE = 2 / 3, 36 * 2**30, 3 / 4
 UNITS = {"B": 1, "MB": 2**20, "GB": 2**30, "TB": 2**40}  # of memory, which is sold in powers of two
 REPLY = 1024  # tokens of a context that are written and not read: generate's --max-tokens
 USUAL_CONTEXT = 8192
@@ -69,7 +71,8 @@ def fit(
     if memory is None:
         room, where = memory_limit(), "this machine lets a model hold"
     else:
-        room, where = int(METAL_SHARE * memory), f"a Mac with {memory / 2**30:.3g} GB lets a model hold (two thirds)"
+        share, part = (SHARE_OF_LARGE, "three quarters") if memory > LARGE_MAC else (METAL_SHARE, "two thirds")
+        room, where = int(share * memory), f"a Mac with {memory / 2**30:.3g} GB lets a model hold ({part})"
     own = checkpoint.footprint
     found = of_context(own, tokens)
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")

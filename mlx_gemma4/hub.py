@@ -105,9 +105,11 @@ def download_partner(hub_id: str, patterns: Sequence[str] = PATTERNS) -> tuple[P
     """The folder and hub id of a model's drafter; None, with a warning, if none can be had."""
     for partner in partners(hub_id):
         try:
-            return download(partner, patterns), partner
+            folder = download(partner, patterns)
         except (CheckpointError, ConnectionError):
             continue
+        if (folder / "config.json").is_file():  # else it is of another kind, as GGUF
+            return folder, partner
     warnings.warn(f"no drafter was found for {hub_id}: it decodes plainly, more slowly", stacklevel=2)
     return None
 

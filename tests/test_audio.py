@@ -11,8 +11,10 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma4.audio import SAMPLING_RATE, audio_frames, read_audio
+from mlx_gemma4.audio import audio_frames, read_audio
 from mlx_gemma4.source import MediaError
+
+SAMPLING_RATE = 16000  # Hz
 
 
 def sine(rate: int, frequency: float = 440, seconds: float = 0.5) -> np.ndarray:

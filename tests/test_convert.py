@@ -115,6 +115,11 @@ def test_names_and_config_are_those_of_mlx_conversions(source: Path, run: Run) -
     assert index["weight_map"] == dict.fromkeys(sorted(names), "model.safetensors")
 
 
+def test_a_model_is_converted_without_its_drafter(source: Path, run: Run) -> None:
+    assert run("--hf-path", source, "--drafter", "none")[::2] == (0, "")
+    assert not Path("mlx_model/drafter").exists()
+
+
 def test_the_drafter_comes_along_quantized_with_its_head(source: Path, run: Run) -> None:
     status, out, _ = run("--hf-path", source, "--drafter-bits", 8)
     assert status == 0 and "mlx_model/drafter: " in out
@@ -527,6 +532,7 @@ def test_a_conversion_is_uploaded_when_it_is_whole(source: Path, run: Run, monke
     monkeypatch.setattr(upload, "HfApi", lambda: hub)
     assert run("--hf-path", source, "--upload-repo", "me/gemma")[0] == 0
     assert hub.calls == ["whoami", ("me/gemma", True), ("me/gemma", ["README.md", "chat_template.jinja"])]
+    assert "mlx_gemma4.generate --model me/gemma " in Path("mlx_model/README.md").read_text()  # where others find it
 
 
 def test_who_is_not_logged_in_hears_it_before_the_conversion(
@@ -555,7 +561,7 @@ def test_who_is_not_logged_in_hears_it_before_the_conversion(
         (("--q-mode", "mxfp4", "--q-group-size", 64), "q-group-size is 64; mxfp4 takes 32"),
         (("--q-group-size", 48), "q-group-size is 48; affine takes 32, 64, 128"),
         (("--dtype", "int8"), "dtype is 'int8'; expected one of bfloat16, float16, float32"),
-        (("--drafter-bits", 7), "q-bits is 7"),
+        (("--drafter-bits", 7), "drafter-bits is 7; expected one of 2, 3, 4, 5, 6, 8"),
         (("--scales", "float32"), "scales is for recipe qat"),
         (("--recipe", "qat"), "none of the 45 matrices of "),
         (("--dequantize",), "is not quantized; expected a quantized model"),

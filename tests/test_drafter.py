@@ -379,6 +379,17 @@ def test_drafters_of_folders_and_drafters_that_are_named_keep_their_precision(
     assert type(load(wide_folder, drafter=wide_drafter)[0].drafter.embed_tokens) is nn.Embedding
 
 
+def test_a_partner_of_another_kind_is_none(
+    wide_folder: Path, wide_drafter: Path, serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a repository of GGUF files no file is fetched."""
+    serve({"me/gemma-4-12B-it": wide_folder, "me/gemma-4-12B-it-assistant": tmp_path,
+           "google/gemma-4-12B-it-assistant": wide_drafter})  # fmt: skip
+    with caplog.at_level(logging.INFO, "mlx_gemma4"):
+        load("me/gemma-4-12B-it")
+    assert caplog.messages == ["drafter: google/gemma-4-12B-it-assistant, quantized to 4 bits"]
+
+
 @pytest.mark.parametrize("failure", [CheckpointError("gone"), ConnectionError("no network")], ids=str)
 def test_without_a_partner_it_says_so_and_decodes_plainly(wide_folder: Path, serve: Serve, failure: Exception) -> None:
     asked = serve({"google/gemma-4-12B-it": wide_folder}, failure)

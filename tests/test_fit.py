@@ -99,8 +99,13 @@ def test_without_memory_it_is_this_machine(wide_folder: Path, run: Run) -> None:
     assert f"this machine lets a model hold {size_text(memory_limit())}" in out
 
 
-def test_a_16_gb_mac_lets_a_model_hold_two_thirds(wide_folder: Path, run: Run) -> None:
-    assert "a Mac with 16 GB lets a model hold (two thirds) 11.45 GB" in run(wide_folder, "--memory", "16GB")[1]
+@pytest.mark.parametrize(
+    ("memory", "room"),
+    [("16GB", "(two thirds) 11.45 GB"), ("36GB", "(two thirds) 25.77 GB"), ("64GB", "(three quarters) 51.54 GB")],
+)
+def test_how_much_of_a_mac_a_model_may_hold(wide_folder: Path, run: Run, memory: str, room: str) -> None:
+    said = run(wide_folder, "--memory", memory)[1]
+    assert f"a Mac with {memory[:2]} GB lets a model hold {room}" in said
 
 
 def test_the_drafter_is_counted_only_where_it_is_used(wide_folder: Path, model: Footprint) -> None:
