@@ -370,6 +370,13 @@ def test_hints_say_what_lies_under_them(small: tuple[Model, Drafter, Processor],
     assert missed < 0.05 * said.total()
 
 
+def test_every_picture_has_hints(material: Material) -> None:
+    rng = random.Random(13)
+    items = [image_item(rng, material) for _ in range(120)]
+    assert any(question.task == "unknown" for item in items for question in item.questions)
+    assert all(item.hints for item in items)
+
+
 def test_hints_say_how_many_shapes_are_alike() -> None:
     rng, checked = random.Random(12), 0
     for _ in range(60):

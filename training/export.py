@@ -36,14 +36,18 @@ def main(
     to: Annotated[Path, typer.Option(help="The new checkpoint; replaced if it is there.")] = DEMO,
     state: Annotated[str, typer.Option(help="The run's file.")] = "state",
 ) -> None:
+    if to.exists() and not (to / "config.json").exists():
+        raise ValueError(f"{to} is no checkpoint to replace; expected one, or a new folder")
     with TemporaryDirectory() as scratch:
         full = Path(scratch) / "full"
         write_checkpoint(run, full, state)
+        new = Path(scratch) / "new"
+        convert = [sys.executable, "-m", "mlx_gemma4.convert", "--hf-path", str(full), "--mlx-path", str(new)]
+        subprocess.run(convert, check=True)
+        (new / CARD).write_text(model_card(), encoding="utf-8")
         if to.exists():
             shutil.rmtree(to)
-        convert = [sys.executable, "-m", "mlx_gemma4.convert", "--hf-path", str(full), "--mlx-path", str(to)]
-        subprocess.run(convert, check=True)
-    (to / CARD).write_text(model_card(), encoding="utf-8")
+        shutil.move(new, to)
 
 
 if __name__ == "__main__":

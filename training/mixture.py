@@ -35,7 +35,7 @@ def image_item(rng: random.Random, material: Material) -> Item:
         return number_item(rng, material)
     item = shapes_item(rng, material.held_out)[0]
     if not material.held_out and rng.random() < 0.1:
-        item = Item(item.group, (unknown_picture_question(rng), *item.questions), item.media)
+        item = replace(item, questions=(unknown_picture_question(rng), *item.questions))
     return item
 
 

@@ -168,7 +168,7 @@ def trees_of(path: Path) -> tuple[dict[str, Any], int]:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Holds the material; gets the run.")],
-    steps: Annotated[int, typer.Option(help="Train up to this step.")] = 20000,
+    steps: Annotated[int, typer.Option(help="Train up to this step.")] = 2500,
     decay: Annotated[int, typer.Option(help="Let the rate fall to nothing over so many last steps.")] = 0,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 0.0015,
     seed: Annotated[int, typer.Option(help="Of the weights and the data.")] = 0,
