@@ -1,8 +1,9 @@
-"""Plain decoding of this project against mlx-vlm's: one folder, one prompt, greedy, the two taking turns.
+"""Decoding of this project against mlx-vlm's: one folder, one prompt, greedy, the two taking turns.
 
     pip install mlx-vlm==0.7.10
-    python benchmarks/against_mlx_vlm.py --model FOLDER
+    python benchmarks/against_mlx_vlm.py --model FOLDER --block 2 --block 3
 
+Plain, and with `--block` also with the drafter in the folder: this project's "auto" and mlx-vlm's blocks of that size.
 Both are timed from their first token to their last: of mlx-vlm the inner loop, which gives token ids alone; of this
 project the public `stream_generate`, which also masks suppressed tokens and makes text of the ids. The last line of
 standard output is JSON.
@@ -10,10 +11,13 @@ standard output is JSON.
 
 import json
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import mlx.core as mx
@@ -30,35 +34,55 @@ def main(
     model: Annotated[str, typer.Option(help="A model folder that both can load.")],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 256,
+    block: Annotated[list[int] | None, typer.Option(min=2, help="mlx-vlm's tokens a round; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, after one that does not count.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the prompt.")] = 0,
 ) -> None:
-    """Medians of several runs and their ratio."""
+    """Medians of several runs and their ratios."""
     theirs_version = peer_version()
     if not Path(model).is_dir():
         raise ValueError(f"{model!r} is no folder; expected a model folder")
-    loaded, processor = load_endless(model)
+    loaded, processor = load_endless(model, drafter="auto" if block else None)
+    if block and loaded.drafter is None:
+        raise ValueError(f"{model} has no drafter; expected one in its subfolder drafter/, or no block")
     prompt = random_prompt(loaded, processor, prompt_tokens, max_tokens, seed)
-    peer = load_peer(model)
-    ours, theirs = [], []
+    peer, peer_drafter = load_peer(model, bool(block))
+    modes: list[tuple[str, Callable[[], tuple[float, list[int]]]]] = []
+
+    def ours(draft_length: int | str) -> tuple[float, list[int]]:
+        stats, ids = measure(loaded, processor, prompt, max_tokens, Sampling(temperature=0), draft_length)
+        return stats.generation_tps, ids
+
+    modes.append(("mlx_gemma4", partial(ours, 0)))
+    modes.append((f"mlx-vlm {theirs_version}", partial(measure_peer, peer, prompt, max_tokens)))
+    if block:
+        modes.append(("mlx_gemma4, auto", partial(ours, "auto")))
+        for size in block:
+            drafting = {"draft_model": peer_drafter, "draft_kind": "mtp", "draft_block_size": size}
+            modes.append((f"mlx-vlm, block {size}", partial(measure_peer, peer, prompt, max_tokens, drafting)))
+
+    speeds: dict[str, list[float]] = {name: [] for name, _ in modes}
+    replies: dict[str, list[int]] = {}
     for turn in track(range(repeats + 1), "Measuring", console=Console(stderr=True), transient=True):
-        stats, our_ids = measure(loaded, processor, prompt, max_tokens, Sampling(temperature=0))
-        their_tps, their_ids = measure_peer(peer, prompt, max_tokens)
-        if turn:  # the first compiles and warms up
-            ours.append(stats.generation_tps)
-            theirs.append(their_tps)
-    same = len(list(takewhile(bool, (a == b for a, b in zip(our_ids, their_ids, strict=True)))))
-    ratio = median(ours) / median(theirs)
+        for name, run in modes:
+            speed, replies[name] = run()
+            if turn:  # the first compiles and warms up
+                speeds[name].append(speed)
+    first, second = modes[0][0], modes[1][0]
+    equal = (a == b for a, b in zip(replies[first], replies[second], strict=True))
+    same = len(list(takewhile(bool, equal)))
+    medians = {name: median(figures) for name, figures in speeds.items()}
 
     table = Table(title=f"{max_tokens} tokens after {prompt_tokens}, greedy, {repeats} runs in turn")
-    for heading in ("", "median tokens/s", "lowest", "highest"):
+    for heading in ("", "median tokens/s", "lowest", "highest", "× mlx-vlm plain"):
         table.add_column(heading, justify="right")
-    for name, figures in (("mlx_gemma4", ours), (f"mlx-vlm {theirs_version}", theirs)):
-        table.add_row(name, *(f"{figure:.1f}" for figure in (median(figures), min(figures), max(figures))))
+    for name, figures in speeds.items():
+        row = (f"{figure:.1f}" for figure in (medians[name], min(figures), max(figures)))
+        table.add_row(name, *row, f"{medians[name] / medians[second]:.2f}")
     found = machine()
     print(machine_line(found))
     Console().print(table)
-    print(f"ratio {ratio:.2f}; the first {same} of {max_tokens} tokens are the same")
+    print(f"plain: ratio {medians[first] / medians[second]:.2f}; the first {same} of {max_tokens} tokens are the same")
     result = {
         "benchmark": "against_mlx_vlm",
         "machine": found,
@@ -66,9 +90,8 @@ def main(
         "mlx_vlm": theirs_version,
         "prompt_tokens": prompt_tokens,
         "max_tokens": max_tokens,
-        "decode_tps": [round(figure, 2) for figure in ours],
-        "mlx_vlm_decode_tps": [round(figure, 2) for figure in theirs],
-        "ratio": round(ratio, 3),
+        "decode_tps": {name: [round(figure, 2) for figure in figures] for name, figures in speeds.items()},
+        "ratio": round(medians[first] / medians[second], 3),
         "same_tokens": same,
     }
     print(json.dumps(result))
@@ -81,20 +104,24 @@ def peer_version() -> str:
         raise ImportError("mlx-vlm is not installed; expected it beside mlx_gemma4: pip install mlx-vlm") from None
 
 
-def load_peer(folder: str) -> Any:
+def load_peer(folder: str, drafts: bool) -> tuple[Any, Any]:
+    """mlx-vlm's model and drafter; None for one that is not needed."""
     from mlx_vlm import load  # here: it takes seconds, and an error above should not
+    from mlx_vlm.speculative.drafters import load_drafter
 
-    return load(folder)[0]
+    return load(folder)[0], load_drafter(f"{folder}/drafter", kind="mtp")[0] if drafts else None
 
 
-def measure_peer(model: Any, prompt: Prompt, max_tokens: int) -> tuple[float, list[int]]:
+def measure_peer(
+    model: Any, prompt: Prompt, max_tokens: int, drafting: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[float, list[int]]:
     """Tokens/s and token ids of one greedy run of mlx-vlm, without what would slow it: text, suppressed tokens."""
     from mlx_vlm.generate import generate_step
 
     ids: list[int] = []
     started = 0.0
     input_ids = mx.array(prompt.token_ids)[None]
-    for token, _ in generate_step(input_ids, model, None, None, max_tokens=max_tokens, temperature=0):
+    for token, _ in generate_step(input_ids, model, None, None, max_tokens=max_tokens, temperature=0, **drafting):
         ids.append(int(token))
         started = started or time.perf_counter()
     return (len(ids) - 1) / (time.perf_counter() - started), ids
