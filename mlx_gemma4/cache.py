@@ -140,6 +140,11 @@ class Cache:
             self.layers.append((keys, values))
             store.keys = store.values = None  # handed over, so that the slots can be written in place
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Of each layer: a round is compiled for them."""
+        return tuple(keys.shape[2] for keys, _ in self.layers)
+
     def reserve(self, least: int, most: int) -> None:
         """Make room for one more round, of which the host knows that from `least` to `most` positions come before."""
         end, shift = most + self.rows, 0

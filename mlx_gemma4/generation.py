@@ -246,9 +246,9 @@ def decode(
         most = waiting[0] + 1 if waiting else 0
         if count + least < limit:
             draft = pace.choose()
-            round_, is_new = compiled_round(model, sampler, draft)
-            clock.launched(draft, is_new)
             cache.reserve(length + count - 1 + least, length + count - 1 + most)
+            round_, is_new = compiled_round(model, sampler, draft, cache)
+            clock.launched(draft, is_new)
             tokens, state = launch(round_, state, cache)
             following = draft, tokens
         if waiting is not None:

@@ -27,7 +27,8 @@ class Learnt:
     """What one request leaves for the next: no part of it changes an answer."""
 
     controller: Controller = field(default_factory=Controller)
-    rounds: dict[tuple[GenerationConfig, int], Any] = field(default_factory=dict)  # compiled, see speculate.py
+    # compiled, see speculate.py; by sampling, draft length and the caches' slots
+    rounds: dict[tuple[GenerationConfig, int, tuple[int, ...]], Any] = field(default_factory=dict)
 
 
 class Model(nn.Module):

@@ -23,7 +23,7 @@ Layers = list[tuple[mx.array, mx.array]]
 # tokens [k + 1] int32 (the accepted ones and one more, then -1), the next state, the caches' layers
 Round = Callable[[State, mx.array, Layers], tuple[mx.array, State, Layers]]
 
-KEPT_ROUNDS = 64  # a program that changes its sampling settings all the time must not fill the memory
+KEPT_ROUNDS = 32  # each takes megabytes on the host: five with the 48 layers of the 12B, more with drafts
 
 
 def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int) -> State:
@@ -38,15 +38,15 @@ def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: m
     return see(state, token) | {"token": token}
 
 
-def compiled_round(model: Model, sampler: Sampler, length: int) -> tuple[Round, bool]:
-    """The round that drafts `length` tokens, and whether it is new: the model keeps those that have been made."""
-    rounds, key = model.learnt.rounds, (sampler.chosen, length)
-    is_new = key not in rounds
-    if is_new:
-        if len(rounds) >= KEPT_ROUNDS:
-            rounds.clear()
-        rounds[key] = make_round(model, sampler, length)
-    return rounds[key], is_new
+def compiled_round(model: Model, sampler: Sampler, length: int, cache: Cache) -> tuple[Round, bool]:
+    """The round that drafts `length` tokens, and whether it is new: the model keeps those that were used last."""
+    rounds, key = model.learnt.rounds, (sampler.chosen, length, cache.slots)
+    kept = rounds.pop(key, None)
+    round_ = make_round(model, sampler, length) if kept is None else kept
+    rounds[key] = round_
+    for oldest in list(rounds)[:-KEPT_ROUNDS]:
+        rounds.pop(oldest, None)
+    return round_, kept is None
 
 
 def make_round(owner: Model, sampler: Sampler, length: int) -> Round:

@@ -16,7 +16,7 @@ import pytest
 from rounds import GREEDY
 from toy_checkpoint import TINY
 
-from mlx_gemma4 import Prompt, Sampling, generate, generation, load, stream_generate
+from mlx_gemma4 import Prompt, Sampling, generate, generation, load, speculate, stream_generate
 from mlx_gemma4.cache import GROWTH
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.controller import Controller
@@ -322,6 +322,24 @@ def test_a_seed_makes_a_reply_again(endless: Loaded, length: int) -> None:
 
     assert reply(5) == reply(5) != reply(6)
     assert reply(None) != reply(None)
+
+
+def test_the_rounds_used_last_are_kept(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is compiled for a length and for the caches' slots, of which a long day brings many."""
+    model, processor = endless
+    monkeypatch.setattr(speculate, "KEPT_ROUNDS", 3)
+    monkeypatch.setattr(model.learnt, "rounds", {})
+
+    def kept(prompt_length: int) -> list[Any]:
+        prompt = Prompt([IDS[-1]] * prompt_length)
+        generate(model, processor, prompt, max_tokens=4, sampling=GREEDY, draft_length=1)
+        return list(model.learnt.rounds.values())
+
+    one = kept(20)
+    assert kept(30) == one  # not compiled again
+    assert kept(300) == [*one, *kept(310)[-1:]]
+    assert len(kept(600)) == len(kept(900)) == 3
+    assert kept(20)[-1] is not one[0]
 
 
 @pytest.mark.parametrize(("kept", "known"), [(0.0, True), (0.04, True), (0.06, False)])
