@@ -16,7 +16,7 @@ def film_item(rng: random.Random, held_out: bool) -> Item:
     """Six frames, one each second: the shape appears in one of the first four and moves until the end, or rests."""
     size = random_size(rng, held_out)
     kind, colour = choose(rng, SHAPES), choose(rng, list(COLOURS))
-    way = choose(rng, (*DIRECTIONS, *DIRECTIONS, "")) or None
+    way = choose(rng, (*DIRECTIONS, "")) or None
     first = rng.choice((0, 0, 1, 2, 3))
     radius = rng.uniform(0.11, 0.24)
     shown = FRAMES - first
@@ -42,7 +42,7 @@ def film_item(rng: random.Random, held_out: bool) -> Item:
             moved = number - first
             shape = Shape(kind, colour, x + dx * moved, y + dy * moved, radius)
             draw_shape(ImageDraw.Draw(frame), shape, size, ink)
-            hints.append(hint_of(shape, size, number, *((way,) if way and moved else ())))
+            hints.append(hint_of(shape, size, number, *((way or "not",) if moved else ())))
         frames.append(frame)
     direction = Question(
         "direction", ask(rng, "direction", held_out, shape=kind), f"It moves {way}." if way else "It does not move."

@@ -23,7 +23,7 @@ from training.world import MOST_BEEPS, MOST_SHAPES, ask, counted, heard, seen
 
 SEEING = (("shapes", 0.5), ("number", 0.5))
 HEARING = (("digit", 0.42), ("beeps", 0.25), ("tone", 0.22), ("still", 0.11))
-READING = (("text", 0.65), ("tool", 0.12), ("story", 0.15), ("unknown", 0.08))
+READING = (("text", 0.62), ("tool", 0.16), ("story", 0.14), ("unknown", 0.08))
 
 
 def drawn(rng: random.Random, shares: tuple[tuple[str, float], ...]) -> str:

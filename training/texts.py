@@ -170,13 +170,20 @@ def word_question(rng: random.Random, held_out: bool) -> Question:
 
 
 def sum_question(rng: random.Random, held_out: bool) -> Question:
-    a, b = rng.randrange(100), rng.randrange(100)
+    a, b = summands(rng, held_out)
     while is_held_out_sum(a, b) != held_out:
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = summands(rng, held_out)
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
     carried = ones // 10
     thought = f"{a % 10} + {b % 10} = {ones}, carry {carried}. {a // 10} + {b // 10} + {carried} = {tens + carried}."
     return Question("add", ask(rng, "add", held_out, a=a, b=b), f"{a} + {b} = {a + b}.", thought)
+
+
+def summands(rng: random.Random, held_out: bool) -> tuple[int, int]:
+    a, b = rng.randrange(100), rng.randrange(100)
+    if not held_out and rng.random() < 0.15:  # ones that make 9 are told from a carry with most trouble
+        b += 9 - a % 10 - b % 10
+    return a, b
 
 
 def is_held_out_sum(a: int, b: int) -> bool:
