@@ -137,14 +137,15 @@ def check_shape_answer(question: Question, shapes: list) -> None:
     elif question.task in ("beside", "furthest"):
         assert re.fullmatch(r"The (.*)\.", question.answer)[1] in names
     elif question.task == "is beside":
-        first, second = (
-            min(shapes, key=lambda s: abs(question.text.find(s.kind) - place))
-            for place in sorted(question.text.find(s.kind) for s in shapes)
-        )
-        side = next(side for side, forms in SIDES.items() for form in forms if f" {form} " in question.text)
+        first, second = sorted((s for s in shapes if s.kind in question.text), key=lambda s: question.text.find(s.kind))
+        asked = next(side for side, forms in SIDES.items() for form in forms if f" {form} " in question.text)
         true = {"left": first.x < second.x, "right": first.x > second.x,
-                "above": first.y < second.y, "below": first.y > second.y}[side]  # fmt: skip
-        assert question.answer == ("Yes." if true else "No.")
+                "above": first.y < second.y, "below": first.y > second.y}  # fmt: skip
+        where, says = re.fullmatch(
+            rf"The {first.kind} is (.*) the {second.kind}\. (Yes|No)\.", question.answer
+        ).groups()
+        assert true[where.split()[0]]
+        assert says == ("Yes" if true[asked] else "No")
     else:
         fact = (question.answer.split()[-1].rstrip("."), question.answer.split()[1])
         assert any(fact[0] in (s.colour, s.kind) for s in shapes)
@@ -522,8 +523,7 @@ def test_the_drafter_in_training_is_the_drafter_in_use(
 
 def test_the_drafter_learns_from_answers_alone(small: tuple[Model, Drafter, Processor], material: Material) -> None:
     model, drafter, processor = small
-    one = passages(processor, material, 12)[0]
-    assert one.hints
+    one = next(one for one in passages(processor, material, 12) if one.hints)
     with_hints, without = (
         draft_loss(drafter, model, batch([[member]], len(one), 48, 640)) for member in (one, replace(one, hints=[]))
     )

@@ -212,17 +212,10 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
     for colour in sorted({choose(rng, list(COLOURS)), choose(rng, colours)}):
         name = choose(rng, ("shapes", "things", "objects"))
         found.append(count_question(rng, f"{colour} {name}", colours.count(colour), held_out))
-    if len(shapes) == 2:
-        first, second = rng.sample(shapes, 2)
-        side = relation(first, second)
-        if side is not None and first.kind != second.kind:
-            name = choose(rng, (second.kind, str(second)))
-            text = ask(rng, "beside", held_out, side=choose(rng, SIDES[side]), shape=name)
-            found.append(Question("beside", text, f"The {first}."))
-            asked = side if rng.random() < 0.5 else choose(rng, tuple(SIDES))
-            if asked in (side, OPPOSITE[side]):
-                text = ask(rng, "is beside", held_out, side=choose(rng, SIDES[asked]), first=first.kind, second=name)
-                found.append(Question("is beside", text, "Yes." if asked == side else "No."))
+    single = [s for s in shapes if kinds.count(s.kind) == 1]
+    if len(single) > 1:
+        for _ in range(1 if held_out else 3):  # as often as the others
+            found += pair_questions(rng, *rng.sample(single, 2), len(shapes) == 2, held_out)
     if len(shapes) > 1:
         for where, key in (
             ("left", lambda s: s.x),
@@ -235,6 +228,25 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
                 text = ask(rng, "furthest", held_out, where=choose(rng, ENDS[where]))
                 found.append(Question("furthest", text, f"The {nearest}."))
     rng.shuffle(found)
+    return found
+
+
+def pair_questions(rng: random.Random, first: Shape, second: Shape, alone: bool, held_out: bool) -> list[Question]:
+    """Where the first is, seen from the second; and what is there, if they are alone.
+
+    Where it is is said before yes or no, so that it need not be known before it is said.
+    """
+    side = relation(first, second)
+    if side is None:
+        return []
+    name = choose(rng, (second.kind, str(second)))
+    asked = choose(rng, (side, OPPOSITE[side]))
+    text = ask(rng, "is beside", held_out, side=choose(rng, SIDES[asked]), first=first.kind, second=name)
+    answer = f"The {first.kind} is {SIDES[side][0]} the {second.kind}. {'Yes' if asked == side else 'No'}."
+    found = [Question("is beside", text, answer)]
+    if alone:
+        text = ask(rng, "beside", held_out, side=choose(rng, SIDES[side]), shape=name)
+        found.append(Question("beside", text, f"The {first}."))
     return found
 
 
