@@ -102,7 +102,7 @@ def phrases() -> Iterator[str]:
     yield from chain(COLOURS, SHAPES, DAYS, MONTHS, DIGITS, HEROES, THINGS, PLACES, TEMPLATE_WORDS, texts.WORDS)
     for kind in SHAPES:
         yield plural(kind)
-    yield "There"  # a question may begin so
+    yield from ("There", "No")  # a question may begin so
     yield from chain(tools.NAMES.train, tools.PEOPLE.train, tools.ROOMS.train, tools.SKIES)
     yield from chain(OPENINGS, CLOSINGS, texts.OTHER_QUESTIONS, texts.GREETINGS)
     for tool in tools.TOOLS:
