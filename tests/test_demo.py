@@ -90,6 +90,12 @@ def test_it_tells_stories_of_its_world_and_drafts_them_well(demo: tuple[Model, P
     assert accepted > 0.5 * drafted
 
 
+@pytest.mark.parametrize("text", ["Tell me a story.", "Could you tell me a tale?", "Write me a short story, please."])
+def test_it_tells_a_story_of_its_own_choice(demo: tuple[Model, Processor], text: str) -> None:
+    told = generate(*demo, text).text
+    assert any(is_good_story(told, hero, thing) for hero in HEROES for thing in THINGS), told
+
+
 def test_the_rule_for_stories_takes_those_of_the_world_alone() -> None:
     told = story(random.Random(3), "fox", "ball")
     assert is_good_story(told, "fox", "ball")

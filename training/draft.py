@@ -82,7 +82,7 @@ def loss(drafter: Drafter, target: Model, one: Batch) -> tuple[mx.array, mx.arra
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Of the target's run.")],
-    steps: Annotated[int, typer.Option(help="How many.")] = 350,
+    steps: Annotated[int, typer.Option(help="How many.")] = 600,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     target_state: Annotated[str, typer.Option(help="The target's file.")] = "state",
 ) -> None:

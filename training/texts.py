@@ -231,9 +231,11 @@ def story(rng: random.Random, hero: str, thing: str) -> str:
 
 
 def story_item(rng: random.Random, held_out: bool) -> Item:
+    """A story of a hero and a thing, or of any."""
     hero, thing = choose(rng, HEROES), choose(rng, THINGS)
-    text = ask(rng, "story", held_out, hero=hero, thing=thing)
-    question = Question("story", text, story(rng, hero, thing), f"I tell of a {hero} and a {thing}.")
+    task = "any story" if rng.random() < 0.25 else "story"
+    text = ask(rng, task, held_out, hero=hero, thing=thing)
+    question = Question(task, text, story(rng, hero, thing), f"I tell of a {hero} and a {thing}.")
     return Item("story", (question,))
 
 
