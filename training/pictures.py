@@ -215,7 +215,8 @@ def shape_questions(rng: random.Random, shapes: list[Shape], held_out: bool) -> 
     single = [s for s in shapes if kinds.count(s.kind) == 1]
     if len(single) > 1:
         for _ in range(1 if held_out else 3):  # as often as the others
-            found += pair_questions(rng, *rng.sample(single, 2), len(shapes) == 2, held_out)
+            first, second = rng.sample(single, 2)
+            found += pair_questions(rng, first, second, len(shapes) == 2, held_out)
     if len(shapes) > 1:
         for where, key in (
             ("left", lambda s: s.x),
