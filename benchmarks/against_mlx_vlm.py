@@ -11,13 +11,11 @@ standard output is JSON.
 
 import json
 import time
-from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import mlx.core as mx
@@ -47,42 +45,42 @@ def main(
         raise ValueError(f"{model} has no drafter; expected one in its subfolder drafter/, or no block")
     prompt = random_prompt(loaded, processor, prompt_tokens, max_tokens, seed)
     peer, peer_drafter = load_peer(model, bool(block))
-    modes: list[tuple[str, Callable[[], tuple[float, list[int]]]]] = []
 
     def ours(draft_length: int | str) -> tuple[float, list[int]]:
         stats, ids = measure(loaded, processor, prompt, max_tokens, Sampling(temperature=0), draft_length)
         return stats.generation_tps, ids
 
-    modes.append(("mlx_gemma4", partial(ours, 0)))
-    modes.append((f"mlx-vlm {theirs_version}", partial(measure_peer, peer, prompt, max_tokens)))
-    if block:
-        modes.append(("mlx_gemma4, auto", partial(ours, "auto")))
-        for size in block:
-            drafting = {"draft_model": peer_drafter, "draft_kind": "mtp", "draft_block_size": size}
-            modes.append((f"mlx-vlm, block {size}", partial(measure_peer, peer, prompt, max_tokens, drafting)))
+    def theirs(size: int | None) -> tuple[float, list[int]]:
+        return measure_peer(peer, peer_drafter if size else None, size, prompt, max_tokens)
 
-    speeds: dict[str, list[float]] = {name: [] for name, _ in modes}
+    plain, their_plain = "mlx_gemma4", f"mlx-vlm {theirs_version}"
+    modes = {plain: partial(ours, 0), their_plain: partial(theirs, None)}
+    if block:
+        modes["mlx_gemma4, auto"] = partial(ours, "auto")
+        modes |= {f"mlx-vlm, block {size}": partial(theirs, size) for size in block}
+
+    speeds: dict[str, list[float]] = {name: [] for name in modes}
     replies: dict[str, list[int]] = {}
     for turn in track(range(repeats + 1), "Measuring", console=Console(stderr=True), transient=True):
-        for name, run in modes:
+        for name, run in modes.items():
             speed, replies[name] = run()
             if turn:  # the first compiles and warms up
                 speeds[name].append(speed)
-    first, second = modes[0][0], modes[1][0]
-    equal = (a == b for a, b in zip(replies[first], replies[second], strict=True))
+    equal = (a == b for a, b in zip(replies[plain], replies[their_plain], strict=True))
     same = len(list(takewhile(bool, equal)))
     medians = {name: median(figures) for name, figures in speeds.items()}
+    ratio = medians[plain] / medians[their_plain]
 
     table = Table(title=f"{max_tokens} tokens after {prompt_tokens}, greedy, {repeats} runs in turn")
     for heading in ("", "median tokens/s", "lowest", "highest", "× mlx-vlm plain"):
         table.add_column(heading, justify="right")
     for name, figures in speeds.items():
         row = (f"{figure:.1f}" for figure in (medians[name], min(figures), max(figures)))
-        table.add_row(name, *row, f"{medians[name] / medians[second]:.2f}")
+        table.add_row(name, *row, f"{medians[name] / medians[their_plain]:.2f}")
     found = machine()
     print(machine_line(found))
     Console().print(table)
-    print(f"plain: ratio {medians[first] / medians[second]:.2f}; the first {same} of {max_tokens} tokens are the same")
+    print(f"plain: ratio {ratio:.2f}; the first {same} of {max_tokens} tokens are the same")
     result = {
         "benchmark": "against_mlx_vlm",
         "machine": found,
@@ -91,7 +89,7 @@ def main(
         "prompt_tokens": prompt_tokens,
         "max_tokens": max_tokens,
         "decode_tps": {name: [round(figure, 2) for figure in figures] for name, figures in speeds.items()},
-        "ratio": round(medians[first] / medians[second], 3),
+        "ratio": round(ratio, 3),
         "same_tokens": same,
     }
     print(json.dumps(result))
@@ -113,15 +111,22 @@ def load_peer(folder: str, drafts: bool) -> tuple[Any, Any]:
 
 
 def measure_peer(
-    model: Any, prompt: Prompt, max_tokens: int, drafting: Mapping[str, Any] = MappingProxyType({})
+    model: Any, drafter: Any, block: int | None, prompt: Prompt, max_tokens: int
 ) -> tuple[float, list[int]]:
-    """Tokens/s and token ids of one greedy run of mlx-vlm, without what would slow it: text, suppressed tokens."""
+    """Tokens/s and token ids of one greedy run of mlx-vlm, without what would slow it: text, suppressed tokens.
+
+    drafter and block are None for plain decoding.
+    """
     from mlx_vlm.generate import generate_step
 
     ids: list[int] = []
     started = 0.0
     input_ids = mx.array(prompt.token_ids)[None]
-    for token, _ in generate_step(input_ids, model, None, None, max_tokens=max_tokens, temperature=0, **drafting):
+    stream = generate_step(
+        input_ids, model, None, None, max_tokens=max_tokens, temperature=0,
+        draft_model=drafter, draft_kind="mtp", draft_block_size=block,
+    )  # fmt: skip
+    for token, _ in stream:
         ids.append(int(token))
         started = started or time.perf_counter()
     return (len(ids) - 1) / (time.perf_counter() - started), ids

@@ -28,6 +28,7 @@ from mlx_gemma4 import Prompt, Sampling, load, stream_generate
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.reply import Stats
+from mlx_gemma4.source import unbroken
 
 
 def main(
@@ -159,7 +160,7 @@ def run_script(command: Any) -> None:
     try:
         typer.run(command)
     except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {unbroken(error)}")
 
 
 if __name__ == "__main__":
