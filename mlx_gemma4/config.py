@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_gemma4.errors import CheckpointError
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Values that would change the maths and are not implemented: anything else is refused, an absent key is fine.
@@ -24,10 +26,6 @@ ROPE_TYPES = {SLIDING: "default", FULL: "proportional"}
 
 
 Parsed = TypeVar("Parsed")
-
-
-class CheckpointError(ValueError):
-    """A model folder that is incomplete, damaged or of another kind; the message is one line for its user."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from mlx import nn
 
 from mlx_gemma4 import lattice
 from mlx_gemma4.card import Figures
-from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
+from mlx_gemma4.config import ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.gguf import Q4_0, GGUFTensor, list_media, list_text
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json

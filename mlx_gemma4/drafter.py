@@ -12,7 +12,6 @@ from mlx_gemma4.cache import Store
 from mlx_gemma4.config import (
     FULL,
     SLIDING,
-    CheckpointError,
     Quantization,
     TextConfig,
     parse_quantization,
@@ -20,6 +19,7 @@ from mlx_gemma4.config import (
     read_checked,
 )
 from mlx_gemma4.decoder import Layer, QueryAttention
+from mlx_gemma4.errors import CheckpointError
 
 MODEL_TYPE = "gemma4_unified_assistant"
 

@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
 from mlx_gemma4.controller import FixedLength, Pace, check_draft_length
+from mlx_gemma4.errors import shown
 from mlx_gemma4.memory import check_memory, footprint
-from mlx_gemma4.messages import request_messages, shown
+from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.lattice import Lattice, keep_lattice
 from mlx_gemma4.shards import Rows, Shape, read_raw
 

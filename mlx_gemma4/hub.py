@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils.logging import set_verbosity_error
 
-from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.source import TRY_AGAIN
 
 # What this package reads; a repository's other formats, folders and pictures stay where they are. Whole names where

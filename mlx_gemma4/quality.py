@@ -17,7 +17,7 @@ from mlx import nn
 
 from mlx_gemma4.cache import FullStore
 from mlx_gemma4.chat import render, shield, unused_character
-from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.mask import attention_mask
 from mlx_gemma4.messages import check_messages, check_tools, without_sources
 from mlx_gemma4.model import Model

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import CheckpointError, Quantization
+from mlx_gemma4.config import Quantization
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.weights import INDEX, Tensor
 
 BLOCK_BYTES = 2**25  # of rows read at once

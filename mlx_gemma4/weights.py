@@ -12,8 +12,9 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
+from mlx_gemma4.config import ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.memory import Footprint, check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor, load_processor

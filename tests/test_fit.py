@@ -11,8 +11,8 @@ import pytest
 from conftest import Run
 
 from mlx_gemma4 import hub
-from mlx_gemma4.config import CheckpointError
 from mlx_gemma4.convert import convert
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.fit import at_bits, main, of_context, open_anywhere, parse_memory
 from mlx_gemma4.memory import Footprint, memory_limit, predict
 from mlx_gemma4.terminal import size_text

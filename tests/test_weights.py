@@ -16,7 +16,7 @@ from toy_checkpoint import TINY, Shape, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, generation, load
 from mlx_gemma4.cache import PromptCache
-from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.weights import (
