@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_gemma4.cache import Cache, PromptCache, capacity_for
 from mlx_gemma4.controller import FixedLength, Pace, check_draft_length
-from mlx_gemma4.errors import shown
+from mlx_gemma4.errors import a, shown
 from mlx_gemma4.memory import check_memory, footprint
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
@@ -103,14 +103,20 @@ def make_prompt(
     image_budget: int | None,
 ) -> Prompt:
     """The prompt of a request as `generate` takes it."""
+    if not isinstance(processor, Processor):
+        raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
     if isinstance(request, str):
         request = request_messages(request, images, audios, videos, system)
-    elif images or audios or videos or system is not None:
+    elif not isinstance(request, (list, tuple, Prompt)):
+        raise ValueError(f"request is {a(request)}; expected a string, a list of messages or a Prompt")
+    elif system is not None or not all(
+        isinstance(given, (list, tuple)) and not given for given in (images, audios, videos)
+    ):
         raise ValueError(
             "images, audios, videos and system go with a request that is a string; put them in the messages"
         )
     if isinstance(request, Prompt):
-        if tools or thinking or image_budget is not None:
+        if tools or thinking is not False or image_budget is not None:
             raise ValueError("tools, thinking and image_budget go with messages; a Prompt is taken as it stands")
         return request
     return processor(request, tools=tools, thinking=thinking, image_budget=image_budget)
@@ -130,8 +136,10 @@ def generation_events(
     The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
     prompt took, which count for the time to first token.
     """
-    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens!r}; expected a whole number, 1 or more")
+    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or not 1 <= max_tokens < 2**63:
+        raise ValueError(f"max_tokens is {shown(max_tokens)}; expected a whole number, 1 or more")
+    if not isinstance(model, Model):
+        raise ValueError(f"model is {a(model)}; expected what load returns")
     check_length(prompt, model.config)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling is {shown(sampling)}; expected Sampling(…)")

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from mlx_gemma4.chat import compile_template, render, shield, unused_character
 from mlx_gemma4.config import ModelConfig, read_json
-from mlx_gemma4.errors import CheckpointError, unbroken
+from mlx_gemma4.errors import CheckpointError, shown, unbroken
 from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
 
@@ -125,16 +125,18 @@ class Processor:
         Raises ValueError, in one line, if the request, its media or the prompt's length is wrong.
         """
         checked, functions = check_messages(messages), check_tools(tools)
+        if not isinstance(thinking, bool):
+            raise ValueError(f"thinking is {shown(thinking)}; expected True or False")
         budget = self.image_budget(image_budget)
         media = media_parts(checked)
         for part in media:
             if part["type"] not in self.runs:
                 takes = ", ".join(["text", *self.runs])
                 raise ValueError(f"this checkpoint takes no {part['type']}; it takes {takes}")
-        shown = without_sources(checked)
-        mark = unused_character([shown, functions])
-        shown, functions = (shield(value, self.control.starts, mark) for value in (shown, functions))
-        text = render(self.template, shown, functions, thinking, self.bos_token)
+        written = without_sources(checked)
+        mark = unused_character([written, functions])
+        written, functions = (shield(value, self.control.starts, mark) for value in (written, functions))
+        text = render(self.template, written, functions, thinking, self.bos_token)
         self.check_placeholders(text, media)
         prompt = self.assemble(text, mark, [(part["type"], self.read(part, budget)) for part in media])
         check_length(prompt, self.config)
@@ -146,7 +148,7 @@ class Processor:
         from mlx_gemma4.image import check_budget  # here: it imports Pillow, which a text prompt does not need
 
         check_budget(asked)
-        return asked
+        return int(asked)
 
     def check_placeholders(self, text: str, media: list[Part]) -> None:
         for kind, run in self.runs.items():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_gemma4.config import ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.errors import CheckpointError, a
 from mlx_gemma4.memory import Footprint, check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor, load_processor
@@ -148,6 +148,8 @@ def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = Non
     "demo" is the small model inside this package (a folder of that name is ./demo). patterns: of a hub id's files, the
     names of those that are wanted; None: all that this package reads.
     """
+    if not isinstance(path_or_hub_id, str | Path):
+        raise CheckpointError(f"path_or_hub_id is {a(path_or_hub_id)}; expected a model folder or a hub id")
     text = str(path_or_hub_id)
     if text == "demo":
         return DEMO
@@ -188,6 +190,8 @@ def find_drafter(
     """
     if drafter is None:
         return None
+    if not isinstance(drafter, str | Path):
+        raise CheckpointError(f"drafter is {a(drafter)}; expected 'auto', a folder, a hub id or None")
     if drafter != "auto":
         return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
     own = folder / "drafter"

@@ -95,10 +95,10 @@ def test_one_other_token_begins_the_count_again() -> None:
 
 
 def test_very_large_numbers_are_never_met() -> None:
-    settings = parse_repetition_detection({"max_pattern_size": 10**400, "min_count": 10**400})
+    settings = parse_repetition_detection({"max_pattern_size": 2**31 - 1, "min_count": 2**31 - 1})
     assert settings is not None
     assert fed([1] * 300, settings) is None
-    settings = parse_repetition_detection({"max_pattern_size": 2**64, "min_count": 3})
+    settings = parse_repetition_detection({"max_pattern_size": 2**30, "min_count": 3})
     assert settings is not None
     assert fed([*range(1000), *[*range(400)] * 3], settings) == 2200
 
@@ -133,7 +133,7 @@ def test_words_switch_it() -> None:
         {"max_pattern_size": 8.0, "min_count": 2}, {"max_pattern_size": True, "min_count": 2},
         {"max_pattern_size": "8", "min_count": 2}, {"max_pattern_size": None}, {"min_pattern_size": 2},
         {"max_pattern_size": 4, "min_pattern_size": 5, "min_count": 2}, {"max_pattern_size": float("nan")},
-        {"max_pattern_size": 4, "min_count": -(10**400)}, {"min_tokens": 3}, {1: 2}, {None: 1},
+        {"max_pattern_size": 4, "min_count": -(10**400)}, {"max_pattern_size": 10**400, "min_count": 2}, {"min_tokens": 3}, {1: 2}, {None: 1},
         {"max_pattern_size": [8]}, {"max_pattern_size": 8, "min_count": 8, "x" * 3000: 1},
     ],
     ids=repr,
