@@ -174,7 +174,7 @@ def measure(subject: Subject, known: Distributions) -> Quality:
     """A model against what is known of the reference."""
     values = Values(subject.checkpoint)
     reads = read_shown(subject, values)
-    load_drafter(subject.checkpoint, values)
+    load_drafter(subject.checkpoint, values, reads[0])
     return compare(known, subject.checkpoint.model, subject.exchanges, reads)
 
 

@@ -12,6 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
+from mlx_gemma4.arrange import arrange
 from mlx_gemma4.config import ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.errors import CheckpointError
@@ -276,6 +277,7 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
             yield tensors[path].nbytes
     if model.drafter is not None and checkpoint.drafter is not None:
         quantize_drafter(model.drafter, checkpoint.drafter)
+    arrange(model)
 
 
 def quantize_drafter(drafter: Drafter, choice: DrafterChoice) -> None:
