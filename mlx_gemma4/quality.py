@@ -85,27 +85,9 @@ def fingerprint(model: Model, exchanges: Sequence[Exchange]) -> str:
 # --- layer by layer ----------------------------------------------------------------------------
 
 
-class Values:
-    """The values of a checkpoint's tensors, read from their files when a module needs them."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.files: dict[Path, dict[str, mx.array]] = {}
-
-    def load(self, module: nn.Module, prefix: str) -> None:
-        """Fill a module whose parameters' paths begin with `prefix`."""
-        values = [(path, self.take(prefix + path)) for path in parameters(module)]
-        module.load_weights(values, strict=False)
-        mx.eval(module.parameters())
-
-    def take(self, path: str) -> mx.array:
-        tensor = self.checkpoint.tensors[path]
-        if tensor.file not in self.files:
-            try:
-                self.files[tensor.file] = cast(dict[str, mx.array], mx.load(str(tensor.file)))  # no values yet
-            except RuntimeError as error:
-                raise CheckpointError(f"{tensor.file} cannot be read: {error}") from None
-        return self.files[tensor.file].pop(tensor.name)
+def load_module(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> None:
+    """Fill a module whose parameters' paths begin with `prefix`."""
+    module.load_weights([(path, checkpoint.tensors[prefix + path].read()) for path in parameters(module)], strict=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +100,7 @@ class Read:
 
 
 def read_exchanges(
-    checkpoint: Checkpoint, values: Values, exchanges: Sequence[Exchange], step: Callable[[int, int], None]
+    checkpoint: Checkpoint, exchanges: Sequence[Exchange], step: Callable[[int, int], None]
 ) -> list[Read]:
     """Take all exchanges through the model, which loses its layers on the way; `step` hears (layers done, of all)."""
     model = checkpoint.model
@@ -127,14 +109,14 @@ def read_exchanges(
     last = {layer.kind: place for place, layer in enumerate(decoder.layers)}
     layers, decoder.layers = decoder.layers[::-1], []  # what is left of the model has no layers
     drafter, model.drafter = model.drafter, None
-    values.load(model, "")
+    load_module(checkpoint, model, "")
     model.drafter = drafter
     states = [model.embed(exchange.prompt, 0, len(exchange.prompt)) for exchange in exchanges]
     kept: list[dict[str, LayerCache]] = [{} for _ in exchanges]
     attention, weight = model.config.text.attention, None
     for place in range(count):
         layer = layers.pop()
-        values.load(layer, f"language_model.layers.{place}.")
+        load_module(checkpoint, layer, f"language_model.layers.{place}.")
         arrange_layer(layer)
         for index, exchange in enumerate(exchanges):
             length = len(exchange.prompt)
@@ -153,10 +135,10 @@ def read_exchanges(
     return [Read(decoder.norm(hidden), caches, weight) for hidden, caches in zip(states, kept, strict=True)]
 
 
-def load_drafter(checkpoint: Checkpoint, values: Values, read: Read) -> None:
+def load_drafter(checkpoint: Checkpoint, read: Read) -> None:
     """Fill the drafter, if there is one, as `load` does, after the model has been read."""
     if checkpoint.model.drafter is not None and checkpoint.drafter is not None:
-        values.load(checkpoint.model.drafter, "drafter.")
+        load_module(checkpoint, checkpoint.model.drafter, "drafter.")
         quantize_drafter(checkpoint.model.drafter, checkpoint.drafter)
         arrange_drafter(checkpoint.model.drafter, read.still_weight)
 
