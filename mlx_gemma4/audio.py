@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from mlx_gemma4.errors import MediaError
+from mlx_gemma4.errors import MediaError, shown
 from mlx_gemma4.source import describe, needs_extra, read_source, unreadable
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
@@ -35,7 +35,7 @@ def read_audio(source: AudioSource, rate: int) -> np.ndarray:
         name, data = describe(source, "audio"), read_source(source, "audio")
         channels, own_rate = decode(data, name)
     if not SLOWEST <= own_rate <= FASTEST:  # also NaN
-        raise MediaError(f"the sampling rate of {name} is {own_rate:g} Hz; expected from {SLOWEST} to {FASTEST}")
+        raise MediaError(f"the sampling rate of {name} is {shown(own_rate)} Hz; expected from {SLOWEST} to {FASTEST}")
     mono = channels.mean(axis=1, dtype=np.float32)  # [n, channels] -> [n]
     if not np.isfinite(mono).all():
         raise MediaError(f"{name} has samples that are NaN or infinite")

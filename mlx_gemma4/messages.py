@@ -145,7 +145,8 @@ def check_part(part: Any, where: str) -> Part:
 
 
 def check_fps(value: Any, where: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not SLOWEST <= value <= FASTEST:
+    numeric = isinstance(value, Real) and not isinstance(value, bool)
+    if not numeric or not SLOWEST <= value <= FASTEST:
         raise ValueError(f"{where} is {shown(value)}; expected images a second, from {SLOWEST:g} to {FASTEST:g}")
     return float(value)
 

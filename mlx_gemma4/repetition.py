@@ -56,7 +56,7 @@ def parse_repetition_detection(value: object) -> RepetitionSettings | None:
 
 def whole(settings: Mapping[str, object], key: str) -> int:
     number = settings.get(key, 0)
-    if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < 2**31:
+    if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= int(number) < 2**31:
         raise ValueError(
             f"repetition_detection has {key} {shown(number)}; expected a whole number, 0 or more and below 2**31"
         )
