@@ -65,6 +65,8 @@ def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
         kinds = ", ".join(type(item).__name__ for item in source)
         raise MediaError(f"audio is a tuple of ({kinds}); expected (numpy array, sampling rate)")
     samples, rate = source
+    if not SLOWEST <= rate <= FASTEST:  # before it becomes a float, which an integer may be too large for; also NaN
+        raise MediaError(f"the sampling rate of audio is {shown(rate)} Hz; expected from {SLOWEST} to {FASTEST}")
     if samples.ndim not in (1, 2):
         raise MediaError(f"audio has the shape {samples.shape}; expected [n], [n, channels] or [channels, n]")
     if not samples.size:

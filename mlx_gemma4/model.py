@@ -39,6 +39,16 @@ class Model(nn.Module):
                 config.audio.samples_per_token, config.audio.rms_norm_eps, config.text
             )
 
+    def __repr__(self) -> str:
+        """One line that says what it is; not nn.Module's tree of all its layers."""
+        config, text = self.config, self.config.text
+        bits = "" if config.quantization is None else f", {config.quantization.bits}-bit {config.quantization.mode}"
+        dtype = str(self.language_model.dtype).removeprefix("mlx.core.")
+        drafter = "no drafter" if self.drafter is None else f"a drafter of {len(self.drafter.layers)} layers"
+        media = (["image", "video"] if config.vision else []) + (["audio"] if config.audio else [])
+        size = f"{len(text.layer_types)} layers, hidden {text.hidden_size}{bits}, {dtype}"
+        return f"Model({size}, {drafter}; {', '.join(['text', *media])})"
+
     def logits(self, prompt: Prompt) -> mx.array:
         """Logits of every position, [1, L, vocab] float32, soft-capped, nothing suppressed.
 

@@ -99,7 +99,7 @@ class ControlText:
         return self.plain.encode(text, add_special_tokens=False).ids if text else []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Processor:
     """Turns chat messages into prompts; made by `load_processor`."""
 
@@ -110,6 +110,10 @@ class Processor:
     control: ControlText
     settings: MediaSettings
     runs: dict[str, Run]  # by kind of media, of those that the checkpoint takes
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(["text", *self.runs])
+        return f"Processor({self.config.text.vocab_size} tokens, {self.settings.image_budget} an image; {kinds})"
 
     def __call__(
         self,
