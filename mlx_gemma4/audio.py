@@ -35,7 +35,7 @@ def read_audio(source: AudioSource, rate: int) -> np.ndarray:
         name, data = describe(source, "audio"), read_source(source, "audio")
         channels, own_rate = decode(data, name)
     if not SLOWEST <= own_rate <= FASTEST:  # also NaN
-        raise MediaError(f"the sampling rate of {name} is {shown(own_rate)} Hz; expected from {SLOWEST} to {FASTEST}")
+        raise MediaError(f"the sampling rate of {name} is {own_rate:g} Hz; expected from {SLOWEST} to {FASTEST}")
     mono = channels.mean(axis=1, dtype=np.float32)  # [n, channels] -> [n]
     if not np.isfinite(mono).all():
         raise MediaError(f"{name} has samples that are NaN or infinite")
@@ -66,7 +66,8 @@ def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
         raise MediaError(f"audio is a tuple of ({kinds}); expected (numpy array, sampling rate)")
     samples, rate = source
     if not SLOWEST <= rate <= FASTEST:  # before it becomes a float, which an integer may be too large for; also NaN
-        raise MediaError(f"the sampling rate of audio is {shown(rate)} Hz; expected from {SLOWEST} to {FASTEST}")
+        text = f"{rate:g}" if abs(rate) < 1e300 else shown(rate)
+        raise MediaError(f"the sampling rate of audio is {text} Hz; expected from {SLOWEST} to {FASTEST}")
     if samples.ndim not in (1, 2):
         raise MediaError(f"audio has the shape {samples.shape}; expected [n], [n, channels] or [channels, n]")
     if not samples.size:
