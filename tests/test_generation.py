@@ -17,7 +17,8 @@ from rounds import GREEDY
 from toy_checkpoint import TINY
 
 from mlx_gemma4 import Prompt, Sampling, generate, generation, load, speculate, stream_generate
-from mlx_gemma4.cache import GROWTH
+from mlx_gemma4 import cache as cache_module
+from mlx_gemma4.cache import STEP
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.controller import Controller
 from mlx_gemma4.model import Model
