@@ -9,17 +9,19 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_gemma4.cache import AHEAD, ROUND, Caches
+from mlx_gemma4.cache import ROUND, Caches
 from mlx_gemma4.controller import FixedLength, Pace, RoundClock
 from mlx_gemma4.memory import check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length
+from mlx_gemma4.reading import opened
 from mlx_gemma4.reply import Piece, Reply, collect
 from mlx_gemma4.request import Options, Request
 from mlx_gemma4.row import Row
 from mlx_gemma4.sampling import Sampler, Sampling, settled
 from mlx_gemma4.speculate import NONE, State, compiled_round, first_state, launch, learnt_of
+from mlx_gemma4.store import PromptStore
 from mlx_gemma4.weights import parameters
 
 SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
@@ -50,6 +52,8 @@ def generate(
     max_tokens: int = 1024,
     sampling: Sampling = Sampling(),
     draft_length: int | str = "auto",
+    *,
+    store: PromptStore | None = None,
 ) -> Reply:
     """The whole reply to a request.
 
@@ -60,7 +64,7 @@ def generate(
     return collect(
         stream_generate(
             model, processor, request, images, audios, videos, system, tools, thinking, image_budget, max_tokens,
-            sampling, draft_length,
+            sampling, draft_length, store=store,
         )
     )  # fmt: skip
 
@@ -79,6 +83,8 @@ def stream_generate(
     max_tokens: int = 1024,
     sampling: Sampling = Sampling(),
     draft_length: int | str = "auto",
+    *,
+    store: PromptStore | None = None,
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
     request_ = Request(
@@ -88,13 +94,18 @@ def stream_generate(
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=draft_length)
     started = time.perf_counter()
     prompt = request_.prompt(processor)
-    events = generation_events(model, processor, prompt, options, time.perf_counter() - started)
+    events = generation_events(model, processor, prompt, options, time.perf_counter() - started, store)
     check_memory(footprint(model.config.text, parameters(model)), len(prompt), max_tokens)
     return (event for event in events if isinstance(event, Piece))
 
 
 def generation_events(
-    model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float
+    model: Model,
+    processor: Processor,
+    prompt: Prompt,
+    options: Options,
+    prepared: float,
+    store: PromptStore | None = None,
 ) -> Iterator[Reading | Piece]:
     """Check the request against the model, then give what happens: how far the prompt is read, then the pieces.
 
@@ -102,7 +113,7 @@ def generation_events(
     prompt took, which count for the time to first token.
     """
     check_length(prompt, model.config)
-    return run(model, processor, prompt, options, choose_pace(model, options), prepared)
+    return run(model, processor, prompt, options, choose_pace(model, options), prepared, store)
 
 
 def choose_pace(model: Model, options: Options) -> Pace:
@@ -119,7 +130,13 @@ def choose_pace(model: Model, options: Options) -> Pace:
 
 
 def run(
-    model: Model, processor: Processor, prompt: Prompt, options: Options, pace: Pace, prepared: float
+    model: Model,
+    processor: Processor,
+    prompt: Prompt,
+    options: Options,
+    pace: Pace,
+    prepared: float,
+    store: PromptStore | None,
 ) -> Iterator[Reading | Piece]:
     config, length, sampling = model.config, len(prompt), options.sampling
     limit = min(int(options.max_tokens), config.text.max_position_embeddings - length)
@@ -127,15 +144,23 @@ def run(
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     mx.reset_peak_memory()
-    with bounded_memory:
-        caches = model.caches(length + min(limit, AHEAD) + ROUND)
-        for hidden in model.read(prompt, caches):  # noqa: B007
+    with bounded_memory, opened(store, model, processor, prompt, limit) as reading:
+        caches = reading.caches
+        row.cached = caches.length
+        yield Reading(caches.length, length)
+        for hidden in model.read(prompt, caches, reading.chunk):  # noqa: B007
+            reading.keep()
             yield Reading(caches.length, length)
         state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], seed)
-        yield row.take(tokens_of(state["token"]))
+        tokens = tokens_of(state["token"])
+        piece = row.take(tokens)
+        reading.ids += tokens
+        yield piece
         if row.finish_reason is None:
             for drafted, tokens in decode(model, sampler, caches, state, pace, limit):
-                yield row.take(tokens, drafted)
+                piece = row.take(tokens, drafted)
+                reading.ids += tokens
+                yield piece
                 if row.finish_reason is not None:
                     break
     yield row.finish()

@@ -1,6 +1,6 @@
 """The whole model: a prompt in, hidden states and logits out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import mlx.core as mx
@@ -78,13 +78,12 @@ class Model(nn.Module):
         """Empty ones for one request, with room for so many positions."""
         return Caches.empty(self.config.text, self.language_model.dtype, capacity(positions))
 
-    def read(self, prompt: Prompt, caches: Caches, cuts: Sequence[int] = (), chunk: int = CHUNK) -> Iterator[mx.array]:
+    def read(self, prompt: Prompt, caches: Caches, chunk: int = CHUNK) -> Iterator[mx.array]:
         """Read what the caches do not hold of a prompt, chunk by chunk; yields their hidden states, [1, l, hidden].
 
-        A chunk never ends inside an image block, whose tokens see each other; beyond that its size changes nothing. One
-        ends at each of the `cuts`, which lie in no block.
+        A chunk never ends inside an image block, whose tokens see each other; beyond that its size changes nothing.
         """
-        for start, end in chunks(prompt, caches.length, chunk, cuts):
+        for start, end in chunks(prompt, caches.length, chunk):
             masks = self.masks(caches, start, end - start, mx.array(image_blocks(prompt, start, end)))
             hidden = self.language_model(self.embed(prompt, start, end), start, masks, caches.layers)
             caches.length = end
@@ -126,13 +125,13 @@ class Model(nn.Module):
         return self.embed_vision(self.vision_embedder(values, mx.array(run.positions[first:last])))
 
 
-def chunks(prompt: Prompt, start: int, size: int, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
-    """Where to cut a prompt from `start` on: (start, end) of at most `size` tokens that end at the next of the `cuts`,
-    or of one whole image block if that is longer."""
+def chunks(prompt: Prompt, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where to cut a prompt from `start` on: (start, end) of at most `size` tokens, or of one whole image block if that
+    is longer."""
     length = len(prompt)
     blocks = [run for run in prompt.media if run.positions is not None]
     while start < length:
-        end = min([start + size, length, *(cut for cut in cuts if cut > start)])
+        end = min(start + size, length)
         for block in blocks:
             if block.start < end < block.start + len(block):
                 end = block.start if block.start > start else block.start + len(block)

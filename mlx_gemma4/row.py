@@ -41,6 +41,7 @@ class Row:
         self.stops: Collection[int] = processor.config.generation.eos_token_ids
         self.parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
         self.count = 0
+        self.cached = 0  # tokens of the prompt that need not be read
         self.finish_reason: str | None = None
         self.tally = Tally()
         self.started = self.first_at = self.last_at = time.perf_counter()
@@ -71,7 +72,8 @@ class Row:
         length, tally = len(self.prompt), self.tally
         return Stats(
             prompt_tokens=length,
-            prompt_tps=length / (self.first_at - self.started),
+            cached_tokens=self.cached,
+            prompt_tps=(length - self.cached) / (self.first_at - self.started),
             generation_tokens=self.count,
             generation_tps=max(self.count - 1, 0) / max(self.last_at - self.first_at, 1e-9),
             time_to_first_token=self.prepared + self.first_at - self.started,

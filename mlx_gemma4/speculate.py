@@ -36,6 +36,7 @@ class Learnt:
 
     controller: Controller = field(default_factory=Controller)
     rounds: dict[tuple[GenerationConfig, int, int], Round] = field(default_factory=dict)  # compiled
+    fingerprint: bytes | None = None  # of the weights, once a store has asked
 
 
 def learnt_of(model: Model) -> Learnt:
