@@ -157,7 +157,7 @@ def test_acceptance_is_that_of_single_drafts(planted_folder: Path, planted: Load
     ids = np.random.default_rng(0).integers(110, 500, (2, 50)).tolist()
     exchanges = [Exchange(Prompt(own), start) for own, start in zip(ids, (5, 20), strict=True)]
     reads = read_exchanges(checkpoint, exchanges, lambda done, total: None)
-    load_drafter(checkpoint)
+    load_drafter(checkpoint, reads[0])
     greedy = replace(checkpoint.config.generation, temperature=0.0)
     checkpoint.model.config = replace(checkpoint.config, generation=greedy)
     hits = []
