@@ -18,7 +18,7 @@ import pytest
 from rounds import GREEDY
 from toy_checkpoint import TINY
 
-from mlx_gemma4 import Prompt, Sampling, generate, generation, load, speculate, stream_generate
+from mlx_gemma4 import Prompt, Sampling, generate, generation, load, reading, speculate, stream_generate
 from mlx_gemma4 import cache as cache_module
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.controller import MAX_DRAFTS, Controller, RoundClock
@@ -230,7 +230,7 @@ def test_a_cache_may_grow_while_tokens_are_generated(
     endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     monkeypatch.setattr(cache_module, "STEP", 128)
-    monkeypatch.setattr(generation, "AHEAD", 64)
+    monkeypatch.setattr(reading, "AHEAD", 64)
     monkeypatch.setattr(learnt_of(endless[0]), "rounds", {})
     model, processor = endless
     count, step = 400, 128
