@@ -1,12 +1,14 @@
 """Attention: the formulas, and the layers' projections around them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.cache import ROUND, Entries, LayerCache, Offset
+from mlx_gemma4.cache import ROUND, Arrays, Entry, LayerCache, Offset, Packed, slots_of
 from mlx_gemma4.config import FULL, AttentionConfig, TextConfig
 from mlx_gemma4.mask import Mask
 
@@ -15,12 +17,15 @@ from mlx_gemma4.mask import Mask
 MAX_SCORE_BYTES = 32 * 2**20
 
 
-def attend(q: mx.array, entries: Entries, mask: Mask, is_full: bool) -> mx.array:
-    """softmax(q kᵀ) v with a scale of 1: queries and keys are normed. q [B, H, L, hd] -> [B, H, L, hd]."""
-    one_pass: Callable[..., mx.array] = full_attention if is_full else sliding_attention
+def attend(q: mx.array, entries: Sequence[Entry], mask: Mask, turned: int | None) -> mx.array:
+    """softmax(q kᵀ) v with a scale of 1: queries and keys are normed. q [B, H, L, hd] -> [B, H, L, hd].
+
+    turned: of a full layer, how many dimensions RoPE turns; None in a sliding one.
+    """
+    one_pass = sliding_attention if turned is None else partial(full_attention, turned=turned)
     batch, heads, length, _ = q.shape
     # a round is one pass, or it would read the keys twice
-    rows = max(ROUND, MAX_SCORE_BYTES // (batch * heads * entries[0].shape[2] * q.dtype.size))
+    rows = max(ROUND, MAX_SCORE_BYTES // (batch * heads * slots_of(entries[0]) * q.dtype.size))
     if length <= rows:
         return one_pass(q, entries, mask(0, length))
     parts: list[mx.array] = []
@@ -33,30 +38,46 @@ def attend(q: mx.array, entries: Entries, mask: Mask, is_full: bool) -> mx.array
     return mx.concatenate(parts, axis=2)
 
 
-def sliding_attention(q: mx.array, entries: Entries, mask: mx.array) -> mx.array:
+def sliding_attention(q: mx.array, entries: Sequence[Entry], mask: mx.array) -> mx.array:
     """entries: keys and values, [B, KV, S, hd]; mask [B or 1, L, S]."""
-    k, v = entries
+    k, v = cast(Sequence[mx.array], entries)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask[:, None])
 
 
-def full_attention(q: mx.array, entries: Entries, mask: mx.array) -> mx.array:
+def full_attention(q: mx.array, entries: Sequence[Entry], mask: mx.array, turned: int) -> mx.array:
     """entries as `FullCache` keeps them; dimensions of q and of the result in the order of `arrange.py`.
 
     A key is [turned, still · weight], where the weight already lies in q's norm, and a value [its turned, still]: so
     `still` serves both. The query heads of one key/value head are rows of one product, for MLX has no fused kernel for
     heads as wide as these.
     """
-    turned, still, values = entries
+    keys, still, values = entries
     batch, heads, length, head_dim = q.shape
-    groups, slots, cut = turned.shape[1], turned.shape[2], turned.shape[3]
+    groups = (keys.weight if isinstance(keys, Packed) else keys).shape[1]
     q = q.reshape(batch, groups, -1, head_dim)  # [B, H, L, hd] -> [B, KV, H / KV * L, hd]
-    scores = q[..., :cut] @ turned.swapaxes(-1, -2)
-    scores = mx.addmm(scores, q[..., cut:], still.swapaxes(-1, -2))
-    scores = scores.reshape(batch, groups, -1, length, slots)
+    scores = times_keys(q[..., turned:], still, times_keys(q[..., :turned], keys))
+    scores = scores.reshape(batch, groups, -1, length, slots_of(keys))
     scores = mx.where(mask[:, None, None], scores, mx.finfo(scores.dtype).min)
-    weights = mx.softmax(scores, axis=-1, precise=True).reshape(batch, groups, -1, slots)
-    out = mx.concatenate([weights @ values, weights @ still], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True).flatten(2, 3)
+    out = mx.concatenate([times_values(weights, values), times_values(weights, still)], axis=-1)
     return out.reshape(batch, heads, length, head_dim)
+
+
+def times_keys(q: mx.array, keys: Entry, more: mx.array | None = None) -> mx.array:
+    """q kᵀ, and more: q [B, KV, R, dims], keys [B, KV, S, dims] -> [B, KV, R, S]."""
+    if isinstance(keys, Packed):
+        found = mx.quantized_matmul(q, *keys[:3], transpose=True, group_size=keys.group_size, bits=keys.bits)
+        return found if more is None else found + more
+    return q @ keys.swapaxes(-1, -2) if more is None else mx.addmm(more, q, keys.swapaxes(-1, -2))
+
+
+def times_values(weights: mx.array, values: Entry) -> mx.array:
+    """weights [B, KV, R, S], values [B, KV, S, dims] -> [B, KV, R, dims]."""
+    if isinstance(values, Packed):
+        return mx.quantized_matmul(
+            weights, *values[:3], transpose=False, group_size=values.group_size, bits=values.bits
+        )
+    return weights @ values
 
 
 class RoPE:
@@ -143,10 +164,12 @@ class QueryAttention(nn.Module):
         return self.rope(self.q_norm(self.heads(y)).swapaxes(1, 2), offset)
 
     def __call__(self, x: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
-        return self.output(self.queries(self.q_proj(x), offset), cache.arrays, mask)
+        return self.output(self.queries(self.q_proj(x), offset), cache.entries, mask)
 
-    def output(self, q: mx.array, entries: Entries, mask: Mask) -> mx.array:
-        out = attend(q, entries, mask, self.is_full).swapaxes(1, 2)  # [B, H, L, hd] -> [B, L, H, hd]
+    def output(self, q: mx.array, entries: Sequence[Entry], mask: Mask) -> mx.array:
+        out = attend(q, entries, mask, self.turned_dims if self.is_full else None).swapaxes(
+            1, 2
+        )  # [B, H, L, hd] -> [B, L, H, hd]
         if self._order is not None:
             out = out[..., self._order]
         return self.o_proj(out.flatten(2))
@@ -174,7 +197,7 @@ class SelfAttention(QueryAttention):
         values = mx.fast.rms_norm(self.heads(*v) if v else k, None, self.eps).swapaxes(1, 2)  # [B, KV, L, hd]
         keys = self.k_norm(k).swapaxes(1, 2)
         cut = self.turned_dims
-        entries: Entries = (
+        entries: Arrays = (
             (self.rope(keys[..., :cut], offset), values[..., cut:], values[..., :cut])
             if self.is_full
             else (self.rope(keys, offset), values)

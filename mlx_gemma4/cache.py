@@ -6,16 +6,29 @@ is an array [B], everything has a fixed shape, so that a round is traced once, a
 alone. So rejected entries are forgotten by not counting them.
 """
 
-from collections.abc import Sequence
-from math import prod
-from typing import Protocol, cast
+from collections.abc import Iterable, Sequence
+from math import gcd, prod
+from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
-from mlx_gemma4.config import FULL, AttentionConfig, TextConfig
+from mlx_gemma4.config import AttentionConfig, TextConfig
 
 Offset = int | mx.array  # the position of a pass's first entry
-Entries = tuple[mx.array, ...]  # each [B, heads, S, dims]
+Arrays = tuple[mx.array, ...]  # each [B, heads, S, …]
+
+
+class Packed(NamedTuple):
+    """Quantized entries, as `mx.quantize` makes them."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+
+Entry = mx.array | Packed  # [B, heads, S, dims]
 
 # Positions that a round may write, the newest token's and its drafts': what a ring has beyond its window, so that
 # rejected ones do not hide committed ones.
@@ -26,21 +39,30 @@ STEP = 1024
 AHEAD = 4096  # of a reply, what is reserved at first
 
 
+def slots_of(entry: Entry) -> int:
+    return (entry.weight if isinstance(entry, Packed) else entry).shape[2]
+
+
 class LayerCache(Protocol):
     """What one attention layer keeps."""
 
-    arrays: Entries
+    arrays: Arrays
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All slots."""
+        ...
 
     def positions(self, offset: Offset, length: int) -> mx.array:
         """Where the entries are that a pass of `length` at `offset` attends to, [B or 1, S]."""
         ...
 
-    def update(self, entries: Entries, offset: Offset) -> Entries:
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
         """Take the entries of a pass, each [B, heads, L, dims]; give all that it attends to."""
         ...
 
 
-def place(arrays: Entries, entries: Entries, slots: mx.array) -> Entries:
+def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
     """Write entries [B, heads, L, dims] into `slots` [B or 1, L]."""
     where = slots[:, None, :, None]
     return tuple(mx.put_along_axis(array, where, rows, axis=2) for array, rows in zip(arrays, entries, strict=True))
@@ -55,30 +77,45 @@ class FullCache:
     """All entries, in the order of their positions, in `slots` slots.
 
     A full layer's value is the normed output of k_proj, and its key the same times a weight, of which the first
-    `rotated_dims` are turned. So it keeps three arrays: of keys what is turned, of values the rest and what its keys
-    have turned (`attention.py`).
+    `rotated_dims` are turned. So it keeps three entries: of keys what is turned, of values the rest and what its keys
+    have turned (`attention.py`). With `bits` each is quantized as it comes, and read as it is kept.
     """
 
-    def __init__(self, arrays: Entries):
-        self.arrays = arrays
+    def __init__(self, arrays: Arrays, bits: int | None = None):
+        self.arrays, self.bits = arrays, bits
 
     @property
     def slots(self) -> int:
         return self.arrays[0].shape[2]
 
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.seen(self.arrays)
+
+    def seen(self, arrays: Arrays) -> tuple[Entry, ...]:
+        if self.bits is None:
+            return arrays
+        return tuple(
+            Packed(weight, scales, biases, weight.shape[-1] * 32 // self.bits // scales.shape[-1], self.bits)
+            for weight, scales, biases in zip(*[iter(arrays)] * 3, strict=True)
+        )
+
     def positions(self, offset: Offset, length: int) -> mx.array:
         return mx.arange(offset + length if isinstance(offset, int) else self.slots)[None]
 
-    def update(self, entries: Entries, offset: Offset) -> Entries:
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
         length = entries[0].shape[2]
-        if isinstance(offset, int):
-            self.arrays = tuple(
-                mx.slice_update(array, rows, mx.array(offset), axes=(2,))
-                for array, rows in zip(self.arrays, entries, strict=True)
-            )
-            return tuple(array[:, :, : offset + length] for array in self.arrays)
-        self.arrays = place(self.arrays, entries, steps(offset, length))
-        return self.arrays
+        if self.bits is not None:
+            group = group_size([rows.shape[-1] for rows in entries])
+            entries = tuple(part for rows in entries for part in mx.quantize(rows, group, self.bits))
+        if not isinstance(offset, int):
+            self.arrays = place(self.arrays, entries, steps(offset, length))
+            return self.entries
+        self.arrays = tuple(
+            mx.slice_update(array, rows, mx.array(offset), axes=(2,))
+            for array, rows in zip(self.arrays, entries, strict=True)
+        )
+        return self.seen(tuple(array[:, :, : offset + length] for array in self.arrays))
 
     def grow(self, slots: int) -> None:
         if slots > self.slots:
@@ -89,8 +126,12 @@ class FullCache:
 class SlidingCache:
     """The last keys and values, in a ring: position p lies in slot p mod slots."""
 
-    def __init__(self, arrays: Entries):
+    def __init__(self, arrays: Arrays):
         self.arrays = arrays
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.arrays
 
     @property
     def slots(self) -> int:
@@ -106,7 +147,7 @@ class SlidingCache:
         """The positions of all slots, if the newest written is `newest`; negative: never written."""
         return newest - (newest - mx.arange(self.slots)) % self.slots
 
-    def update(self, entries: Entries, offset: Offset) -> Entries:
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
         length = entries[0].shape[2]
         if not isinstance(offset, int):
             self.arrays = place(self.arrays, entries, steps(offset, length) % self.slots)
@@ -125,11 +166,34 @@ class SlidingCache:
 
 
 def entry_shapes(own: AttentionConfig) -> list[tuple[int, int]]:
-    """(heads, dims) of the arrays that a layer keeps."""
+    """(heads, dims) of the entries that a layer keeps."""
     if own.window is not None:
         return [(own.num_key_value_heads, own.head_dim)] * 2
     turned = own.rotated_dims
     return [(own.num_key_value_heads, dims) for dims in (turned, own.head_dim - turned, turned)]
+
+
+def group_size(dims: Iterable[int]) -> int:
+    """Of quantized entries: numbers that share a scale. ValueError if MLX has no such groups."""
+    shared = gcd(*dims)
+    if shared % 32:
+        raise ValueError(
+            f"the full layers keep entries of {shared} numbers; expected a multiple of 32 to quantize them"
+        )
+    return 64 if shared % 64 == 0 else 32
+
+
+def array_shapes(own: AttentionConfig, dtype: mx.Dtype) -> list[tuple[tuple[int, int], mx.Dtype]]:
+    """(heads, numbers of a position) and type of the arrays that a layer keeps its entries in."""
+    shapes, bits = entry_shapes(own), own.kv_bits
+    if bits is None:
+        return [(shape, dtype) for shape in shapes]
+    group = group_size(dims for _, dims in shapes)
+    return [
+        array
+        for heads, dims in shapes
+        for array in [((heads, dims * bits // 32), mx.uint32)] + [((heads, dims // group), dtype)] * 2
+    ]
 
 
 def sliding_slots(window: int) -> int:
@@ -143,14 +207,20 @@ def capacity(positions: int) -> int:
 
 
 def entry_bytes(text: TextConfig, kind: str, item_bytes: int) -> int:
-    """What one position takes in all layers of a kind."""
-    return text.layer_types.count(kind) * item_bytes * sum(map(prod, entry_shapes(text.attention[kind])))
+    """What one position takes in all layers of a kind, with numbers of so many bytes where they are not packed."""
+    arrays = array_shapes(text.attention[kind], mx.bfloat16)
+    sizes = [prod(shape) * (item_bytes if own == mx.bfloat16 else own.size) for shape, own in arrays]
+    return text.layer_types.count(kind) * sum(sizes)
 
 
 def empty_cache(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> FullCache | SlidingCache:
     """Of one layer, for one request."""
-    arrays = tuple(mx.zeros((1, heads, slots, dims), dtype) for heads, dims in entry_shapes(own))
-    return FullCache(arrays) if own.window is None else SlidingCache(arrays)
+    shapes = array_shapes(own, dtype)
+    return cache_of(own, tuple(mx.zeros((1, heads, slots, dims), type_) for (heads, dims), type_ in shapes))
+
+
+def cache_of(own: AttentionConfig, arrays: Arrays) -> FullCache | SlidingCache:
+    return FullCache(arrays, own.kv_bits) if own.window is None else SlidingCache(arrays)
 
 
 class Caches:
@@ -175,7 +245,7 @@ class Caches:
         return dict(zip(self.kinds, self.layers, strict=True))
 
     @property
-    def arrays(self) -> list[Entries]:
+    def arrays(self) -> list[Arrays]:
         return [layer.arrays for layer in self.layers]
 
     @property
@@ -190,13 +260,13 @@ class Caches:
                 if isinstance(layer, FullCache):
                     layer.grow(capacity(positions))
 
-    def take(self, arrays: list[Entries]) -> None:
+    def take(self, arrays: list[Arrays]) -> None:
         """Go on with what a round has made of the arrays."""
         for layer, own in zip(self.layers, arrays, strict=True):
             layer.arrays = own
 
 
-def traced(arrays: list[Entries], kinds: Sequence[str]) -> Caches:
+def traced(arrays: list[Arrays], text: TextConfig) -> Caches:
     """Caches over the arrays of a trace."""
-    layers = [FullCache(own) if kind == FULL else SlidingCache(own) for kind, own in zip(kinds, arrays, strict=True)]
-    return Caches(layers, kinds)
+    pairs = zip(text.layer_types, arrays, strict=True)
+    return Caches([cache_of(text.attention[kind], own) for kind, own in pairs], text.layer_types)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Annotated
@@ -85,10 +84,9 @@ def generate(
         choice = find_drafter(model, folder, None if drafter == "none" else drafter)
     checkpoint = open_checkpoint(folder, choice)
     processor = load_processor(checkpoint.folder, checkpoint.config)
-    started = time.perf_counter()
-    request = Request(content=messages, thinking=thinking, image_budget=image_budget).prompt(processor)
+    request, prepared = Request(content=messages, thinking=thinking, image_budget=image_budget).timed_prompt(processor)
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=length)
-    events = generation_events(checkpoint.model, processor, request, options, time.perf_counter() - started)
+    events = generation_events(checkpoint.model, processor, request, options, prepared)
     check_memory(checkpoint.footprint, len(request), max_tokens)
     load_shown(checkpoint)
     print_reply(events)

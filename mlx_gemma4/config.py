@@ -37,6 +37,7 @@ class AttentionConfig:
     rope_theta: float
     rotated_dims: int  # of head_dim; the rest pass through RoPE unturned
     window: int | None  # keys in sight, the query's own included; None: all before it
+    kv_bits: int | None = None  # of what a full layer keeps; None: as it computes
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.cache import Entries
+from mlx_gemma4.cache import Arrays
 from mlx_gemma4.errors import one_line
 
 logger = logging.getLogger("mlx_gemma4")
@@ -39,10 +39,10 @@ DTYPES = {str(dtype): dtype for dtype in (mx.bfloat16, mx.float16, mx.float32, m
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """Entries of consecutive positions in all layers of a kind."""
+    """Arrays of consecutive positions in all layers of a kind."""
 
     first: int
-    arrays: list[Entries]  # each [1, heads, count, …]
+    arrays: list[Arrays]  # each [1, heads, count, …]
 
     @property
     def last(self) -> int:
@@ -257,7 +257,7 @@ def packed(page: Page) -> tuple[list[list[list[Any]]], list[bytes]]:
     return described, parts
 
 
-def unpacked(described: list[list[list[Any]]], body: memoryview) -> Iterator[Entries]:
+def unpacked(described: list[list[list[Any]]], body: memoryview) -> Iterator[Arrays]:
     place = 0
     for own in described:
         arrays = []

@@ -1,7 +1,6 @@
 """From a request to a reply, piece by piece."""
 
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -92,9 +91,8 @@ def stream_generate(
         image_budget=image_budget,
     )  # fmt: skip
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=draft_length)
-    started = time.perf_counter()
-    prompt = request_.prompt(processor)
-    events = generation_events(model, processor, prompt, options, time.perf_counter() - started, store)
+    prompt, prepared = request_.timed_prompt(processor)
+    events = generation_events(model, processor, prompt, options, prepared, store)
     check_memory(footprint(model.config.text, parameters(model)), len(prompt), max_tokens)
     return (event for event in events if isinstance(event, Piece))
 

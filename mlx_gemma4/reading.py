@@ -64,15 +64,20 @@ def opened(
         store.give(held, reading.ids[:written])
 
 
-def space_of(model: Model) -> bytes:
-    """What entries depend on beside what is read."""
+def fingerprint_of(model: Model) -> bytes:
+    """128 bits of a model's weights, the drafter's not among them; computed once."""
     learnt = learnt_of(model)
     if learnt.fingerprint is None:
         own = {path: array for path, array in parameters(model).items() if not path.startswith("drafter.")}
         learnt.fingerprint = fingerprint(own)
+    return learnt.fingerprint
+
+
+def space_of(model: Model) -> bytes:
+    """What entries depend on beside what is read."""
     config = model.config
     described = repr((VERSION, str(model.language_model.dtype), config.text, config.vision, config.audio)).encode()
-    return hashlib.blake2b(learnt.fingerprint + described, digest_size=16).digest()
+    return hashlib.blake2b(fingerprint_of(model) + described, digest_size=16).digest()
 
 
 def log_parting(processor: Processor, prompt: Prompt, held: Held) -> None:

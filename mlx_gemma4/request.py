@@ -1,5 +1,6 @@
 """What a caller asks for, as one value: checked, and free of the model."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -41,6 +42,11 @@ class Request:
     tools: list[dict[str, Any]] | None = None
     thinking: bool = False
     image_budget: int | None = None
+
+    def timed_prompt(self, processor: Processor) -> tuple[Prompt, float]:
+        """The prompt, and the seconds that making it took."""
+        started = time.perf_counter()
+        return self.prompt(processor), time.perf_counter() - started
 
     def prompt(self, processor: Processor) -> Prompt:
         """ValueError if any of it is wrong."""

@@ -11,7 +11,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_gemma4.cache import Caches, Entries, traced
+from mlx_gemma4.cache import Arrays, Caches, traced
 from mlx_gemma4.config import GenerationConfig
 from mlx_gemma4.controller import Controller
 from mlx_gemma4.model import Model
@@ -21,7 +21,7 @@ from mlx_gemma4.sampling import Sampler
 # of positions before it; random: a key; seen [V] bool: with a repetition penalty, the tokens so far.
 State = dict[str, mx.array]
 # tokens [k + 1] int32 (the accepted ones and one more, then NONE), the next state, the caches' arrays
-Round = Callable[[State, list[Entries]], tuple[mx.array, State, list[Entries]]]
+Round = Callable[[State, list[Arrays]], tuple[mx.array, State, list[Arrays]]]
 Accept = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 NONE = -1  # in a round's tokens: none
@@ -72,8 +72,8 @@ def compiled_round(model: Model, sampler: Sampler, length: int, caches: Caches) 
 def make_round(owner: Model, sampler: Sampler, length: int) -> Round:
     model = cast(Model, weakref.proxy(owner))  # it keeps the round: if that kept it, `del model` would free no weights
 
-    def round_(state: State, arrays: list[Entries]) -> tuple[mx.array, State, list[Entries]]:
-        caches = traced(arrays, model.config.text.layer_types)
+    def round_(state: State, arrays: list[Arrays]) -> tuple[mx.array, State, list[Arrays]]:
+        caches = traced(arrays, model.config.text)
         drafts, q = draft(model, sampler, length, state, caches)
         tokens, state = verify(model, sampler, state, caches, drafts, q)
         return tokens, state, caches.arrays

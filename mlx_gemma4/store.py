@@ -20,10 +20,11 @@ import numpy as np
 
 from mlx_gemma4.cache import (
     ROUND,
+    Arrays,
     Caches,
-    Entries,
     FullCache,
     SlidingCache,
+    cache_of,
     empty_cache,
     place,
     sliding_slots,
@@ -99,7 +100,7 @@ class Line:
 
     space: bytes  # what the entries depend on beside the units: weights, types, version, whose it is
     units: np.ndarray  # [n, 3], of the positions that are held
-    full: list[Entries]  # of the full layers, [1, KV, slots, …]
+    full: list[Arrays]  # of the full layers, [1, KV, slots, …]
     pages: dict[int, Page]  # of the sliding layers, by their number
     window: int
     marks: tuple[int, ...] = ()  # where the last request says that others may part from it
@@ -263,7 +264,7 @@ class PromptStore:
             self.lines = [other for other in self.lines if not covers(line, other)]
             self.lines.append(line)
             if self.disk is not None and line.uses:
-                self.save_line(line)
+                save_line(line, self.disk)
             self.evict(0)
 
     # --- finding -------------------------------------------------------------------------------
@@ -354,31 +355,36 @@ class PromptStore:
             if excess <= 0:
                 return
             if self.disk is not None:
-                self.save_line(line)
+                save_line(line, self.disk)
             self.lines.remove(line)
             excess = self.nbytes + nbytes - self.ceiling
 
     # --- disk ----------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write all that is held to the folder; nothing without one."""
+    def save(self, folder: str | Path | None = None) -> None:
+        """Write all that is held to the store's own folder, if it has one, or to another."""
+        disk = (
+            self.disk
+            if folder is None or (self.disk and Path(folder) == self.disk.folder)
+            else Disk(Path(folder), None)
+        )
         with self.lock:
-            for line in self.lines:
-                self.save_line(line)
+            for line in self.lines if disk else ():
+                save_line(line, cast(Disk, disk))
 
-    def save_line(self, line: Line) -> None:
-        if self.disk is None:
-            return
-        before = line.space
-        for number in span(0, len(line)):
-            own = line.units[number * PAGE : (number + 1) * PAGE]
-            first = number * PAGE
-            arrays = [tuple(array[:, :, first : first + len(own)] for array in entries) for entries in line.full]
-            self.disk.write(FULL_PAGE, before, own, Page(first, arrays))
-            page = line.pages.get(number)
-            if page is not None and page.last == first + len(own):
-                self.disk.write(SLIDING_PAGE, before, own, page)
-            before = chained(before, own)
+
+def save_line(line: Line, disk: Disk) -> None:
+    """Write a line's pages that are not there yet."""
+    before = line.space
+    for number in span(0, len(line)):
+        own = line.units[number * PAGE : (number + 1) * PAGE]
+        first = number * PAGE
+        arrays = [tuple(array[:, :, first : first + len(own)] for array in entries) for entries in line.full]
+        disk.write(FULL_PAGE, before, own, Page(first, arrays))
+        page = line.pages.get(number)
+        if page is not None and page.last == first + len(own):
+            disk.write(SLIDING_PAGE, before, own, page)
+        before = chained(before, own)
 
 
 def save_at_exit(store: "weakref.ref[PromptStore]") -> None:
@@ -425,7 +431,7 @@ def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
     for kind in text.layer_types:
         own = text.attention[kind]
         if own.window is None:
-            layers.append(FullCache(next(full)))
+            layers.append(cache_of(own, next(full)))
             continue
         parts = [page.arrays[place_of] for page in pages]
         rows = tuple(mx.concatenate([*each], axis=2) for each in zip(*parts, strict=True))

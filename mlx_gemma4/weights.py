@@ -222,7 +222,9 @@ def quantized_nbytes(empty: Drafter) -> int:
     return sum(array.nbytes for array in parameters(empty).values())
 
 
-def load(path_or_hub_id: str | Path, drafter: str | Path | None = "auto") -> tuple[Model, Processor]:
+def load(
+    path_or_hub_id: str | Path, drafter: str | Path | None = "auto", kv_bits: int | None = None
+) -> tuple[Model, Processor]:
     """A model and its processor, from a folder or a hub id.
 
     drafter: a folder or hub id; None: none; "auto": the model folder's subfolder `drafter/`, else the published
