@@ -16,13 +16,13 @@ import mlx.core as mx
 import typer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from toy_checkpoint import Shape, write_checkpoint, write_drafter  # noqa: E402
+from toy_checkpoint import Shape, write_checkpoint, write_drafter
 
-from mlx_gemma4 import Prompt, Sampling, generate, load  # noqa: E402
-from mlx_gemma4.controller import MAX_DRAFTS  # noqa: E402
-from mlx_gemma4.convert import convert  # noqa: E402
-from mlx_gemma4.memory import footprint, predict  # noqa: E402
-from mlx_gemma4.weights import parameters  # noqa: E402
+from mlx_gemma4 import Prompt, Sampling, generate, load
+from mlx_gemma4.controller import MAX_DRAFTS
+from mlx_gemma4.convert import convert
+from mlx_gemma4.memory import footprint, predict
+from mlx_gemma4.weights import parameters
 
 REPEATS = 2  # on a busy machine MLX hands over less at once, and takes less
 
@@ -104,7 +104,9 @@ def measure(case: Case) -> tuple[int, int]:
 
 
 def main(
-    long: Annotated[bool, typer.Option(help="Prompts of 100,000 tokens and more instead: a quarter of an hour.")] = False,
+    long: Annotated[
+        bool, typer.Option(help="Prompts of 100,000 tokens and more instead: a quarter of an hour.")
+    ] = False,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     if one is not None:
