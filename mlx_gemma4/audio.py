@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from mlx_gemma4.errors import MediaError
+from mlx_gemma4.errors import MediaError, shown
 from mlx_gemma4.source import describe, needs_extra, read_source, unreadable
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
@@ -65,6 +65,9 @@ def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
         kinds = ", ".join(type(item).__name__ for item in source)
         raise MediaError(f"audio is a tuple of ({kinds}); expected (numpy array, sampling rate)")
     samples, rate = source
+    if not SLOWEST <= rate <= FASTEST:  # before it becomes a float, which an integer may be too large for; also NaN
+        text = f"{rate:g}" if abs(rate) < 1e300 else shown(rate)
+        raise MediaError(f"the sampling rate of audio is {text} Hz; expected from {SLOWEST} to {FASTEST}")
     if samples.ndim not in (1, 2):
         raise MediaError(f"audio has the shape {samples.shape}; expected [n], [n, channels] or [channels, n]")
     if not samples.size:

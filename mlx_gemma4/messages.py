@@ -5,6 +5,7 @@ import binascii
 import json
 from collections.abc import Sequence
 from itertools import chain, takewhile
+from numbers import Real
 from typing import Any
 
 from mlx_gemma4.errors import a, article, shown
@@ -15,6 +16,7 @@ Part = dict[str, Any]  # checked: {"type": "text", "text": str} or {"type": kind
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA = ("image", "audio", "video")
 TEXT_AND_MEDIA = ("text", *MEDIA)
+SLOWEST, FASTEST = 1e-6, 1e6  # images a second: from one in 11 days to any camera
 MAX_DEPTH = 100  # of a tool's or an argument's nesting: far below Python's recursion limit, far above any real one
 
 
@@ -27,12 +29,15 @@ def request_messages(
 ) -> list[Message]:
     """One user turn, the media before the text as the model card recommends, behind a system message if one is given.
 
-    Raises ValueError if there is nothing to ask, or if media are given as anything but a list or a tuple.
+    Raises ValueError if there is nothing to ask, if media are given as anything but a list or a tuple, or if the system
+    message is no string.
     """
     given = {"image": images, "audio": audios, "video": videos}
     for kind, sources in given.items():
         if not isinstance(sources, (list, tuple)):
             raise ValueError(f"{kind}s is {a(sources)}; expected a list, with one entry for each {kind}")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"system is {a(system)}; expected a string")
     parts: list[Part] = [{"type": kind, kind: source} for kind, sources in given.items() for source in sources]
     if not request.strip() and not parts:
         raise ValueError("the prompt is empty; expected a text, an image, an audio or a video")
@@ -135,8 +140,15 @@ def check_part(part: Any, where: str) -> Part:
         source = media_source(inner if isinstance(inner, dict) else {keys[0]: inner}, keys, f"{where}.{spelling}")
     checked = {"type": kind[spelling], kind[spelling]: source}
     if kind[spelling] == "video" and part.get("fps") is not None:
-        checked["fps"] = part["fps"]
+        checked["fps"] = check_fps(part["fps"], f"{where}.fps")
     return checked
+
+
+def check_fps(value: Any, where: str) -> float:
+    numeric = isinstance(value, Real) and not isinstance(value, bool)
+    if not numeric or not SLOWEST <= value <= FASTEST:
+        raise ValueError(f"{where} is {shown(value)}; expected images a second, from {SLOWEST:g} to {FASTEST:g}")
+    return float(value)
 
 
 def media_source(holder: dict[str, Any], keys: tuple[str, ...], where: str) -> Any:

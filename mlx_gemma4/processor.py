@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from mlx_gemma4.chat import compile_template, render, shield, unused_character
 from mlx_gemma4.config import ModelConfig, read_json
-from mlx_gemma4.errors import CheckpointError, unbroken
+from mlx_gemma4.errors import CheckpointError, shown, unbroken
 from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
 
@@ -99,7 +99,7 @@ class ControlText:
         return self.plain.encode(text, add_special_tokens=False).ids if text else []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Processor:
     """Turns chat messages into prompts; made by `load_processor`."""
 
@@ -110,6 +110,10 @@ class Processor:
     control: ControlText
     settings: MediaSettings
     runs: dict[str, Run]  # by kind of media, of those that the checkpoint takes
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(["text", *self.runs])
+        return f"Processor({self.config.text.vocab_size} tokens, {self.settings.image_budget} an image; {kinds})"
 
     def __call__(
         self,
@@ -125,16 +129,18 @@ class Processor:
         Raises ValueError, in one line, if the request, its media or the prompt's length is wrong.
         """
         checked, functions = check_messages(messages), check_tools(tools)
+        if not isinstance(thinking, bool):
+            raise ValueError(f"thinking is {shown(thinking)}; expected True or False")
         budget = self.image_budget(image_budget)
         media = media_parts(checked)
         for part in media:
             if part["type"] not in self.runs:
                 takes = ", ".join(["text", *self.runs])
                 raise ValueError(f"this checkpoint takes no {part['type']}; it takes {takes}")
-        shown = without_sources(checked)
-        mark = unused_character([shown, functions])
-        shown, functions = (shield(value, self.control.starts, mark) for value in (shown, functions))
-        text = render(self.template, shown, functions, thinking, self.bos_token)
+        written = without_sources(checked)
+        mark = unused_character([written, functions])
+        written, functions = (shield(value, self.control.starts, mark) for value in (written, functions))
+        text = render(self.template, written, functions, thinking, self.bos_token)
         self.check_placeholders(text, media)
         prompt = self.assemble(text, mark, [(part["type"], self.read(part, budget)) for part in media])
         check_length(prompt, self.config)
@@ -146,7 +152,7 @@ class Processor:
         from mlx_gemma4.image import check_budget  # here: it imports Pillow, which a text prompt does not need
 
         check_budget(asked)
-        return asked
+        return int(asked)
 
     def check_placeholders(self, text: str, media: list[Part]) -> None:
         for kind, run in self.runs.items():
