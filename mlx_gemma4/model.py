@@ -104,10 +104,7 @@ class Model(nn.Module):
 
     def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:
         """What a pass of `length` positions at `offset` sees, by kind of layer. blocks [length]: of images."""
-        if isinstance(offset, int):
-            queries = mx.arange(offset, offset + length)[None]
-        else:
-            queries = steps(offset, length)
+        queries = mx.arange(offset, offset + length)[None] if isinstance(offset, int) else steps(offset, length)
         masks: dict[str, Mask] = {}
         for kind, cache in caches.last.items():
             keys = cache.positions(offset, length)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_gemma4 import attention as attention_module
 from mlx_gemma4.attention import RoPE, attend
-from mlx_gemma4.cache import ROUND, Entries
+from mlx_gemma4.cache import ROUND, Arrays
 from mlx_gemma4.config import AttentionConfig
 from mlx_gemma4.mask import Mask
 from mlx_gemma4.model import Model
@@ -127,13 +127,17 @@ def attention_inputs(
     return mx.array(q), mx.array(k), mx.array(v), mx.array(mask)
 
 
-def kept(k: mx.array, v: mx.array, is_full: bool) -> tuple[Entries, mx.array, mx.array]:
+def kept(k: mx.array, v: mx.array, is_full: bool) -> tuple[Arrays, mx.array, mx.array]:
     """What a layer keeps of keys and values, and these themselves, of which full layers share what does not turn."""
     if not is_full:
         return (k, v), k, v
     cut = k.shape[-1] // 4 * 2
     still = v[..., cut:]
     return (k[..., :cut], still, v[..., :cut]), mx.concatenate([k[..., :cut], still], axis=-1), v
+
+
+def turned_of(entries: Arrays, is_full: bool) -> int | None:
+    return entries[0].shape[-1] if is_full else None
 
 
 def part_of(mask: mx.array) -> Mask:
@@ -158,7 +162,10 @@ shapes = {
 def test_attention_is_the_formula(is_full: bool, **sizes: int) -> None:
     q, k, v, mask = attention_inputs(**sizes)
     entries, keys, values = kept(k, v, is_full)
-    assert error(attend(q, entries, part_of(mask), is_full), expected_attention(q, keys, values, mask)) < 1e-5
+    assert (
+        error(attend(q, entries, part_of(mask), turned_of(entries, is_full)), expected_attention(q, keys, values, mask))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("is_full", [True, False], ids=["full", "sliding"])
@@ -167,7 +174,7 @@ def test_attention_is_the_formula(is_full: bool, **sizes: int) -> None:
 def test_attention_in_passes_is_attention_in_one(is_full: bool, rows: int, **sizes: int) -> None:
     q, k, v, mask = attention_inputs(**sizes)
     entries, _, _ = kept(k, v, is_full)
-    whole = np.array(attend(q, entries, part_of(mask), is_full))
+    whole = np.array(attend(q, entries, part_of(mask), turned_of(entries, is_full)))
     asked: list[tuple[int, int]] = []
 
     def watched(first: int, last: int) -> mx.array:
@@ -179,7 +186,7 @@ def test_attention_in_passes_is_attention_in_one(is_full: bool, rows: int, **siz
         for most in (rows * q.shape[0] * q.shape[1] * k.shape[2] * 4, 1):  # 1: less than a row, so row by row
             asked.clear()
             patch.setattr(attention_module, "MAX_SCORE_BYTES", most)
-            assert error(attend(q, entries, watched, is_full), whole) < 1e-5
+            assert error(attend(q, entries, watched, turned_of(entries, is_full)), whole) < 1e-5
             assert max(last - first for first, last in asked) <= (rows if most > 1 else 1)
             assert [place for first, last in asked for place in range(first, last)] == [*range(q.shape[2])]
 
@@ -194,7 +201,7 @@ def test_a_round_reads_the_keys_once_however_many_there_are(is_full: bool, monke
         asked.append((first, last))
         return mask[:, first:last]
 
-    attend(q, kept(k, v, is_full)[0], watched, is_full)
+    attend(q, kept(k, v, is_full)[0], watched, turned_of(kept(k, v, is_full)[0], is_full))
     assert asked == [(0, ROUND)]
 
 
@@ -208,7 +215,7 @@ def test_scores_of_few_passes_are_in_memory_at_once(monkeypatch: pytest.MonkeyPa
     mx.eval(q, entries, mask)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(attend(q, entries, part_of(mask), is_full))
+    mx.eval(attend(q, entries, part_of(mask), turned_of(entries, is_full)))
     # scores, masked scores and weights of two passes at most; all scores once are 16 times the limit
     assert mx.get_peak_memory() - before < 10 * limit
 
@@ -218,6 +225,11 @@ def test_softmax_of_bf16_scores_is_precise() -> None:
     q, k = mx.zeros((1, 2, 1, 4), mx.bfloat16), mx.zeros((1, 1, 1000, 4), mx.bfloat16)
     v = mx.ones((1, 1, 1000, 4), mx.bfloat16)
     for is_full in (True, False):
-        found = attend(q, kept(k, v, is_full)[0], part_of(mx.ones((1, 1, 1000), mx.bool_)), is_full)
+        found = attend(
+            q,
+            kept(k, v, is_full)[0],
+            part_of(mx.ones((1, 1, 1000), mx.bool_)),
+            turned_of(kept(k, v, is_full)[0], is_full),
+        )
         assert found.dtype == mx.bfloat16
         assert np.array(found.astype(mx.float32)) == pytest.approx(1, rel=1e-2)

@@ -17,8 +17,8 @@ from mlx_gemma4.cache import (
     AHEAD,
     ROUND,
     STEP,
+    Arrays,
     Caches,
-    Entries,
     FullCache,
     Offset,
     SlidingCache,
@@ -40,13 +40,13 @@ SHAPES = {"planted": TINY, "planted_other": OTHER}
 REJECTED = 1e6  # added to what is written and then not counted
 
 
-def entries(values: Sequence[Sequence[float]]) -> Entries:
+def entries(values: Sequence[Sequence[float]]) -> Arrays:
     """Two arrays whose every number is their row's value, the second's with a minus, [B, 1, L, 2]."""
     array = mx.array(values, mx.float32)[:, None, :, None]
     return mx.broadcast_to(array, (*array.shape[:3], 2)), mx.broadcast_to(-array, (*array.shape[:3], 2))
 
 
-def values_of(held: Entries) -> np.ndarray:
+def values_of(held: Arrays) -> np.ndarray:
     """[B, S], the same in both arrays."""
     first, second = (np.array(array)[:, 0, :, 0] for array in held)
     assert np.array_equal(first, -second)
@@ -61,7 +61,7 @@ def full_cache(slots: int, batch: int = 1) -> FullCache:
     return FullCache((mx.zeros((batch, 1, slots, 2)), mx.zeros((batch, 1, slots, 2))))
 
 
-def check_seen(cache: FullCache | SlidingCache, held: Entries, offset: Offset, length: int, window: int | None) -> None:
+def check_seen(cache: FullCache | SlidingCache, held: Any, offset: Offset, length: int, window: int | None) -> None:
     """Each query of a pass sees each position up to its own within the window once, and nothing else."""
     positions = cache.positions(offset, length)
     values = values_of(held)
@@ -276,12 +276,12 @@ def test_a_round_writes_in_place(kind: str) -> None:
     mx.eval(arrays)
 
     @mx.compile
-    def write(held: list[Entries], offset: mx.array) -> list[Entries]:
-        caches = traced(held, [kind])
+    def write(held: list[Arrays], offset: mx.array) -> list[Arrays]:
+        caches = traced(held, replace(TEXT, layer_types=(kind,)))
         caches.layers[0].update(entries([[1, 2, 3]] * 2), offset)
         return caches.arrays
 
-    held: list[Entries] = [arrays]
+    held: list[Arrays] = [arrays]
     del arrays
     for n in range(4):
         mx.reset_peak_memory()

@@ -1,6 +1,5 @@
 """A round is few kernels, and few that wait for each other."""
 
-
 import mlx.core as mx
 import pytest
 from toy_checkpoint import Shape, write_checkpoint, write_drafter
