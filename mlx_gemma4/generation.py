@@ -141,7 +141,7 @@ def run(
 ) -> Iterator[Reading | Piece]:
     config, length, sampling = model.config, len(prompt), options.sampling
     limit = min(int(options.max_tokens), config.text.max_position_embeddings - length)
-    row = Row(processor, prompt, limit, prepared)
+    row = Row(processor, prompt, config.generation.eos_token_ids, limit, prepared)
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     mx.reset_peak_memory()

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.cache import Caches, Offset, capacity
+from mlx_gemma4.cache import Caches, Offset, capacity, steps
 from mlx_gemma4.config import FULL, ModelConfig
 from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.drafter import Drafter
@@ -104,10 +104,7 @@ class Model(nn.Module):
 
     def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:
         """What a pass of `length` positions at `offset` sees, by kind of layer. blocks [length]: of images."""
-        if isinstance(offset, int):
-            queries = mx.arange(offset, offset + length)[None]
-        else:
-            queries = offset[:, None] + mx.arange(length)
+        queries = mx.arange(offset, offset + length)[None] if isinstance(offset, int) else steps(offset, length)
         masks: dict[str, Mask] = {}
         for kind, cache in caches.last.items():
             keys = cache.positions(offset, length)

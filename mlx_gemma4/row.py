@@ -34,11 +34,10 @@ class Tally:
 class Row:
     """Takes the tokens of a request as they come."""
 
-    def __init__(self, processor: Processor, prompt: Prompt, limit: int, prepared: float):
-        """limit: tokens of the reply at most. prepared: seconds that making the prompt took, which count for the time
-        to first token."""
-        self.prompt, self.limit, self.prepared = prompt, limit, prepared
-        self.stops: Collection[int] = processor.config.generation.eos_token_ids
+    def __init__(self, processor: Processor, prompt: Prompt, stops: Collection[int], limit: int, prepared: float):
+        """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
+        which count for the time to first token."""
+        self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
         self.parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
         self.count = 0
         self.cached = 0  # tokens of the prompt that need not be read

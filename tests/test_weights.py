@@ -15,7 +15,6 @@ from PIL import Image
 from toy_checkpoint import TINY, Shape, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, generation, load
-from mlx_gemma4.cache import PromptCache
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
@@ -224,17 +223,17 @@ def test_nothing_of_a_bf16_checkpoint_is_upcast(
     )
     prompt = mixed_prompt(processor)
     assert {run.kind for run in prompt.media} == {"image", "audio"}
-    cache = PromptCache(model.config.text, len(prompt) + 8)
-    assert types(list(model.read(prompt, cache, chunk=16))) == {mx.bfloat16}
-    assert types(cache.arrays()) == {mx.bfloat16}
+    caches = model.caches(len(prompt) + 8)
+    assert types(list(model.read(prompt, caches, chunk=16))) == {mx.bfloat16}
+    assert types([array for arrays in caches.arrays for array in arrays]) == {mx.bfloat16}
     assert logits(model).dtype == mx.float32
 
     seen: list[mx.Dtype] = []
     launch = generation.launch
 
-    def watched(round_: Any, state: Any, cache: Any) -> Any:
-        result = launch(round_, state, cache)
-        seen.extend(array.dtype for layer in cache.layers for array in layer)
+    def watched(round_: Any, state: Any, caches: Any) -> Any:
+        result = launch(round_, state, caches)
+        seen.extend(array.dtype for arrays in caches.arrays for array in arrays)
         return result
 
     monkeypatch.setattr(generation, "launch", watched)
