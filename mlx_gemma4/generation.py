@@ -2,7 +2,6 @@
 
 import secrets
 import time
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -21,6 +20,7 @@ from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 from mlx_gemma4.sampling import Sampler, Sampling, settled
 from mlx_gemma4.speculate import State, compiled_round, first_state, launch
+from mlx_gemma4.tools import argument_schemas
 from mlx_gemma4.weights import parameters
 
 SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
@@ -166,7 +166,8 @@ def run(
     stops = config.generation.eos_token_ids
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
+    controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
+    parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes)
     mx.reset_peak_memory()
     with bounded_memory:
         cache = PromptCache(config.text, capacity_for(length, limit))
@@ -175,19 +176,19 @@ def run(
         state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], seed)
         ids, finish_reason = until_stop(tokens_of(state["token"]), stops, limit)
         first_at = time.perf_counter()
-        yield Piece(*parser.feed(ids), ids)
+        yield Piece(*parser.feed(ids), ids, notes=parser.take_notes())
         count, tally = len(ids), Tally()
         if finish_reason is None:
             for drafted, new in decode(model, sampler, Cache(cache, pace.longest + 1), state, length, pace, limit):
                 tally.add(drafted, len(new) - 1)
                 ids, finish_reason = until_stop(new, stops, limit - count)
                 count += len(ids)
-                yield Piece(*parser.feed(ids), ids)
+                yield Piece(*parser.feed(ids), ids, notes=parser.take_notes())
                 if finish_reason is not None:
                     break
         ended = time.perf_counter()
-    if finish_reason == "length" and parser.in_thought:
-        warnings.warn(f"the {count} tokens ran out inside the thought; raise max_tokens", stacklevel=2)
+    out_of_tokens = finish_reason == "length" and parser.in_thought
+    notes = [f"the {count} tokens ran out inside the thought; raise max_tokens"] if out_of_tokens else []
     stats = Stats(
         prompt_tokens=length,
         prompt_tps=length / (first_at - read_from),
@@ -201,7 +202,9 @@ def run(
         acceptance_by_position=[hits / tries for hits, tries in zip(tally.accepted, tally.drafted, strict=True)],
         tokens_per_round=1 + sum(tally.accepted) / max(tally.rounds, 1),
     )
-    yield Piece(*parser.finish(), [], finish_reason, parser.tool_calls, stats)
+    last = parser.finish(finish_reason or "stop")
+    notes += parser.take_notes()
+    yield Piece(*last, [], finish_reason, parser.tool_calls, stats, notes, parser.message)
 
 
 @dataclass
