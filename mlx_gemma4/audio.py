@@ -1,6 +1,5 @@
 """Sound → frames: one soft token for each 40 ms of mono sound."""
 
-import warnings
 from io import BytesIO
 from numbers import Real
 from pathlib import Path
@@ -26,7 +25,7 @@ def read_audio(source: AudioSource, rate: int) -> np.ndarray:
     `source`: a path, a URL, a file's bytes or (samples, sampling rate) with samples [n], [n, channels] or, for up to
     8 channels, [channels, n]; integers are taken by the full scale of their type. What libsndfile does not read
     (m4a, mp4, webm) goes through PyAV. Channels are averaged. MediaError if it cannot be read, is empty or not
-    finite. Warns when it is longer than the model was trained on.
+    finite.
     """
     if isinstance(source, tuple):
         name = "audio"
@@ -43,13 +42,16 @@ def read_audio(source: AudioSource, rate: int) -> np.ndarray:
         mono = soxr.resample(mono, own_rate, rate, quality="HQ")
     if not len(mono):
         raise MediaError(f"{name} has no samples at {rate} Hz")
-    if (seconds := len(mono) / rate) > TRAINED_SECONDS:
-        warnings.warn(
-            f"{name} is {seconds:.1f} s long; the model was trained on clips of at most {TRAINED_SECONDS} s, "
-            "nothing is cut",
-            stacklevel=2,
-        )
     return mono
+
+
+def length_note(source: AudioSource, samples: np.ndarray, rate: int) -> str:
+    """What to say of a sound longer than the model was trained on; empty for others."""
+    if (seconds := len(samples) / rate) <= TRAINED_SECONDS:
+        return ""
+    name = "audio" if isinstance(source, tuple) else describe(source, "audio")
+    trained = f"the model was trained on clips of at most {TRAINED_SECONDS} s, nothing is cut"
+    return f"{name} is {seconds:.1f} s long; {trained}"
 
 
 def audio_frames(samples: np.ndarray, samples_per_token: int) -> np.ndarray:

@@ -37,6 +37,8 @@ class Prompt:
 
     token_ids: list[int]
     media: tuple[SoftTokens, ...] = ()  # in the order of their tokens
+    notes: tuple[str, ...] = ()  # what its user should know of how it was made, a line each: in its reply's notes
+    tools: tuple[dict[str, Any], ...] = ()  # that it declares, as they were given: a reply's calls are read by them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", check_ids(self.token_ids))

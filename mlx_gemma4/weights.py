@@ -1,7 +1,6 @@
 """From a folder to a model: which tensors there are, whether they fit, and their values."""
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +65,7 @@ def check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{tensors[path].name} has shape {list(tensors[path].shape)}; expected {list(shape)}")
     if unknown := sorted(tensors[path].name for path in tensors.keys() - expected.keys()):
         names = ", ".join(unknown[:NAMED]) + (f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else "")
-        warnings.warn(f"the model has no place for {len(unknown)} tensors, left out: {names}", stacklevel=2)
+        logger.warning("the model has no place for %d tensors, left out: %s", len(unknown), names)
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

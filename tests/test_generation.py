@@ -18,7 +18,7 @@ import pytest
 from rounds import GREEDY
 from toy_checkpoint import TINY
 
-from mlx_gemma4 import Prompt, Sampling, generate, generation, load, reading, speculate, stream_generate
+from mlx_gemma4 import Prompt, Sampling, collect, generate, generation, load, reading, speculate, stream_generate
 from mlx_gemma4 import cache as cache_module
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.controller import MAX_DRAFTS, Controller, RoundClock
@@ -497,6 +497,21 @@ def test_thought_answer_and_calls_are_told_apart(say: Say, seed: int) -> None:
     assert reply.message["content"] == "héllo you"
 
 
+def test_a_stream_ends_with_the_message_of_the_reply(planted: Loaded) -> None:
+    pieces = list(stream_generate(*planted, Prompt([5, 6]), max_tokens=5, sampling=GREEDY, draft_length=0))
+    reply = generate(*planted, Prompt([5, 6]), max_tokens=5, sampling=GREEDY, draft_length=0)
+    whole = collect(pieces)
+    assert replace(whole, stats=reply.stats) == reply
+    assert [piece.message for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].message == reply.message
+
+
+def test_what_a_prompt_notes_comes_with_the_first_piece(planted: Loaded) -> None:
+    prompt = Prompt([5, 6], notes=("long",))
+    first, *rest = stream_generate(*planted, prompt, max_tokens=3, sampling=GREEDY, draft_length=0)
+    assert first.notes[:1] == ["long"] and not any("long" in piece.notes for piece in rest)
+
+
 def test_a_reply_need_not_think_or_call(say: Say) -> None:
     reply = say("yes<turn|>")
     assert (reply.thinking, reply.text, reply.tool_calls, reply.finish_reason) == (None, "yes", [], "stop")
@@ -514,13 +529,14 @@ def test_a_reply_may_begin_inside_the_thought(say: Say) -> None:
 
 
 def test_a_thought_that_runs_out_of_tokens_is_said(say: Say) -> None:
-    with pytest.warns(UserWarning, match=r"^the 9 tokens ran out inside the thought; raise max_tokens$"):
-        reply = say("<|channel>thought\nhm, the quick one goes on", max_tokens=9)
+    reply = say("<|channel>thought\nhm, the quick one goes on", max_tokens=9)
+    assert reply.notes == ["the 9 tokens ran out inside the thought; raise max_tokens"]
     assert reply.text == "" and reply.thinking and reply.finish_reason == "length"
 
 
 def test_an_answer_that_runs_out_of_tokens_is_not_warned_of(say: Say) -> None:
-    assert say("<|channel>thought\nhm<channel|>and the quick one", max_tokens=14).finish_reason == "length"
+    reply = say("<|channel>thought\nhm<channel|>and the quick one", max_tokens=14)
+    assert (reply.finish_reason, reply.notes) == ("length", [])
 
 
 # --- wrong requests ----------------------------------------------------------------------------
