@@ -12,7 +12,6 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_gemma4.attention import Projections, QueryAttention, SelfAttention
-from mlx_gemma4.config import FULL
 from mlx_gemma4.decoder import Layer
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.model import Model
@@ -20,31 +19,30 @@ from mlx_gemma4.model import Model
 
 def arrange(model: Model) -> None:
     """Make a model whose weights are loaded ready to run."""
+    still: mx.array | None = None
     for layer in model.language_model.layers:
-        arrange_layer(layer)
+        own = arrange_layer(layer)
+        still = own if own is not None else still
     if model.drafter is not None:
-        last = {layer.kind: layer for layer in model.language_model.layers}
-        arrange_drafter(model.drafter, still_weight(last[FULL]) if FULL in last else None)
+        arrange_drafter(model.drafter, still)
 
 
-def arrange_layer(layer: Layer) -> None:
-    """Of the target."""
-    own = cast(SelfAttention, layer.self_attn)
+def arrange_layer(layer: Layer) -> mx.array | None:
+    """Of the target. Returns of a full layer what its values are times to be its keys: the weight of their norm, and 1
+    where they turn, [hd] float32; whoever reads it has that in the queries' norm."""
+    own, still = cast(SelfAttention, layer.self_attn), None
     if own.is_full:
         order = turned_first(own)
         reorder_rows(own.k_proj, order)
-        own.k_norm.weight = own.k_norm.weight[order]
-        arrange_queries(own, order, still_weight(layer))
+        turns, weight = mx.arange(own.head_dim) < own.turned_dims, own.k_norm.weight[order]
+        still = mx.where(turns, 1, weight.astype(mx.float32))
+        own.k_norm.weight = mx.where(turns, weight, 1).astype(weight.dtype)
+        arrange_queries(own, order, still)
+        mx.eval(still)
     names = ["q_proj", "k_proj"] if own.is_full else ["q_proj", "k_proj", "v_proj"]
     own.inputs = Projections([own.pop(name) for name in names])
     arrange_mlp(layer)
-
-
-def still_weight(layer: Layer) -> mx.array:
-    """Of an arranged full layer, what its values are times to be its keys: 1 where these turn, [hd] float32."""
-    own = cast(SelfAttention, layer.self_attn)
-    still = mx.arange(own.head_dim) >= own.turned_dims
-    return mx.where(still, own.k_norm.weight.astype(mx.float32), 1)
+    return still
 
 
 def arrange_drafter(drafter: Drafter, weight: mx.array | None) -> None:

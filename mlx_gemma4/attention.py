@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.cache import ROUND, Arrays, Entry, LayerCache, Offset, Packed, slots_of
+from mlx_gemma4.cache import ROUND, Entry, LayerCache, Offset, Packed, slots_of
 from mlx_gemma4.config import FULL, AttentionConfig, TextConfig
 from mlx_gemma4.mask import Mask
 
@@ -45,30 +45,28 @@ def sliding_attention(q: mx.array, entries: Sequence[Entry], mask: mx.array) -> 
 
 
 def full_attention(q: mx.array, entries: Sequence[Entry], mask: mx.array, turned: int) -> mx.array:
-    """entries as `FullCache` keeps them; dimensions of q and of the result in the order of `arrange.py`.
+    """entries as `FullCache` keeps them; q's and the result's dimensions in the order of `arrange.py`, `turned` first.
 
-    A key is [turned, still · weight], where the weight already lies in q's norm, and a value [its turned, still]: so
-    `still` serves both. The query heads of one key/value head are rows of one product, for MLX has no fused kernel for
-    heads as wide as these.
+    Behind these a key is its value, for the weight of its norm lies in q's. The query heads of one key/value head are
+    rows of one product, for MLX has no fused kernel for heads as wide as these.
     """
-    keys, still, values = entries
+    keys, values = entries
     batch, heads, length, head_dim = q.shape
     groups = (keys.weight if isinstance(keys, Packed) else keys).shape[1]
     q = q.reshape(batch, groups, -1, head_dim)  # [B, H, L, hd] -> [B, KV, H / KV * L, hd]
-    scores = times_keys(q[..., turned:], still, times_keys(q[..., :turned], keys))
-    scores = scores.reshape(batch, groups, -1, length, slots_of(keys))
+    scores = times_keys(q, keys).reshape(batch, groups, -1, length, slots_of(keys))
     scores = mx.where(mask[:, None, None], scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True).flatten(2, 3)
-    out = mx.concatenate([times_values(weights, values), times_values(weights, still)], axis=-1)
+    # of the keys' product all, and then a part: of the keys a part, they would be copied on a CPU or if they are packed
+    out = mx.concatenate([times_values(weights, values), times_values(weights, keys)[..., turned:]], axis=-1)
     return out.reshape(batch, heads, length, head_dim)
 
 
-def times_keys(q: mx.array, keys: Entry, more: mx.array | None = None) -> mx.array:
-    """q kᵀ, and more: q [B, KV, R, dims], keys [B, KV, S, dims] -> [B, KV, R, S]."""
+def times_keys(q: mx.array, keys: Entry) -> mx.array:
+    """q kᵀ: q [B, KV, R, dims], keys [B, KV, S, dims] -> [B, KV, R, S]."""
     if isinstance(keys, Packed):
-        found = mx.quantized_matmul(q, *keys[:3], transpose=True, group_size=keys.group_size, bits=keys.bits)
-        return found if more is None else found + more
-    return q @ keys.swapaxes(-1, -2) if more is None else mx.addmm(more, q, keys.swapaxes(-1, -2))
+        return mx.quantized_matmul(q, *keys[:3], transpose=True, group_size=keys.group_size, bits=keys.bits)
+    return q @ keys.swapaxes(-1, -2)
 
 
 def times_values(weights: mx.array, values: Entry) -> mx.array:
@@ -195,11 +193,6 @@ class SelfAttention(QueryAttention):
         q, k, *v = self.inputs(x)
         k = self.heads(k)
         values = mx.fast.rms_norm(self.heads(*v) if v else k, None, self.eps).swapaxes(1, 2)  # [B, KV, L, hd]
-        keys = self.k_norm(k).swapaxes(1, 2)
-        cut = self.turned_dims
-        entries: Arrays = (
-            (self.rope(keys[..., :cut], offset), values[..., cut:], values[..., :cut])
-            if self.is_full
-            else (self.rope(keys, offset), values)
-        )
+        keys = self.rope(self.k_norm(k).swapaxes(1, 2), offset)
+        entries = (keys, values[..., : self.turned_dims] if self.is_full else values)
         return self.output(self.queries(q, offset), cache.update(entries, offset), mask)

@@ -79,9 +79,9 @@ def steps(offset: mx.array, length: int) -> mx.array:
 class FullCache:
     """All entries, in the order of their positions, in `slots` slots.
 
-    A full layer's value is the normed output of k_proj, and its key the same times a weight, of which the first
-    `rotated_dims` are turned. So it keeps three entries: of keys what is turned, of values the rest and what its keys
-    have turned (`attention.py`). With `bits` each is quantized as it comes, and read as it is kept.
+    A full layer's value is the normed output of k_proj, and its key the same, of which `rotated_dims` are weighted and
+    turned. So it keeps two entries: keys, and of values what their keys have turned (`attention.py`). With `bits` each
+    is quantized as it comes, and read as it is kept.
     """
 
     def __init__(self, arrays: Arrays, bits: int | None = None):
@@ -172,8 +172,7 @@ def entry_shapes(own: AttentionConfig) -> list[tuple[int, int]]:
     """(heads, dims) of the entries that a layer keeps."""
     if own.window is not None:
         return [(own.num_key_value_heads, own.head_dim)] * 2
-    turned = own.rotated_dims
-    return [(own.num_key_value_heads, dims) for dims in (turned, own.head_dim - turned, turned)]
+    return [(own.num_key_value_heads, own.head_dim), (own.num_key_value_heads, own.rotated_dims)]
 
 
 def group_size(dims: Iterable[int]) -> int:

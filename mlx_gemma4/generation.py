@@ -1,7 +1,7 @@
 """From a request to a reply, piece by piece."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, cast
@@ -16,6 +16,7 @@ from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.reading import opened
+from mlx_gemma4.repetition import parse_repetition_detection
 from mlx_gemma4.reply import Piece, Reply, collect
 from mlx_gemma4.request import Options, Request
 from mlx_gemma4.row import Row
@@ -54,17 +55,22 @@ def generate(
     draft_length: int | str = "auto",
     *,
     store: PromptStore | None = None,
+    preserve_thinking: bool = False,
+    repetition_detection: str | Mapping[str, int] = "auto",
 ) -> Reply:
     """The whole reply to a request.
 
     request: a string (one user turn, with `images`, `audios`, `videos` placed before it and `system` in a turn of
-    its own), chat messages, or a `Prompt`. ValueError if any of it is wrong, MemoryError if this machine cannot hold
-    the model and the prompt.
+    its own), chat messages, or a `Prompt`. store: where what is read is kept, and found again. repetition_detection:
+    "auto", "off", or a dict with max_pattern_size, min_pattern_size and min_count, as vLLM has it: a reply that does
+    nothing but repeat a block ends, with the finish_reason "repetition". ValueError if any of it is wrong, MemoryError
+    if this machine cannot hold the model and the prompt.
     """
     return collect(
         stream_generate(
             model, processor, request, images, audios, videos, system, tools, thinking, image_budget, max_tokens,
-            sampling, draft_length, store=store,
+            sampling, draft_length, store=store, preserve_thinking=preserve_thinking,
+            repetition_detection=repetition_detection,
         )
     )  # fmt: skip
 
@@ -85,15 +91,22 @@ def stream_generate(
     draft_length: int | str = "auto",
     *,
     store: PromptStore | None = None,
+    preserve_thinking: bool = False,
+    repetition_detection: str | Mapping[str, int] = "auto",
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
     if not isinstance(model, Model):
         raise ValueError(f"model is {a(model)}; expected what load returns")
     request_ = Request(
         content=request, images=images, audios=audios, videos=videos, system=system, tools=tools, thinking=thinking,
-        image_budget=image_budget,
+        image_budget=image_budget, preserve_thinking=preserve_thinking,
     )  # fmt: skip
-    options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=draft_length)
+    options = Options(
+        max_tokens=max_tokens,
+        sampling=sampling,
+        draft_length=draft_length,
+        repetition_detection=repetition_detection,
+    )
     prompt, prepared = request_.timed_prompt(processor)
     events = generation_events(model, processor, prompt, options, prepared, store)
     check_memory(footprint(model.config.text, parameters(model)), len(prompt), max_tokens)
@@ -141,7 +154,8 @@ def run(
 ) -> Iterator[Reading | Piece]:
     config, length, sampling = model.config, len(prompt), options.sampling
     limit = min(int(options.max_tokens), config.text.max_position_embeddings - length)
-    row = Row(processor, prompt, config.generation.eos_token_ids, limit, prepared)
+    repetition = parse_repetition_detection(options.repetition_detection)
+    row = Row(processor, prompt, config.generation.eos_token_ids, limit, repetition, prepared)
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     mx.reset_peak_memory()

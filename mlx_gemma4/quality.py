@@ -15,10 +15,9 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.arrange import arrange_drafter, arrange_layer, still_weight
+from mlx_gemma4.arrange import arrange_drafter, arrange_layer
 from mlx_gemma4.cache import Caches, LayerCache, empty_cache
 from mlx_gemma4.chat import render, shield, unused_character
-from mlx_gemma4.config import FULL
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.mask import whole_mask
 from mlx_gemma4.messages import check_messages, check_tools, without_sources
@@ -117,7 +116,8 @@ def read_exchanges(
     for place in range(count):
         layer = layers.pop()
         load_module(checkpoint, layer, f"language_model.layers.{place}.")
-        arrange_layer(layer)
+        still = arrange_layer(layer)
+        weight = still if still is not None else weight
         for index, exchange in enumerate(exchanges):
             length = len(exchange.prompt)
             caches = Caches([empty_cache(attention[layer.kind], decoder.dtype, length)], [layer.kind])  # as long as all
@@ -127,9 +127,6 @@ def read_exchanges(
                 kept[index] |= caches.last
                 mx.eval(caches.arrays)
             mx.eval(states[index])
-        if layer.kind == FULL:
-            weight = still_weight(layer)
-            mx.eval(weight)
         mx.clear_cache()
         step(place + 1, count)
     return [Read(decoder.norm(hidden), caches, weight) for hidden, caches in zip(states, kept, strict=True)]

@@ -1,7 +1,7 @@
 """What a caller asks for, as one value: checked, and free of the model."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from mlx_gemma4.errors import a, shown
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, is_whole
+from mlx_gemma4.repetition import parse_repetition_detection
 from mlx_gemma4.sampling import Sampling
 
 
@@ -20,6 +21,7 @@ class Options:
     max_tokens: int = 1024
     sampling: Sampling = Sampling()
     draft_length: int | str = "auto"
+    repetition_detection: str | Mapping[str, int] = "auto"
 
     def __post_init__(self) -> None:
         if not is_whole(self.max_tokens) or not 1 <= self.max_tokens < 2**63:
@@ -27,6 +29,7 @@ class Options:
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling is {shown(self.sampling)}; expected Sampling(…)")
         check_draft_length(self.draft_length)
+        parse_repetition_detection(self.repetition_detection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Request:
     tools: list[dict[str, Any]] | None = None
     thinking: bool = False
     image_budget: int | None = None
+    preserve_thinking: bool = False
 
     def timed_prompt(self, processor: Processor) -> tuple[Prompt, float]:
         """The prompt, and the seconds that making it took."""
@@ -61,7 +65,16 @@ class Request:
                 "images, audios, videos and system go with a request that is a string; put them in the messages"
             )
         if isinstance(content, Prompt):
-            if self.tools or self.thinking is not False or self.image_budget is not None:
-                raise ValueError("tools, thinking and image_budget go with messages; a Prompt is taken as it stands")
+            if self.tools or self.thinking is not False or self.image_budget is not None or self.preserve_thinking:
+                raise ValueError(
+                    "tools, thinking, preserve_thinking and image_budget go with messages; a Prompt is taken as it "
+                    "stands"
+                )
             return content
-        return processor(content, tools=self.tools, thinking=self.thinking, image_budget=self.image_budget)
+        return processor(
+            content,
+            tools=self.tools,
+            thinking=self.thinking,
+            image_budget=self.image_budget,
+            preserve_thinking=self.preserve_thinking,
+        )

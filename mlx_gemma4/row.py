@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt
+from mlx_gemma4.repetition import Repetition, RepetitionSettings
 from mlx_gemma4.reply import Controls, Piece, ReplyParser, Stats
 from mlx_gemma4.speculate import NOT_FINITE
 from mlx_gemma4.tools import argument_schemas
@@ -34,12 +35,21 @@ class Tally:
 class Row:
     """Takes the tokens of a request as they come."""
 
-    def __init__(self, processor: Processor, prompt: Prompt, stops: Collection[int], limit: int, prepared: float):
+    def __init__(
+        self,
+        processor: Processor,
+        prompt: Prompt,
+        stops: Collection[int],
+        limit: int,
+        repetition: RepetitionSettings | None,
+        prepared: float,
+    ):
         """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
         which count for the time to first token."""
         self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
         controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
         self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes)
+        self.repetition = None if repetition is None else Repetition(repetition)
         self.count = 0
         self.cached = 0  # tokens of the prompt that need not be read
         self.finish_reason: str | None = None
@@ -56,6 +66,9 @@ class Row:
         if drafted is not None:
             self.tally.add(drafted, len(tokens) - 1)
         ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
+        repeated = None if self.repetition is None else self.repetition.feed(ids)
+        if repeated is not None:
+            ids, self.finish_reason = ids[:repeated], "repetition"
         self.count += len(ids)
         self.last_at = time.perf_counter()
         if drafted is None:
@@ -67,7 +80,9 @@ class Row:
         parser, notes = self.parser, list[str]()
         if self.finish_reason == "length" and parser.in_thought:
             notes.append(f"the {self.count} tokens ran out inside the thought; raise max_tokens")
-        rest = parser.finish(self.finish_reason or "stop")
+        if self.finish_reason == "repetition" and self.repetition is not None:
+            notes.append(self.repetition.note())
+        rest = parser.finish("stop" if self.finish_reason == "stop" else "length")  # a call that was cut is none
         notes += parser.take_notes()
         return Piece(*rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message)
 
