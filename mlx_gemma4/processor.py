@@ -195,7 +195,7 @@ class Processor:
                 break
             parser.feed([piece if token is None else token])
         parser.finish()
-        return {"reasoning": None, "tool_calls": []} | parser.message
+        return {"role": "assistant", "content": "", "reasoning": None, "tool_calls": []} | parser.message
 
     def image_budget(self, asked: int | None) -> int:
         if asked is None:

@@ -358,9 +358,11 @@ class ReplyParser:
             self._end_call(self._call, symbol)
 
     def _end_call_at(self, index: int, *following: int | str) -> None:
-        """The call ended before `index` of what was taken for it: sort the rest anew."""
+        """The call ended at `index` of what was taken for it: sort what follows anew, if the reply did not end too."""
         call, end, rest = self._call[:index], self._call[index], self._call[index + 1 :]
         self._end_call(call, end)
+        if isinstance(end, int) and self._controls.end_reply(end):
+            return
         for symbol in (*rest, *following):
             self._step(symbol)
 

@@ -419,6 +419,7 @@ def called(**arguments: Any) -> list[dict[str, Any]]:
         (f"<|channel>thought\nhm\n<channel|>a {WRITTEN_CALL}<|tool_response>rest", "a ", "hm", called(a="x")),
         ("hm<channel|>a<turn|>\n<|turn>user\nb<turn|>", "a", "hm", []),
         (f"<bos><|turn>user\nb<turn|>\n<|turn>model\na{WRITTEN_CALL}", "a", None, called(a="x")),
+        ('<|tool_call>call:f{a:<|"|>x}<turn|>\n<|turn>user\nb<turn|>', "", None, called(a="x")),
         ("<|tool_call>call:f(a='x'<turn|>", "", None, called(a="x")),
         ('<|tool_call>call:f{a:<|"|>x <turn|> y<|"|>}<tool_call|><turn|>z', "", None, called(a="x <turn|> y")),
         ("a<|tool_call>call:f{a}<tool_call|>", "a<|tool_call>call:f{a}<tool_call|>", None, []),
