@@ -101,9 +101,9 @@ def self_attention(
     def heads(y: mx.array, count: int) -> mx.array:
         return y.reshape(rows, length, count, dims)
 
-    q = heads_first(norm(module.q_norm, heads(module.q_proj(x), module.heads)))
-    keys = heads(module.k_proj(x), module.kv_heads)
-    values = keys if module.is_full else heads(module.v_proj(x), module.kv_heads)
+    q = heads_first(norm(module.q_norm, heads(module.q_proj(x), module.q_proj.weight.shape[0] // module.head_dim)))
+    keys = heads(module.k_proj(x), module.k_proj.weight.shape[0] // module.head_dim)
+    values = keys if module.is_full else heads(module.v_proj(x), module.k_proj.weight.shape[0] // module.head_dim)
     k = turn(heads_first(norm(module.k_norm, keys)), *turns)
     v = heads_first(cast(mx.array, rms_norm(values, mx.ones((dims,)), mx.array(module.eps))))
     return module.o_proj(attend(turn(q, *turns), k, v, mask)), k, v
