@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +113,7 @@ def main(
     if one is not None:
         print(json.dumps(measure(Case(**json.loads(one)))))
         return
-    print(f"{platform.processor() or platform.machine()}, MLX {mx.__version__}")
+    print(f"{platform.processor() or platform.machine()}, MLX {version('mlx')}")
     print(f"{'prompt':>7} {'reply':>6} {'drafter':>8} {'measured':>10} {'predicted':>10} {'ratio':>6}")
     results: list[dict[str, Any]] = []
     for case in LONG if long else CASES:

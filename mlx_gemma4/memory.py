@@ -25,7 +25,7 @@ HIDDEN_ARRAYS, MLP_ARRAYS, HEAD_ARRAYS = 5, 2.5, 5
 FLOAT32_MLP_ARRAYS, FLOAT32_HEAD_ARRAYS = 2.5, 4  # the former only where the checkpoint's type is narrower
 # Scores come in passes of at most MAX_SCORE_BYTES: so many while those arrays are still there, and so many handed over
 # at once later, beside queries and results.
-FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 7, 2
+FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 4.5, 2
 SHORT_REPLY = 256  # tokens that must fit for a request to be taken: most replies end long before their limit
 LOGIT_ARRAYS = 7  # of each row of a round: the sampler's filters, p, q and what is left of them
 
