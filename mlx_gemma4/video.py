@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -85,7 +85,7 @@ class Clock:
 
     def seconds(self, chosen: Sequence[int], rate: Fraction | None) -> tuple[float, ...]:
         """The times of the chosen frames; by the file's rate where that is what their ticks are rounded from."""
-        if rate and all(abs(self.times[i] * self.tick - i / rate) <= self.tick for i in chosen):
+        if rate and all(abs(float(self.times[i] * self.tick - i / rate)) <= self.tick for i in chosen):
             return tuple(float(i / rate) for i in chosen)
         return tuple(float(self.times[i] * self.tick) for i in chosen)
 
@@ -272,9 +272,10 @@ def decode_frames(
 
 def display_turn(frame: "VideoFrame") -> Image.Transpose | None:
     """What makes a frame upright, by its display matrix; the nearest of the eight that keep pixels pixels."""
-    if "DISPLAYMATRIX" not in frame.side_data:
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return None
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data["DISPLAYMATRIX"]))
+    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
     return MATRICES[max(MATRICES, key=lambda m: a * m[0] + b * m[1] + c * m[2] + d * m[3])]
 
 
