@@ -71,6 +71,8 @@ class Clock:
             return chosen_frames(total, num_frames)
         edges = np.array([*self.times, max(self.end, self.times[-1] + 1)], np.float64)
         finest = coarsest = num_frames
+        if len(frames := seen(edges, num_frames)) == num_frames:
+            return frames
         while len(seen(edges, finest)) <= num_frames and finest < MOST_STEPS:
             coarsest, finest = finest, 2 * finest
         while finest - coarsest > 1:  # a still that lasts takes many steps and is one frame
@@ -147,18 +149,18 @@ def read_animation(file: BinaryIO, name: str, num_frames: int, smaller: Smaller)
     """Decodes twice: how long a frame lasts is known when it has been reached."""
     try:
         with quietly():
-            image = Image.open(file, formats=ANIMATIONS)
+            image = open_animation(file)
             if not show(image, 1):
                 file.seek(0)
                 return Video((smaller(upright_rgb(open_image(file, name), name)),), (0.0,))
             check_pixels(image.width, image.height, MOST_ANIMATED, name)
-            edges = [0.0]  # milliseconds
+            edges, image = [0.0], open_animation(file)  # milliseconds
             while show(image, len(edges) - 1):
                 lasts = image.info.get("duration", 0)
                 edges.append(edges[-1] + (lasts if lasts > HASTY else UNHURRIED))
             clock = Clock(edges[:-1], edges[-1], Fraction(1, 1000))
             chosen = clock.chosen(num_frames)
-            frames = []
+            frames, image = [], open_animation(file)
             for index in chosen:
                 show(image, index)
                 frames.append(smaller(upright_rgb(image.copy(), name)))
@@ -169,6 +171,12 @@ def read_animation(file: BinaryIO, name: str, num_frames: int, smaller: Smaller)
     except Exception as error:  # on damaged files decoders raise whatever their code trips over
         raise unreadable(name, error) from None
     return Video(tuple(frames), clock.seconds(chosen, None))
+
+
+def open_animation(file: BinaryIO) -> Image.Image:
+    """From its beginning: Pillow rewinds not all of them."""
+    file.seek(0)
+    return Image.open(file, formats=ANIMATIONS)
 
 
 def show(image: Image.Image, index: int) -> bool:
@@ -203,14 +211,14 @@ def decode(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Vide
             stream = video_stream(container, name)
             rate = stream.average_rate or stream.guessed_rate or None
             stamps, last = packet_times(container, stream)
-            clock = make_clock(in_order(stamps), last, stream, rate, name)
+            clock = make_clock(in_order(stamps), last, stream.time_base, rate, name)
         for _ in range(2):
             chosen = clock.chosen(num_frames)
             file.seek(0)
             with av.open(file, "r", options=options, metadata_errors="ignore") as container:
                 stream = video_stream(container, name)
                 frames, stamps = decode_frames(container, stream, chosen, smaller)
-                clock = make_clock(stamps, last, stream, rate, name)
+                clock = make_clock(stamps, last, stream.time_base, rate, name)
             if list(clock.chosen(num_frames)) == list(chosen):
                 break
     except MediaError:
@@ -280,10 +288,10 @@ def display_turn(frame: "VideoFrame") -> Image.Transpose | None:
 
 
 def make_clock(
-    stamps: Sequence[int | None], last: int, stream: "VideoStream", rate: Fraction | None, name: str
+    stamps: Sequence[int | None], last: int, time_base: Fraction | None, rate: Fraction | None, name: str
 ) -> Clock:
     """Times from the first frame's; one that is missing or behind the one before it is a step of `rate` after that."""
-    tick = stream.time_base or Fraction(1)
+    tick = time_base or Fraction(1)
     known = next(((i, stamp) for i, stamp in enumerate(stamps) if stamp is not None), (0, 0))
     if rate is None and None in stamps:
         raise MediaError(f"{name} has no frame rate")
