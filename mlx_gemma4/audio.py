@@ -175,14 +175,17 @@ def with_length(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     head = file.read(12)
     order = {b"RIFF": "<", b"RF64": "<", b"RIFX": ">"}.get(head[:4])
-    place = 12
+    place, long_size = 12, 0
     while order and head[8:] == b"WAVE" and place + 8 <= end:
         file.seek(place)
         kind, size = struct.unpack(f"{order}4sI", file.read(8))
         place += 8
+        if kind == b"ds64":
+            long_size = int.from_bytes(file.read(16)[8:], "little")
         if kind == b"data":
             rest = end - place
-            if size == 0 and not is_chunks(file, place, end, order):
+            size = long_size if head[:4] == b"RF64" and size == UNKNOWN else size
+            if (size > rest and head[:4] == b"RF64") or (size == 0 and not is_chunks(file, place, end, order)):
                 file.seek(0)
                 whole = BytesIO(file.read())
                 for at, length in ((4, end - 8), (place - 4, rest)):
