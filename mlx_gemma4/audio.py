@@ -1,7 +1,12 @@
 """Sound → frames: one soft token for each 40 ms of mono sound."""
 
+import os
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from ctypes import CDLL
 from io import SEEK_END, SEEK_SET, BytesIO
 from numbers import Real
 from pathlib import Path
@@ -20,6 +25,7 @@ SLOWEST, FASTEST = 1000, 1_000_000  # Hz, of what is taken
 LONGEST_SECONDS = 3 * 3600  # 270,000 soft tokens, where the longest context is 262,144
 UNKNOWN = 0xFFFFFFFF  # the size that a WAV of unknown size is said to have
 BLOCK = 1 << 18  # samples of all channels decoded at a time
+one_at_a_time = threading.Lock()  # in libsndfile: the streams that it prints to are the whole process's
 MOST_CHANNELS_FIRST = 8  # up to so many short rows are taken for channels (7.1 sound has 8)
 
 
@@ -132,7 +138,7 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
 
 def decode(file: BinaryIO, name: str, rate: int) -> Mono:
     try:
-        with soundfile.SoundFile(Steady(with_length(file))) as sound:
+        with silenced(), soundfile.SoundFile(Steady(with_length(file))) as sound:
             mono = Mono(name, sound.samplerate, rate)
             # by blocks, since a FLAC written to a pipe does not know its length
             while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
@@ -145,6 +151,30 @@ def decode(file: BinaryIO, name: str, rate: int) -> Mono:
         return decode_with_pyav(file, name, rate, error)
     except Exception as error:  # on damaged files soundfile raises whatever its code trips over
         raise unreadable(name, error) from None
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to.
+
+    Both streams lead nowhere meanwhile, also for what other threads write, so nothing else belongs in here.
+    """
+    with one_at_a_time:
+        libc, saved = CDLL(None), {}
+        libc.fflush(None)  # what waits in C's buffers is not theirs
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                with suppress(OSError):  # closed
+                    saved[stream] = os.dup(stream)
+                    os.dup2(nowhere, stream)
+            os.close(nowhere)
+            yield
+        finally:
+            libc.fflush(None)
+            for stream, copy in saved.items():
+                os.dup2(copy, stream)
+                os.close(copy)
 
 
 class Steady:

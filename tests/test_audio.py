@@ -305,9 +305,10 @@ def test_sound_of_hours_ends_in_an_error() -> None:
 
 def test_libraries_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("av")
-    data = saved(sine(16000), 16000, "AIFF")
-    for place in range(4, 60):
-        for value in (0x7F, 0xFF):
-            with contextlib.suppress(MediaError):
-                read_audio(data[:place] + bytes([value]) * 4 + data[place + 4 :], 16000)
+    for format in ("AIFF", "MP3"):
+        data = saved(sine(16000), 16000, format)
+        for place in [*range(4, 60), *range(60, len(data), len(data) // 20)]:
+            for value in (0x7F, 0xFF):
+                with contextlib.suppress(MediaError):
+                    read_audio(data[:place] + bytes([value]) * 4 + data[place + 4 :], 16000)
     assert capfd.readouterr() == ("", "")
