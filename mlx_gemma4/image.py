@@ -1,5 +1,6 @@
 """Images → patches: one soft token for each square of side x side pixels."""
 
+import logging
 import math
 import threading
 import warnings
@@ -113,15 +114,16 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def silence_libtiff() -> None:
-    """Its default handler prints errors to standard error; Pillow reports them as exceptions besides."""
+def silence() -> None:
+    """libtiff and Pillow's logger print to standard error what Pillow reports as exceptions besides."""
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
         CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
     except (AttributeError, OSError):  # linked in without its names
         return
 
 
-silence_libtiff()
+silence()
 
 
 def open_image(file: BinaryIO, name: str) -> Image.Image:

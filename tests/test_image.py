@@ -342,11 +342,14 @@ def test_a_budget_of_another_type_is_an_error_of_one_line(budget: int) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_libtiff_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_libtiff_and_pillow_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     file = BytesIO()
     noise(40, 50).save(file, "TIFF", compression="tiff_lzw")
     data = file.getvalue()
     for place in range(8, 400, 3):
         with contextlib.suppress(MediaError):
             read_image(data[:place] + b"\xff" + data[place + 1 :])
+    at = data.index(b"\x15\x01\x03\x00")  # SamplesPerPixel, SHORT
+    with contextlib.suppress(MediaError):
+        read_image(data[: at + 8] + b"\x03\x14" + data[at + 10 :])
     assert capfd.readouterr() == ("", "")
