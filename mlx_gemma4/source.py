@@ -4,7 +4,9 @@ import base64
 import binascii
 import re
 import sys
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from mlx_gemma4.errors import FetchError, MediaError, one_line, unbroken
@@ -16,6 +18,7 @@ OTHER_SOURCES = {
     "audio": "a tuple (samples, sampling rate)",
     "video": 'a list of images with "fps" beside it',
 }
+MOST_BYTES = 4 << 30  # of what has no length: a pipe, a server's answer, a device that never ends
 SHOWN_CHARACTERS = 200  # of a path or URL in a message
 SHOWN_OF_DATA_URL = 40  # its type and a few characters
 
@@ -38,6 +41,17 @@ def read_source(source: str | Path | bytes, what: str) -> bytes:
     if not data:
         raise MediaError(f"{describe(source, what)} is empty (0 bytes)")
     return data
+
+
+def open_source(source: str | Path | bytes, what: str) -> BinaryIO:
+    """What `read_source` reads, as a file to seek in; one that lies here is not read into memory, it may be large."""
+    path = None if isinstance(source, bytes) else local_path(source, what)
+    if path is None or not path.is_file():  # in a pipe nobody can go back
+        return BytesIO(read_source(source, what))
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise unreadable(describe(source, what), error) from None
 
 
 def local_path(source: str | Path, what: str) -> Path | None:
@@ -80,9 +94,21 @@ def file_url_path(url: str | Path) -> str:
 
 def read_file(path: Path, name: str) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return read_all(file, name)
     except OSError as error:
         raise unreadable(name, error) from None
+
+
+def read_all(file: BinaryIO, name: str) -> bytes:
+    data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise too_large(name)
+    return data
+
+
+def too_large(name: str) -> MediaError:
+    return MediaError(f"{name} has more than {MOST_BYTES >> 30} GB; expected less")
 
 
 def decode_data_url(url: str, name: str) -> bytes:
@@ -90,7 +116,10 @@ def decode_data_url(url: str, name: str) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
         raise MediaError(f"{name} has no comma; expected data:[type][;base64],…")
-    data = unquote_to_bytes(body)
+    try:
+        data = unquote_to_bytes(body)
+    except UnicodeEncodeError:  # half a surrogate pair
+        raise MediaError(f"{name} is not valid text; expected data:[type][;base64],…") from None
     if not head.lower().endswith(";base64"):
         return data
     try:
@@ -113,12 +142,18 @@ def download(url: str, name: str) -> bytes:
         request = urllib.request.Request(address, headers={"User-Agent": "mlx_gemma4"})
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         with urllib.request.urlopen(request, timeout=TIMEOUT, context=context) as response:
+            if response.length is None:  # in chunks, or until the server hangs up
+                return read_all(response, name)
+            if response.length > MOST_BYTES:
+                raise too_large(name)
             return bytes(response.read())
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response
         kind = FetchError if error.code >= 500 or error.code in TRY_AGAIN else MediaError
         answer = f"{error.code} {unbroken(error.reason)}"  # of a loop of redirects it has lines
         raise kind(f"{name} cannot be fetched: the server answered {answer}") from None
+    except MediaError:
+        raise
     except (http.client.InvalidURL, ValueError) as error:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
     except urllib.error.URLError as error:
@@ -132,6 +167,8 @@ def describe(source: str | Path | bytes, what: str) -> str:
     """How messages name a part: image 'x.png'."""
     if isinstance(source, bytes):
         return f"{what} of {len(source)} bytes"
+    if not isinstance(source, str | Path):
+        return f"{what} of type {type(source).__name__}"
     text = str(source)
     limit = SHOWN_OF_DATA_URL if text[:5].lower() == "data:" else SHOWN_CHARACTERS
     return f"{what} {text if len(text) <= limit else text[:limit] + '…'!r}"

@@ -1,5 +1,6 @@
 """Sound → mono samples → frames."""
 
+import contextlib
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -206,3 +207,108 @@ def test_frames_are_all_samples_and_then_zeros(length: int, samples_per_token: i
     frames = audio_frames(samples, samples_per_token)
     assert frames.shape == (-(-length // samples_per_token), samples_per_token) and frames.dtype == np.float32
     assert np.array_equal(frames.ravel()[:length], samples) and not frames.ravel()[length:].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 9, 11, 16])
+@pytest.mark.parametrize(("format", "codec"), [("matroska", "pcm_s16le"), ("mov", "pcm_s16le"), ("matroska", "flac")])
+def test_any_number_of_channels_is_averaged(format: str, codec: str, count: int) -> None:
+    av = pytest.importorskip("av")
+    if codec == "flac" and count > 8:
+        pytest.skip("FLAC has at most 8")
+    layout = {1: "mono", 2: "stereo", 3: "2.1", 6: "5.1", 8: "7.1", 16: "hexadecagonal"}.get(count, f"{count} channels")
+    channels = np.zeros((16000, count), np.int16)
+    channels[:, -1] = sine(16000, seconds=1) * 2**15
+    file = BytesIO()
+    try:
+        with av.open(file, "w", format=format) as container:
+            stream = container.add_stream(codec, rate=16000, layout=layout)
+            for start in range(0, 16000, 1000):
+                block = np.ascontiguousarray(channels[start : start + 1000].reshape(1, -1))
+                frame = av.AudioFrame.from_ndarray(block, format="s16", layout=layout)
+                frame.sample_rate, frame.pts = 16000, start
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    except (av.FFmpegError, ValueError):
+        pytest.skip(f"FFmpeg writes no {count} channels here")
+    samples = read_audio(file.getvalue(), 16000)
+    assert len(samples) == 16000 and np.allclose(samples, channels.mean(axis=1) / 2**15, atol=1e-4)
+
+
+def test_planar_sound_of_eight_channels_is_read() -> None:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format="ipod") as container:
+        stream = container.add_stream("aac", rate=48000, layout="7.1")
+        to_planes = av.AudioResampler("fltp", "7.1", 48000)
+        for start in range(0, 48 * 1024, 1024):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8 * 1024), np.int16), format="s16", layout="7.1")
+            frame.sample_rate, frame.pts = 48000, start
+            for block in to_planes.resample(frame):
+                container.mux(stream.encode(block))
+        container.mux(stream.encode())
+    assert abs(len(read_audio(file.getvalue(), 16000)) - 16 * 1024) < 1000
+
+
+def test_a_damaged_flac_of_eight_channels_is_read_or_an_error() -> None:
+    pytest.importorskip("av")
+    data = saved(np.random.default_rng(0).standard_normal((20_000, 8)) / 9, 16000, "FLAC")
+    for place in range(100, len(data), len(data) // 20):
+        try:
+            assert read_audio(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :], 16000).ndim == 1
+        except MediaError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF])
+@pytest.mark.parametrize("riff", [0, 0xFFFFFFFF, None])
+@pytest.mark.parametrize("format", ["WAV", "RF64"])
+def test_a_streamed_wav_is_read_to_its_end(format: str, riff: int | None, size: int) -> None:
+    data = bytearray(saved(sine(16000), 16000, "WAV", "FLOAT"))
+    if format == "RF64":
+        data[:4] = b"RF64"
+        data[12:12] = b"ds64" + (28).to_bytes(4, "little") + bytes(28)
+    if riff is not None:
+        data[4:8] = riff.to_bytes(4, "little")
+    place = data.index(b"data") + 4
+    data[place : place + 4] = size.to_bytes(4, "little")
+    assert np.allclose(read_audio(bytes(data), 16000), sine(16000), atol=1e-6)
+
+
+def test_a_wav_without_samples_before_other_chunks_is_empty() -> None:
+    data = bytearray(saved(np.zeros(0), 16000, "WAV"))
+    data += b"LIST" + (4).to_bytes(4, "little") + b"INFO"
+    with pytest.raises(MediaError, match=r"has no samples$"):
+        read_audio(bytes(data), 16000)
+
+
+def test_samples_are_finite_after_resampling_too() -> None:
+    loud = np.where(np.arange(4000) % 7 < 3, 3e38, -3e38).astype(np.float32)
+    for source in ((loud, 44100), saved(loud, 44100, "WAV", "FLOAT"), (np.full(9, 1e300), 16000)):
+        try:
+            assert np.isfinite(read_audio(source, 16000)).all()
+        except MediaError as error:
+            assert str(error).endswith("has samples that are NaN or infinite")
+
+
+@pytest.mark.parametrize("rate", [10**400, 2**31 - 1, 2**31, 2**63, -(10**400)])
+def test_sampling_rates_beyond_all_bounds_are_an_error_of_one_line(rate: int) -> None:
+    with pytest.raises(MediaError, match=r"^the sampling rate of audio is .* Hz; expected from 1000 to 1000000$"):
+        read_audio((np.zeros(5), rate), 16000)
+    with pytest.raises(ValueError, match=r"^the sampling rate asked for is .* Hz; expected from 1000 to 1000000$"):
+        read_audio((np.zeros(5), 16000), rate)
+
+
+def test_sound_of_hours_ends_in_an_error() -> None:
+    with pytest.raises(MediaError, match=r"^audio is longer than 3 hours; no prompt holds that much$"):
+        read_audio((np.broadcast_to(np.int8(0), 1000 * 3 * 3600 + 1), 1000), 1000)
+
+
+def test_libraries_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("av")
+    for format in ("AIFF", "MP3"):
+        data = saved(sine(16000), 16000, format)
+        for place in [*range(4, 60), *range(60, len(data), len(data) // 20)]:
+            for value in (0x7F, 0xFF):
+                with contextlib.suppress(MediaError):
+                    read_audio(data[:place] + bytes([value]) * 4 + data[place + 4 :], 16000)
+    assert capfd.readouterr() == ("", "")

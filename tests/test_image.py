@@ -1,5 +1,6 @@
 """Images → upright RGB → patches."""
 
+import contextlib
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+import mlx_gemma4.image as image_module
 from mlx_gemma4.errors import MediaError
 from mlx_gemma4.image import IMAGE_BUDGETS, check_budget, image_patches, image_size, is_heic, read_image
 
@@ -273,3 +275,81 @@ def test_a_file_that_is_no_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(MediaError, match=r"^image '.*x\.png' is no image known here; expected PNG, .* or HEIC$"):
         read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_put_together_are_the_whole(mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise(30, 45)
+    if mode in ("I;16", "I", "F"):
+        values = np.random.default_rng(0).integers(0, 256, (30, 45))
+        image = Image.fromarray({"I;16": (values * 257).astype(np.uint16), "I": (values * 257).astype(np.int32),
+                                 "F": (values / 255).astype(np.float32)}[mode])  # fmt: skip
+    else:
+        image = image.convert(mode)
+    image.getexif()[0x0112] = orientation
+    whole = read_image(image)
+    monkeypatch.setattr(image_module, "BAND", 45 * 4)
+    assert difference(read_image(image), whole) == 0
+    monkeypatch.setattr(image_module, "LARGE", 30 * 45 // 4)  # three in a row become one
+    halved = read_image(image)
+    assert halved.size == tuple(side // 3 for side in whole.size)
+    assert difference(halved, ImageOps.exif_transpose(image).convert("RGB").reduce(3)) < 2 or mode in ("I;16", "I", "F")
+
+
+def test_a_large_jpeg_is_halved_while_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "LARGE", 1000)
+    assert read_image(saved(gradient(), "JPEG")).size == (32, 24)
+
+
+def test_what_would_take_more_than_a_gigabyte_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_module, "MOST_BYTES", 18 * 1000)
+    for format in ("WEBP", "AVIF"):
+        with pytest.raises(MediaError, match=rf"\({format}\) has 64 x 48 pixels; expected at most 1000 in all of this"):
+            read_image(saved(gradient(), format))
+    monkeypatch.setattr(image_module, "MOST_IN_PYTHON", 1000)
+    with pytest.raises(MediaError, match=r"\(QOI\) has 64 x 48 pixels; expected at most .* in this slow format"):
+        read_image(saved(gradient(), "QOI"))
+
+
+@pytest.mark.parametrize("size", [(89_000_000, 2), (2, 89_000_000)])
+def test_a_side_beyond_all_bounds_is_an_error(size: tuple[int, int]) -> None:
+    with pytest.raises(MediaError, match=rf"^image .* is {size[0]} x {size[1]} pixels; expected sides of at most"):
+        read_image(saved(Image.new("1", size), "PNG"))
+
+
+def test_a_size_that_the_data_cannot_back_is_an_error() -> None:
+    for format in ("TIFF", "JPEG"):
+        data = bytearray(saved(gradient(), format))
+        if format == "JPEG":
+            place = data.index(b"\xff\xc0") + 5
+            data[place : place + 4] = (10_000).to_bytes(2, "big") * 2
+        else:
+            place = int.from_bytes(data[4:8], "little")
+            entries = range(place + 2, place + 2 + 12 * data[place], 12)
+            at = next(entry for entry in entries if data[entry : entry + 2] == b"\x01\x01")  # ImageLength
+            data[at + 2 : at + 12] = b"\x04\x00\x01\x00\x00\x00" + (400_000).to_bytes(4, "little")
+        with pytest.raises(
+            MediaError, match=r" says that it is .* pixels; its \d+ bytes hold fewer$| cannot be read: "
+        ):
+            read_image(bytes(data))
+
+
+@pytest.mark.parametrize("budget", [70.0, np.array([70, 140]), True, 10**400, 10**5000, None, "70"], ids=[*"abcdefg"])
+def test_a_budget_of_another_type_is_an_error_of_one_line(budget: int) -> None:
+    with pytest.raises(ValueError, match=r"^image_budget is .*; expected one of 70, 140, 280, 560, 1120$") as caught:
+        check_budget(budget)
+    assert len(str(caught.value)) < 200
+
+
+def test_libtiff_and_pillow_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    file = BytesIO()
+    noise(40, 50).save(file, "TIFF", compression="tiff_lzw")
+    data = file.getvalue()
+    for place in range(8, 400, 3):
+        with contextlib.suppress(MediaError):
+            read_image(data[:place] + b"\xff" + data[place + 1 :])
+    at = data.index(b"\x15\x01\x03\x00")  # SamplesPerPixel, SHORT
+    with contextlib.suppress(MediaError):
+        read_image(data[: at + 8] + b"\x03\x14" + data[at + 10 :])
+    assert capfd.readouterr() == ("", "")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_gemma4.errors import MediaError
-from mlx_gemma4.video import Video, VideoSource, chosen_frames, read_video, timestamp
+from mlx_gemma4.video import Clock, Video, VideoSource, chosen_frames, make_clock, read_video, timestamp
 
 STEP = 6  # of brightness from frame to frame
 
@@ -97,6 +97,23 @@ def test_the_rotation_of_a_phone_is_applied(clip: bytes, clockwise: int) -> None
     assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
 
 
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [((1, 0, 0, 1), None), ((-1, 0, 0, 1), 0), ((1, 0, 0, -1), 1), ((0, -1, 1, 0), 2), ((-1, 0, 0, -1), 3),
+     ((0, 1, -1, 0), 4), ((0, 1, 1, 0), 5), ((0, -1, -1, 0), 6), ((0, 0, 0, 0), None)],
+)  # fmt: skip
+def test_a_display_matrix_turns_and_mirrors(
+    clip: bytes, matrix: tuple[int, int, int, int], turn: Image.Transpose | None
+) -> None:
+    a, b, c, d = (value << 16 for value in matrix)
+    place = clip.index(b"tkhd") + 44
+    turned = clip[:place] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + clip[place + 36 :]
+    frame, shown = read(turned, None, 1).frames[0], ramp(1)[0]
+    shown = shown if turn is None else shown.transpose(Image.Transpose(turn))
+    assert frame.size == shown.size
+    assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
 def test_each_frame_is_made_smaller(clip: bytes) -> None:
     for source, fps in ((clip, None), (ramp(40), 10.0)):
         video = read_video(source, fps, 4, lambda frame: frame.reduce(4))
@@ -124,6 +141,104 @@ def test_hidden_frames_are_not_counted() -> None:
     assert which(read(file.getvalue(), None, 5)) == [0, 4, 8, 12, 16]
 
 
+def timed(times: list[int], format: str = "matroska", start: int = 0, codec: str = "mpeg4") -> bytes:
+    """A film whose frames are those of the ramp, at these milliseconds."""
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=1000)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for image, time in zip(ramp(len(times)), times, strict=True):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = start + time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["matroska", "mp4", "mov"])
+@pytest.mark.parametrize("start", [0, 5000])
+def test_frames_have_their_own_times_and_are_chosen_at_even_steps_of_time(format: str, start: int) -> None:
+    times = [*range(0, 10_000, 1000), *range(10_000, 11_000, 40)]  # 10 frames a second apart, 25 in the eleventh
+    video = read(timed(times, format, start), None, 8)
+    steps = [i * 11_000 / 8 for i in range(8)]
+    assert which(video) == [max(i for i, time in enumerate(times) if time <= step) for step in steps]
+    assert video.seconds == tuple(times[i] / 1000 for i in which(video))
+
+
+def test_a_still_that_lasts_is_one_frame_and_leaves_the_others_to_what_moves() -> None:
+    times = [0, *range(600_000, 602_000, 100)]  # ten minutes, then two seconds
+    video = read(timed(times), None, 8)
+    assert which(video)[0] == 0 and len(set(which(video))) == len(which(video)) > 5
+    assert video.seconds == tuple(times[i] / 1000 for i in which(video))
+
+
+def test_few_frames_are_all_shown_whatever_their_times() -> None:
+    times = [0, 7000, 7033, 7066, 60_000]
+    video = read(timed(times), None, 5)
+    assert which(video) == [0, 1, 2, 3, 4] and video.seconds == (0, 7, 7.033, 7.066, 60)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=300), st.integers(1, 40))
+def test_chosen_frames_of_any_times_are_distinct_and_in_order(times: list[int], num_frames: int) -> None:
+    times = sorted(times)
+    clock = Clock([time - times[0] for time in times], times[-1] - times[0] + 1, Fraction(1, 1000))
+    chosen = list(clock.chosen(num_frames))
+    assert (
+        1 <= len(chosen) <= num_frames and chosen == sorted(set(chosen)) and 0 <= chosen[0] <= chosen[-1] < len(times)
+    )
+
+
+@given(st.integers(1, 3000), st.sampled_from([1001 / 24, 100 / 3, 40.0, 1001 / 60, 200.0]), st.integers(1, 40))
+def test_a_constant_rate_is_chosen_by_count_however_its_times_are_rounded(total: int, step: float, n: int) -> None:
+    clock = Clock([round(i * step) for i in range(total)], round(total * step), Fraction(1, 1000))
+    assert list(clock.chosen(n)) == list(chosen_frames(total, n))
+
+
+@pytest.mark.parametrize(
+    ("stamps", "times"),
+    [([5, 15, 25], [0, 10, 20]), ([None, None, None], [0, 10, 20]), ([None, 10, 20], [0, 10, 20]),
+     ([0, None, 25], [0, 10, 25]), ([0, 10, 0, 10], [0, 10, 20, 30]), ([7, 7, 17], [0, 0, 10])],
+)  # fmt: skip
+def test_times_that_are_missing_or_run_back_are_a_step_after_the_one_before(
+    stamps: list[int | None], times: list[int]
+) -> None:
+    clock = make_clock(stamps, 0, Fraction(1, 1000), Fraction(100), "x")
+    assert list(clock.times) == times and clock.end == times[-1] + 10
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_an_animation_is_a_film_read_without_pyav(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    file, lasts = BytesIO(), [1000] * 10 + [50] * 20
+    first, *rest = ramp(30)
+    first.save(file, format, save_all=True, append_images=rest, duration=lasts, lossless=True)
+    video = read(file.getvalue(), None, 32)
+    assert which(video) == list(range(30))
+    assert np.allclose(video.seconds, np.cumsum([0, *lasts[:-1]]) / 1000)
+    assert which(read(file.getvalue(), None, 11)) == [*range(10), 10]
+    still = BytesIO()
+    first.save(still, format)
+    assert read(still.getvalue(), None, 32).seconds == (0,)
+
+
+def test_transparency_of_an_animation_is_laid_on_white() -> None:
+    frames = [Image.new("RGBA", (8, 8), (255, 0, 0, alpha)) for alpha in (255, 0)]
+    file = BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=500, lossless=True)
+    video = read(file.getvalue(), None, 32)
+    assert [frame.getpixel((0, 0)) for frame in video.frames] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_a_frame_beyond_all_bounds_is_an_error() -> None:
+    file = BytesIO()
+    first, *rest = (Image.new("L", (5000, 4000), value) for value in (0, 9))
+    first.save(file, "GIF", save_all=True, append_images=rest)
+    with pytest.raises(MediaError, match=r"has frames of 5000 x 4000 pixels; expected at most 16777216$"):
+        read(file.getvalue(), None, 2)
+
+
 def test_a_list_of_images_is_spread_evenly_at_its_frame_rate(tmp_path: Path) -> None:
     images = ramp(9)
     for i, image in enumerate(images):
@@ -148,6 +263,14 @@ def test_chosen_frames_are_distinct_in_order_and_begin_with_the_first(total: int
     assert not chosen or (chosen[0] == 0 and chosen[-1] < total)
     gaps = np.diff([*chosen, total])
     assert not chosen or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("fps", [1e-320, True, Fraction(1, 10**40), -(10**400), -(10**5000)], ids=[*"abcde"])
+def test_a_frame_rate_beyond_all_bounds_is_an_error_of_one_line(clip: bytes, fps: float) -> None:
+    for source in (ramp(2), clip):
+        with pytest.raises(MediaError, match=r'"fps"') as caught:
+            read(source, fps, 32)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("fps", [None, 0, -1, float("nan"), float("inf"), "2"])

@@ -8,7 +8,8 @@ import numpy as np
 from mlx import nn
 
 from mlx_gemma4.config import FULL, SLIDING
-from mlx_gemma4.decoder import Layer, SelfAttention
+from mlx_gemma4.attention import SelfAttention
+from mlx_gemma4.decoder import Layer
 from mlx_gemma4.embed import VisionEmbedder
 from mlx_gemma4.model import Model
 from training.rows import Batch

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_gemma4.decoder import SelfAttention
+from mlx_gemma4.attention import SelfAttention
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.model import Model
 from mlx_gemma4.weights import parameters
