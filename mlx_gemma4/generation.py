@@ -86,7 +86,7 @@ def stream_generate(
     prompt = make_prompt(processor, request, images, audios, videos, system, tools, thinking, image_budget)
     prepared = time.perf_counter() - started
     events = generation_events(model, processor, prompt, max_tokens, sampling, draft_length, prepared)
-    check_memory(footprint(model.config.text, parameters(model)), len(prompt), max_tokens)
+    check_memory(footprint(model.config, parameters(model)), len(prompt), max_tokens)
     return (event for event in events if isinstance(event, Piece))
 
 
