@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_gemma4.config import computing_type
 from mlx_gemma4.controller import check_draft_length
 from mlx_gemma4.generation import Reading, generation_events, make_prompt
 from mlx_gemma4.memory import check_memory
@@ -20,6 +21,7 @@ from mlx_gemma4.source import local_path
 from mlx_gemma4.terminal import (
     Bar,
     Debug,
+    DType,
     SizeBar,
     ctrl_c_at_once,
     number,
@@ -71,18 +73,20 @@ def generate(
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
     draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
+    dtype: DType = None,
     debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     length = parse_draft_length(draft_length)
+    computing = computing_type(dtype)
     messages = request_messages(read_prompt(prompt), image, audio, video, system)
     check_media(messages, image_budget)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     with ctrl_c_at_once():
         folder = find_folder(model)
         choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(folder, choice)
+    checkpoint = open_checkpoint(folder, choice, computing)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     started = time.perf_counter()
     request = make_prompt(processor, messages, (), (), (), None, None, thinking, image_budget)
