@@ -101,7 +101,7 @@ def measure(case: Case) -> tuple[int, int]:
             draft_length=MAX_DRAFTS if case.drafter else 0,
         )  # fmt: skip
         peak = max(peak, reply.stats.peak_memory - others)
-    return peak, predict(footprint(model.config.text, parameters(model)), case.prompt, case.reply).peak
+    return peak, predict(footprint(model.config, parameters(model)), case.prompt, case.reply).peak
 
 
 def main(

@@ -1,11 +1,14 @@
 """The model card of a conversion, and the figures that it shows."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_gemma4.config import read_json
 from mlx_gemma4.terminal import size_text
 
 BASE_MODEL = "google/gemma-4-12B-it"  # of a folder that does not say what it is
+HUB_ID = r"[\w.-]+/[\w.-]+"
 CARD = "README.md"
 NOT_MEASURED = "Quality: not measured."  # the line that an evaluation replaces
 
@@ -54,6 +57,21 @@ class Figures:
     @property
     def text(self) -> str:
         return f"{size_text(self.nbytes)}, {8 * self.nbytes / max(1, self.weights):.2f} bits a weight"
+
+
+def base_of(folder: Path) -> str:
+    """The hub id of the model in a folder: as its card, its config.json or the hub's cache have it."""
+    card, config = folder / CARD, folder / "config.json"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    matter = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
+    said = re.search(r"^base_model:\s*(?:-\s*)?[\"']?([^\s\"'\[\],]+)", matter[1], re.MULTILINE) if matter else None
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{folder.absolute().as_posix()}/")
+    names = [
+        "/".join(cached.groups()) if cached else None,
+        said[1] if said else None,
+        read_json(config).get("_name_or_path") if config.is_file() else None,
+    ]
+    return next((name for name in names if isinstance(name, str) and re.fullmatch(HUB_ID, name)), BASE_MODEL)
 
 
 def front_matter(base_model: str | None) -> str:

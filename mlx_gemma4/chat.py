@@ -12,13 +12,14 @@ keys that its calls cannot be read back with.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from itertools import chain, takewhile
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_gemma4.errors import unbroken
@@ -42,11 +43,30 @@ TEMPLATE_FAILURES = (
 
 def compile_template(source: str) -> Template:
     """A chat template as transformers compiles it; jinja2.TemplateSyntaxError if it is none."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
+    )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment.from_string(source)
+
+
+class GenerationBlock(Extension):
+    """{% generation %} … {% endgeneration %}: what trainers learn from, marked; a prompt has the content as it is.
+
+    A call block, as in transformers: what is set inside is not known outside.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 has it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("content"), [], [], body).set_lineno(line)
+
+    def content(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def to_json(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_gemma4.config import computing_type
 from mlx_gemma4.controller import check_draft_length
 from mlx_gemma4.generation import Reading, generation_events
 from mlx_gemma4.memory import check_memory
@@ -19,6 +20,7 @@ from mlx_gemma4.source import local_path
 from mlx_gemma4.terminal import (
     Bar,
     Debug,
+    DType,
     SizeBar,
     ctrl_c_at_once,
     number,
@@ -70,18 +72,20 @@ def generate(
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
     draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
+    dtype: DType = None,
     debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     length = parse_draft_length(draft_length)
+    computing = computing_type(dtype)
     messages = request_messages(read_prompt(prompt), image, audio, video, system)
     check_media(messages, image_budget)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     with ctrl_c_at_once():
         folder = find_folder(model)
         choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(folder, choice)
+    checkpoint = open_checkpoint(folder, choice, computing)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     request, prepared = Request(content=messages, thinking=thinking, image_budget=image_budget).timed_prompt(processor)
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=length)

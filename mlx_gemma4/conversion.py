@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,50 @@ from mlx import nn
 
 from mlx_gemma4 import lattice
 from mlx_gemma4.card import Figures
-from mlx_gemma4.config import ModelConfig, Quantization, read_config, read_json
+from mlx_gemma4.config import (
+    COMPUTING,
+    GenerationConfig,
+    ModelConfig,
+    Quantization,
+    read_config,
+    read_json,
+)
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.gguf import Q4_0, GGUFTensor, list_media, list_text
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
-from mlx_gemma4.recipes import Recipe, Shape, config_quantization, plan, weights_nbytes
-from mlx_gemma4.shards import (
-    PackedTensor,
+from mlx_gemma4.recipes import Recipe, config_quantization, plan, weights_nbytes
+from mlx_gemma4.shards import PackedTensor, ShardWriter
+from mlx_gemma4.tensors import (
+    FLOATING,
+    HEAD,
+    TEXT,
     Rows,
-    ShardWriter,
+    Shape,
+    Tensor,
     block_ranges,
+    conversion_name,
+    element_count,
+    list_tensors,
+    nbytes,
 )
-from mlx_gemma4.tensors import TEXT, Tensor, conversion_name, element_count, list_tensors, nbytes
 from mlx_gemma4.weights import (
     check_tensors,
+    has_tied_head,
+    own_dtype,
     parameters,
     quantization_by_path,
+    quantization_of,
     quantize_empty,
+    settle_drafter,
+    settle_parts,
     without_missing_parts,
 )
 
+GENERATION = "generation_config.json"
 COPIED = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -47,7 +67,6 @@ COPIED = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 GGUF_DTYPE = mx.bfloat16  # of what GGUF files hold as float32: it was bfloat16
 PROBED_ROWS = 4  # of a matrix, to see whether it may lie on a lattice
 CACHE_BYTES = 2**28  # freed memory that MLX may keep for the next block
@@ -84,12 +103,11 @@ class Job:
     config: dict[str, Any]  # to start from
     planned: dict[str, Quantization | None]  # by path
     on_lattice: frozenset[str]  # paths that seem to lie on one, and are stored there if they do
-    dtype: mx.Dtype | None  # of what is not quantized, and of scales; None: each tensor's own
+    dtype: mx.Dtype  # of what is not quantized, and of scales
     float32_scales: bool  # of lattices
 
     def dtype_of(self, tensor: Rows) -> mx.Dtype:
-        floating = mx.issubdtype(tensor.dtype, mx.floating)
-        return self.dtype if self.dtype is not None and floating else tensor.dtype
+        return self.dtype if tensor.dtype in FLOATING else tensor.dtype
 
     def scales_of(self, tensor: Rows) -> mx.Dtype:
         """The type of a lattice's scales."""
@@ -135,9 +153,7 @@ class Outcome:
 
 def open_target(folder: Path) -> Source:
     """Look through a model folder; CheckpointError if anything is missing or wrong."""
-    config = read_config(folder)
-    tensors = list_tensors(folder)
-    config = without_missing_parts(config, tensors)
+    config, tensors = settle_parts(read_config(folder), list_tensors(folder))
     return open_source(folder, config, Model(config), tensors, {path: conversion_name(path) for path in tensors})
 
 
@@ -145,7 +161,7 @@ def open_drafter(folder: Path, target: ModelConfig) -> Source:
     """The same for a drafter, whose tensors keep their names."""
     config = read_drafter_config(folder)
     check_fit(config, target.text)
-    tensors = list_tensors(folder)
+    config, tensors = settle_drafter(config, list_tensors(folder))
     return open_source(folder, config, Drafter(config), tensors, {path: own.name for path, own in tensors.items()})
 
 
@@ -160,20 +176,29 @@ def open_source(
     quantize_empty(model, tensors, quantization)
     check_tensors(model, tensors)
     expected = parameters(model)
-    stored = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)))
-    stored = {path: tensor for path, tensor in stored.items() if path in expected}
-    dtype = stored[min(path for path in stored if path.endswith("norm.weight"))].dtype
+    in_order = sorted(expected, key=lambda path: (tensors[path].file, tensors[path].offset))
+    stored: dict[str, Rows] = {path: tensors[path] for path in in_order}
+    raw = read_json(folder / "config.json")
+    dtype = written_dtype(raw, own_dtype(tensors, quantization))
     rows: dict[str, Rows] = {}
-    for path, tensor in stored.items():
-        module = path.removesuffix(".weight")
-        if f"{module}.scales" in stored:
-            prefix = max((prefix for prefix in quantization if path.startswith(prefix)), key=len)
-            scales, biases = stored[f"{module}.scales"], stored.get(f"{module}.biases")
-            rows[path] = PackedTensor(tensor.name, dtype, quantization[prefix], tensor, scales, biases)
+    for path in in_order:
+        module, tensor = path.removesuffix(".weight"), tensors[path]
+        if f"{module}.scales" in expected:
+            scales, biases = tensors[f"{module}.scales"], tensors.get(f"{module}.biases")
+            own = quantization_of(module, quantization)
+            rows[path] = PackedTensor(tensor.name, dtype, own, tensor, scales, biases if own.mode == "affine" else None)
         elif not path.endswith((".scales", ".biases")):
             rows[path] = tensor
-    raw = read_json(folder / "config.json")
-    return Source(folder, raw, config, rows, dict(stored), names, dtype)
+    return Source(folder, raw, config, rows, stored, names, dtype)
+
+
+def written_dtype(config: dict[str, Any], own: mx.Dtype) -> mx.Dtype:
+    """The type that config.json names, unless that is wider than what the weights have."""
+    text = config.get("text_config")
+    holders = [config, text if isinstance(text, dict) else {}]
+    names = [holder.get(key) for holder in holders for key in ("dtype", "torch_dtype")]
+    found = next((COMPUTING[name] for name in names if isinstance(name, str) and name in COMPUTING), own)
+    return found if found.size <= own.size else own
 
 
 def open_gguf(file: Path, media: Path | None, folder: Path) -> Source:
@@ -185,6 +210,10 @@ def open_gguf(file: Path, media: Path | None, folder: Path) -> Source:
         others = {path: own for path, own in open_target(folder).tensors.items() if not path.startswith(TEXT)}
     tensors = list_text(file, GGUF_DTYPE) | others
     config = without_missing_parts(config, tensors)
+    is_tied = has_tied_head(config.text, tensors)
+    config = replace(config, text=replace(config.text, tie_word_embeddings=is_tied))
+    if is_tied:
+        tensors.pop(f"{HEAD}.weight", None)
     expected = {path: array.shape for path, array in parameters(Model(config)).items()}
     for path, shape in expected.items():
         if path not in tensors:
@@ -203,9 +232,10 @@ def open_gguf(file: Path, media: Path | None, folder: Path) -> Source:
 
 
 def make_job(source: Source, recipe: Recipe, dtype: mx.Dtype | None, float32_scales: bool = False) -> Job:
-    """How to write a checkpoint by a recipe. ValueError if the recipe cannot be followed."""
+    """How to write a checkpoint by a recipe; dtype None: its own. ValueError if the recipe cannot be followed."""
     shapes = {path: tensor.shape for path, tensor in source.tensors.items()}
-    planned = plan(recipe, shapes, (dtype or source.dtype).size)
+    dtype = dtype or source.dtype
+    planned = plan(recipe, shapes, dtype.size)
     on_lattice = frozenset(path for path in planned if recipe.lattice and seems_on_lattice(source.tensors[path]))
     config = {key: value for key, value in source.config.items() if not key.startswith("quantization")}
     return Job(source, source.tensors, config, planned, on_lattice, dtype, float32_scales)
@@ -213,7 +243,7 @@ def make_job(source: Source, recipe: Recipe, dtype: mx.Dtype | None, float32_sca
 
 def keep_job(source: Source, dtype: mx.Dtype | None) -> Job:
     """How to write a checkpoint as it is, quantized or not."""
-    return Job(source, source.stored, source.config, {}, frozenset(), dtype, float32_scales=False)
+    return Job(source, source.stored, source.config, {}, frozenset(), dtype or source.dtype, float32_scales=False)
 
 
 def seems_on_lattice(tensor: Rows) -> bool:
@@ -315,8 +345,9 @@ def named_parts(name: str, *parts: mx.array) -> dict[str, mx.array]:
 
 def write_config(job: Job, folder: Path, outcome: Outcome) -> None:
     config = dict(job.config)
-    if job.dtype is not None:
-        config["dtype"] = next(name for name, dtype in DTYPES.items() if dtype == job.dtype)
+    config["dtype"] = next(name for name, dtype in COMPUTING.items() if dtype == job.dtype)
+    tied = {"tie_word_embeddings": job.source.parsed.text.tie_word_embeddings}
+    config |= tied | {"text_config": config["text_config"] | tied}
     names = {job.source.names[path].removesuffix(".weight"): own for path, own in outcome.used.items()}
     if (quantization := config_quantization(names)) is not None:
         # the key that Hugging Face knows, too
@@ -332,14 +363,19 @@ def write_lattice_report(folder: Path, lines: list[LatticeLine]) -> None:
     (folder / LATTICE_REPORT).write_text(text, encoding="utf-8")
 
 
-def copy_files(source: Path, folder: Path) -> str | None:
+def copy_files(source: Path, folder: Path, generation: GenerationConfig) -> str | None:
     """Copy tokenizer, processor and generation settings; the chat template is replaced if it is outdated or missing.
 
-    Returns what there is to say about the template.
+    The generation settings name every stop token and what is suppressed, whatever the source's say: other engines know
+    no better. Returns what there is to say about the template.
     """
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+    settings = optional_json(source / GENERATION)
+    settings |= {"eos_token_id": list(generation.eos_token_ids), "suppress_tokens": list(generation.suppress_tokens)}
+    if settings != optional_json(source / GENERATION):
+        (folder / GENERATION).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     names = optional_json(folder / "tokenizer_config.json")
     template, origin = find_template(source, names)
     if template is not None and len(template.encode()) != OLD_TEMPLATE_BYTES:
@@ -353,10 +389,15 @@ def copy_files(source: Path, folder: Path) -> str | None:
     return f"the old chat template in {origin.name} leaks thoughts and loops on tools: the current one replaces it"
 
 
+def part_of(path: Path) -> Path:
+    """The name of a folder until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
 @contextmanager
 def finished_folder(path: Path) -> Iterator[Path]:
     """A folder to fill that gets its name `path` when the block has ended without an error, and goes otherwise."""
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     if part.exists():  # of a run that was killed
         shutil.rmtree(part)
     part.mkdir(parents=True)

@@ -9,10 +9,9 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.card import BASE_MODEL, write_card
-from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.card import base_of, write_card
+from mlx_gemma4.config import ModelConfig, computing_type
 from mlx_gemma4.conversion import (
-    DTYPES,
     LATTICE_REPORT,
     Job,
     Outcome,
@@ -24,11 +23,12 @@ from mlx_gemma4.conversion import (
     open_drafter,
     open_gguf,
     open_target,
+    part_of,
     write_model,
 )
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
-from mlx_gemma4.terminal import Debug, SizeBar, ctrl_c_at_once, run, whole_number
+from mlx_gemma4.terminal import Debug, SizeBar, check_name, ctrl_c_at_once, run, whole_number
 from mlx_gemma4.weights import DEMO, find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -69,7 +69,8 @@ def convert(
         str | None, typer.Option(metavar="NAME", help="affine (the default), mxfp4, nvfp4 or mxfp8.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the rest: bfloat16, float16 or float32; else as it is.")
+        str | None,
+        typer.Option(metavar="NAME", help="Of the rest: bfloat16, float16, float32; else config.json's."),
     ] = None,
     scales: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of --recipe qat: bfloat16, or float32, which is always exact.")
@@ -93,7 +94,7 @@ def convert(
     files = find_gguf(hf_path)
     settings = Settings(
         recipe=choose_recipe(recipe, q_bits, q_group_size, q_mode, dequantize, files is not None),
-        dtype=choose_dtype(dtype),
+        dtype=computing_type(dtype),
         float32_scales=choose_scales(scales, recipe, files is not None),
         drafter=None if no_drafter or drafter == "none" else drafter,
         drafter_bits=drafter_bits,
@@ -143,12 +144,6 @@ def choose_recipe(
     return named_recipe(name or ("qat" if is_gguf else RECIPES[0]))
 
 
-def choose_dtype(name: str | None) -> mx.Dtype | None:
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")
-    return None if name is None else DTYPES[name]
-
-
 def choose_scales(name: str | None, recipe: str | None, is_gguf: bool) -> bool:
     """Whether a lattice's scales are float32."""
     if name not in (None, "bfloat16", "float32"):
@@ -159,10 +154,12 @@ def choose_scales(name: str | None, recipe: str | None, is_gguf: bool) -> bool:
 
 
 def check_output(path: Path) -> Path:
+    check_name(path, "mlx-path")
     if path.is_symlink() or path.name in ("", "..") or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} is no name for a new folder; expected one, for mlx-path")
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is a folder that is not empty; expected a new one, for mlx-path")
+    check_name(part_of(path), "mlx-path")
     return path
 
 
@@ -309,10 +306,11 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
         target = outcomes[""]
         if settings.recipe is not None and settings.recipe.lattice and not target.lattices:
             raise none_on_lattice(hf_path, len(target.used))
-        if (said := copy_files(source.folder, part)) is not None:
+        assert isinstance(source.parsed, ModelConfig)
+        if (said := copy_files(source.folder, part, source.parsed.generation)) is not None:
             note(said)
         is_local = Path(hf_path).expanduser().exists()
-        base_model = BASE_MODEL if is_local else hf_path
+        base_model = base_of(source.folder) if is_local else hf_path
         is_demo = source.folder.resolve() == DEMO.resolve()  # it holds no weights of Google's
         write_card(
             part,

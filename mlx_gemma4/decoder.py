@@ -53,19 +53,21 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Named as the checkpoint's `language_model`; the embedding is also the head."""
+    """Named as the checkpoint's `language_model`; the embedding is also the head, unless there is one.
 
-    def __init__(self, config: TextConfig):
+    dtype: of hidden states and caches, whatever the tables are quantized to.
+    """
+
+    def __init__(self, config: TextConfig, dtype: mx.Dtype):
         super().__init__()
+        self.dtype = dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, kind, SelfAttention(config, kind)) for kind in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.softcap = config.final_logit_softcapping
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        """The type of hidden states and caches: the checkpoint's own, whatever its tables are quantized to."""
-        return self.norm.weight.dtype
+        self.is_tied = config.tie_word_embeddings
+        if not self.is_tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """[B, L] ids -> [B, L, hidden], times √hidden in the embedding's own type: 62.0 in bf16, 61.97 in float32."""
@@ -82,5 +84,6 @@ class Decoder(nn.Module):
 
     def head(self, hidden: mx.array) -> mx.array:
         """[B, L, hidden] -> logits [B, L, vocab], float32, soft-capped."""
-        logits = self.embed_tokens.as_linear(hidden).astype(mx.float32)
+        logits = self.embed_tokens.as_linear(hidden) if self.is_tied else self.lm_head(hidden)
+        logits = logits.astype(mx.float32)
         return logits if self.softcap is None else mx.tanh(logits / self.softcap) * self.softcap

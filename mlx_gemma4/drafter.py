@@ -15,8 +15,10 @@ from mlx_gemma4.config import (
     SLIDING,
     Quantization,
     TextConfig,
+    count,
     parse_quantization,
     parse_text,
+    quoted,
     read_checked,
 )
 from mlx_gemma4.decoder import Layer
@@ -41,17 +43,17 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
 
 def parse_drafter(raw: dict[str, Any]) -> DrafterConfig:
     if raw.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"model_type is {raw.get('model_type')!r}; expected a drafter, {MODEL_TYPE!r}")
+        raise CheckpointError(f"model_type is {quoted(raw.get('model_type'))}; expected a drafter, {MODEL_TYPE!r}")
     if raw.get("use_ordered_embeddings"):
         raise CheckpointError("use_ordered_embeddings is True; supported is False")
     text = raw["text_config"]
     shared, layers = text["num_kv_shared_layers"], text["num_hidden_layers"]
     if shared not in (0, layers):
-        raise CheckpointError(f"num_kv_shared_layers is {shared}; supported is all {layers} layers")
+        raise CheckpointError(f"num_kv_shared_layers is {quoted(shared)}; supported is all {layers} layers")
     quantization, overrides = parse_quantization(raw.get("quantization") or raw.get("quantization_config"))
     return DrafterConfig(
         text=parse_text(text | {"num_kv_shared_layers": 0}),
-        backbone_hidden_size=raw["backbone_hidden_size"],
+        backbone_hidden_size=count(raw, "backbone_hidden_size"),
         quantization=quantization,
         quantization_overrides=overrides,
     )

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 
 from mlx_gemma4.card import CARD
+from mlx_gemma4.config import computing_type
 from mlx_gemma4.processor import load_processor
 from mlx_gemma4.quality import (
     KEPT,
@@ -24,10 +26,12 @@ from mlx_gemma4.quality import (
     fingerprint,
     load_distributions,
     load_drafter,
+    part_of,
     read_exchanges,
+    unpack,
 )
 from mlx_gemma4.tensors import list_tensors
-from mlx_gemma4.terminal import Bar, Debug, ctrl_c_at_once, run, whole_above_0
+from mlx_gemma4.terminal import Bar, Debug, DType, check_name, ctrl_c_at_once, run, whole_above_0
 from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, look_through
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
@@ -60,20 +64,26 @@ def evaluate(
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
     ] = False,
+    dtype: DType = None,
     debug: Debug = False,
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits."""
-    names = candidates or []
+    names, computing = candidates or [], computing_type(dtype)
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
+    if save_logits is not None:
+        check_name(save_logits, "save-logits")
+        check_name(part_of(save_logits), "save-logits")
     if save_logits is not None and (save_logits.suffix != SAVED or not save_logits.absolute().parent.is_dir()):
         raise ValueError(f"save-logits is {str(save_logits)!r}; expected a file in a folder, with a name in {SAVED}")
     for name in names if write_card else ():
         quality_line(Path(name))
     lines = read_lines(data or BUILT_IN)
     # All that can be wrong is found before hours of reading.
-    reference_of = open_reference(reference, lines, max_tokens)
-    subjects = [open_subject(name, None if drafter == "none" else drafter, lines, max_tokens) for name in names]
+    reference_of = open_reference(reference, lines, max_tokens, computing)
+    subjects = [
+        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing) for name in names
+    ]
     for subject in subjects:
         check_same(subject, reference_of)
     known = reference_of if isinstance(reference_of, Distributions) else read_reference(reference_of)
@@ -134,11 +144,17 @@ class Subject:
         return fingerprint(self.checkpoint.model, self.exchanges)
 
 
-def open_subject(name: str, drafter: str | None, lines: Sequence[dict[str, Any]], max_tokens: int | None) -> Subject:
+def open_subject(
+    name: str,
+    drafter: str | None,
+    lines: Sequence[dict[str, Any]],
+    max_tokens: int | None,
+    dtype: mx.Dtype | None = None,
+) -> Subject:
     with ctrl_c_at_once():
         folder = find_folder(name)
         choice = find_drafter(name, folder, drafter)
-    checkpoint = look_through(folder, choice, list_tensors)
+    checkpoint = look_through(folder, choice, list_tensors, dtype)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):
@@ -149,12 +165,14 @@ def open_subject(name: str, drafter: str | None, lines: Sequence[dict[str, Any]]
     return Subject(name, checkpoint, exchanges)
 
 
-def open_reference(name: str, lines: Sequence[dict[str, Any]], max_tokens: int | None) -> Subject | Distributions:
+def open_reference(
+    name: str, lines: Sequence[dict[str, Any]], max_tokens: int | None, dtype: mx.Dtype | None
+) -> Subject | Distributions:
     """The reference: a model, or what was saved of one."""
     path = Path(name).expanduser()
     if path.suffix == SAVED and path.is_file():
         return load_distributions(path)
-    return open_subject(name, None, lines, max_tokens)
+    return open_subject(name, None, lines, max_tokens, dtype)
 
 
 def check_same(subject: Subject, reference: Subject | Distributions) -> None:
@@ -174,6 +192,8 @@ def measure(subject: Subject, known: Distributions) -> Quality:
     """A model against what is known of the reference."""
     reads = read_shown(subject)
     load_drafter(subject.checkpoint, reads[0])
+    if subject.checkpoint.model.drafter is not None:
+        unpack(subject.checkpoint.model.drafter, subject.checkpoint.config.dtype)
     return compare(known, subject.checkpoint.model, subject.exchanges, reads)
 
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import Quantization
+from mlx_gemma4.config import Quantization, computing_type
 from mlx_gemma4.memory import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.model import Model
 from mlx_gemma4.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
-from mlx_gemma4.tensors import INDEX, Tensor, from_header, indexed_files, list_tensors, module_path
-from mlx_gemma4.terminal import FAILED, Debug, ctrl_c_at_once, run, size_text, whole_above_0
+from mlx_gemma4.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
+from mlx_gemma4.terminal import FAILED, Debug, DType, ctrl_c_at_once, run, size_text, whole_above_0
 from mlx_gemma4.weights import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
 
 # The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
@@ -48,11 +49,13 @@ def fit(
     drafter: Annotated[
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
+    dtype: DType = None,
     debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
+    computing = computing_type(dtype)
     with ctrl_c_at_once():
-        checkpoint = open_anywhere(model, None if drafter == "none" else drafter)
+        checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing)
     most = checkpoint.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
@@ -126,7 +129,7 @@ def at_bits(checkpoint: Checkpoint, bits: int) -> int:
 # --- what is in a folder or on the hub ---------------------------------------------------------
 
 
-def open_anywhere(path_or_hub_id: str, drafter: str | None) -> Checkpoint:
+def open_anywhere(path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None) -> Checkpoint:
     """A checkpoint, looked through; of a hub's only the configurations are downloaded, and its files' headers read."""
     settings = ["*config.json", f"*{INDEX}"]
     folder = find_folder(path_or_hub_id, settings)
@@ -141,7 +144,7 @@ def open_anywhere(path_or_hub_id: str, drafter: str | None) -> Checkpoint:
     def tensors_of(own: Path) -> dict[str, Tensor]:
         return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
 
-    return look_through(folder, choice, tensors_of)
+    return look_through(folder, choice, tensors_of, dtype)
 
 
 def is_folder(path_or_hub_id: str) -> bool:
@@ -155,11 +158,7 @@ def remote_tensors(snapshot: Path, hub_id: str, inside: str) -> dict[str, Tensor
         return list_tensors(snapshot)
     from mlx_gemma4.hub import read_header
 
-    return {
-        module_path(tensor.name): tensor
-        for file in files
-        for tensor in from_header(file, read_header(hub_id, inside + file.name), 0)
-    }
+    return by_path(tensor for file in files for tensor in from_header(file, read_header(hub_id, inside + file.name), 0))
 
 
 def main() -> int:

@@ -109,7 +109,7 @@ def stream_generate(
     )
     prompt, prepared = request_.timed_prompt(processor)
     events = generation_events(model, processor, prompt, options, prepared, store)
-    check_memory(footprint(model.config.text, parameters(model)), len(prompt), max_tokens)
+    check_memory(footprint(model.config, parameters(model)), len(prompt), max_tokens)
     return (event for event in events if isinstance(event, Piece))
 
 

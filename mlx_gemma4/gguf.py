@@ -15,8 +15,7 @@ import numpy as np
 
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.lattice import Lattice, keep_lattice
-from mlx_gemma4.shards import Rows
-from mlx_gemma4.tensors import Shape, element_count, read_bytes
+from mlx_gemma4.tensors import Rows, Shape, element_count, read_bytes
 
 ARCHITECTURE, MEDIA_ARCHITECTURE = "gemma4", "clip"
 STRING, ARRAY = 8, 9
@@ -30,6 +29,7 @@ SUPPORTED = "F32, F16, BF16, Q4_0 and Q6_K"
 # llama.cpp's names -> paths in the model; None: dropped on purpose. Norms are stored as w, as here.
 NAMES = {
     "token_embd.weight": "language_model.embed_tokens.weight",
+    "output.weight": "language_model.lm_head.weight",
     "output_norm.weight": "language_model.norm.weight",
     "rope_freqs.weight": None,  # follow from the config
 }

@@ -7,14 +7,13 @@ makes and were fitted to 43 shapes and lengths on a CPU (benchmarks/README.md). 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_gemma4.attention import MAX_SCORE_BYTES
 from mlx_gemma4.cache import AHEAD, ROUND, capacity, entry_bytes, sliding_slots
-from mlx_gemma4.config import FULL, SLIDING, TextConfig
+from mlx_gemma4.config import FULL, SLIDING, ModelConfig, TextConfig
 from mlx_gemma4.controller import MAX_DRAFTS
 from mlx_gemma4.model import CHUNK
 
@@ -32,9 +31,6 @@ LOGIT_ARRAYS = 7  # of each row of a round: the sampler's filters, p, q and what
 
 class Sized(Protocol):
     """A tensor on disk or an array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -58,17 +54,11 @@ class Footprint:
         return entry_bytes(self.text, kind, self.item_bytes)
 
 
-def footprint(text: TextConfig, arrays: Mapping[str, Sized]) -> Footprint:
+def footprint(config: ModelConfig, arrays: Mapping[str, Sized]) -> Footprint:
     """Of a model's parameters by their path; the drafter's begin with `drafter.`."""
     drafter = sum(array.nbytes for path, array in arrays.items() if path.startswith("drafter."))
-    own = {path: array for path, array in arrays.items() if not path.startswith("drafter.")}
-    return Footprint(text, item_bytes(own), sum(array.nbytes for array in own.values()), drafter)
-
-
-def item_bytes(arrays: Mapping[str, Sized]) -> int:
-    """Of a number in hidden states: that of the norms, or of wider scales, with which products become as wide."""
-    names = ["language_model.norm.weight", *(path for path in arrays if path.endswith(".scales"))]
-    return max(arrays[name].nbytes // prod(arrays[name].shape) for name in names)
+    weights = sum(array.nbytes for array in arrays.values()) - drafter
+    return Footprint(config.text, config.dtype.size, weights, drafter)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Model(nn.Module):
         self.config = config
         self.drafter: Drafter | None = None
         self.engine: Any = None  # what decoding keeps of this model from one request to the next
-        self.language_model = Decoder(config.text)
+        self.language_model = Decoder(config.text, config.dtype)
         if config.vision is not None:
             self.vision_embedder = VisionEmbedder(config.vision)
             self.embed_vision = MultimodalProjection(

@@ -1,19 +1,22 @@
 """Chat messages -> a prompt: the template's text as token ids, and media read, with runs of soft tokens in place."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import Template, TemplateError
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
 from mlx_gemma4.chat import compile_template, joins_turns, render_shielded, template_turns
-from mlx_gemma4.config import ModelConfig, read_json
+from mlx_gemma4.config import QUOTED, ModelConfig, quoted, read_bytes_of, read_json
 from mlx_gemma4.errors import CheckpointError, a, shown, unbroken
 from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
@@ -28,6 +31,8 @@ VIDEO_BUDGET = 70  # soft tokens a frame: video_processor.max_soft_tokens
 NUM_FRAMES = 32  # video_processor.num_frames
 SAMPLING_RATE = 16000  # Hz: feature_extractor.sampling_rate
 BOS_TOKEN = "<bos>"
+# Of the above, what a file may ask for at most: an image's positions, a context full of frames, studio sound.
+MOST_SOFT_TOKENS, MOST_FRAMES, MOST_SAMPLING_RATE = 1120, 2**18, 768_000
 
 PACKAGED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")  # as published on 2026-07-09
 OLD_TEMPLATE_BYTES = 17466  # of its predecessor, which leaks thoughts and loops on tools
@@ -284,7 +289,9 @@ def load_processor(folder: Path, config: ModelConfig) -> Processor:
     mark_special(tokenizer, named_tokens(names) | {bos_token} | {run.placeholder for run in runs.values()})
     control = ControlText.from_tokenizer(tokenizer)
     if bos_token not in control.ids:
-        raise CheckpointError(f"{folder / 'tokenizer.json'} has no token {bos_token!r}; expected Gemma 4's tokenizer")
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'} has no token {quoted(bos_token)}; expected Gemma 4's tokenizer"
+        )
     template = read_template(folder, names)
     return Processor(
         tokenizer=tokenizer,
@@ -299,15 +306,41 @@ def load_processor(folder: Path, config: ModelConfig) -> Processor:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; expected a model folder with a tokenizer.json")
+    raw = read_bytes_of(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{path} is not a tokenizer: {unbroken(error)}") from None
-    tokenizer.no_truncation()  # some are saved with the settings of their training
-    tokenizer.no_padding()
+        with quiet_panics():
+            tokenizer = Tokenizer.from_buffer(raw)
+            tokenizer.no_truncation()  # some are saved with the settings of their training
+            tokenizer.no_padding()
+            tokenizer.encode("a ü", add_special_tokens=False)  # some panic only then
+    except BaseException as error:  # tokenizers raises nothing narrower; a panic of its Rust is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise CheckpointError(f"{path} is not a tokenizer: {unbroken(error)[:QUOTED]}") from None
+    if not isinstance(tokenizer.model, BPE):
+        raise CheckpointError(f"{path} holds a {type(tokenizer.model).__name__}; expected Gemma 4's tokenizer, a BPE")
+    unknown = tokenizer.model.unk_token
+    if unknown is not None and tokenizer.token_to_id(unknown) is None:
+        raise CheckpointError(f"{path} lacks its own unknown token, {quoted(unknown)}; expected Gemma 4's tokenizer")
     return tokenizer
+
+
+@contextmanager
+def quiet_panics() -> Iterator[None]:
+    """Standard error closed: before an error of tokenizers' Rust can be caught, it has written lines there."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def mark_special(tokenizer: Tokenizer, tokens: set[str]) -> None:
@@ -329,7 +362,11 @@ def named_tokens(names: dict[str, Any]) -> set[str]:
 def token_text(value: Any) -> str | None:
     """A token as tokenizer_config.json writes it: a string, or in older files an object with its content."""
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise CheckpointError(f"tokenizer_config.json has the token {quoted(text)}; expected valid Unicode")
+    return text
 
 
 def media_runs(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Run]:
@@ -367,16 +404,16 @@ def read_template(folder: Path, names: dict[str, Any]) -> Template:
         )
     try:
         return compile_template(source)
-    except TemplateSyntaxError as error:
-        raise CheckpointError(f"{origin} holds no valid chat template: {unbroken(error)}") from None
+    except (TemplateError, RecursionError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{origin} holds no valid chat template: {unbroken(error)[:QUOTED]}") from None
 
 
 def find_template(folder: Path, names: dict[str, Any]) -> tuple[str | None, Path]:
     """The template's source and the file it is from, in the order in which transformers looks."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if path.exists():
         try:
-            return path.read_bytes().decode(), path  # not read_text: line ends count in its size
+            return read_bytes_of(path).decode(), path  # not read_text: line ends count in its size
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{path} is not UTF-8: {error}") from None
     for path, holder in (
@@ -397,21 +434,23 @@ def read_settings(folder: Path) -> MediaSettings:
     """What processor_config.json says of media, or the older preprocessor_config.json; else as published."""
     current, older = (optional_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json"))
 
-    def setting(section: str, key: str, default: int) -> int:
+    def setting(section: str, key: str, default: int, most: int) -> int:
         holders = [current.get(section), older.get(section)]
         if section != "video_processor":
             holders.append(older)  # the older file is often that of the images and sounds alone, without sections
         found = next((h[key] for h in holders if isinstance(h, dict) and h.get(key) is not None), default)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise CheckpointError(f"{folder}: {key} of {section} is {found!r}; expected a whole number above 0")
+        if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= most:
+            raise CheckpointError(
+                f"{folder}: {key} of {section} is {quoted(found)}; expected a whole number above 0, at most {most}"
+            )
         return found
 
     length = current.get("image_seq_length") or older.get("image_seq_length") or IMAGE_BUDGET
     return MediaSettings(
-        image_budget=setting("image_processor", "max_soft_tokens", length),
-        video_budget=setting("video_processor", "max_soft_tokens", VIDEO_BUDGET),
-        num_frames=setting("video_processor", "num_frames", NUM_FRAMES),
-        sampling_rate=setting("feature_extractor", "sampling_rate", SAMPLING_RATE),
+        image_budget=setting("image_processor", "max_soft_tokens", length, MOST_SOFT_TOKENS),
+        video_budget=setting("video_processor", "max_soft_tokens", VIDEO_BUDGET, MOST_SOFT_TOKENS),
+        num_frames=setting("video_processor", "num_frames", NUM_FRAMES, MOST_FRAMES),
+        sampling_rate=setting("feature_extractor", "sampling_rate", SAMPLING_RATE, MOST_SAMPLING_RATE),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_map_with_path
 
 from mlx_gemma4.arrange import arrange_drafter, arrange_layer
 from mlx_gemma4.cache import Caches, LayerCache, empty_cache
@@ -25,7 +26,7 @@ from mlx_gemma4.model import Model, image_blocks
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.sampling import Sampler, Sampling
-from mlx_gemma4.weights import Checkpoint, parameters, quantize_drafter
+from mlx_gemma4.weights import Checkpoint, load_value, parameters, quantize_drafter
 
 KEPT = 1024  # tokens of a position whose probabilities are kept, 8 KB; what the others have is kept as one number
 ROWS = 32  # positions that go through the head at once: 34 MB for each array of probabilities
@@ -86,7 +87,31 @@ def fingerprint(model: Model, exchanges: Sequence[Exchange]) -> str:
 
 def load_module(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> None:
     """Fill a module whose parameters' paths begin with `prefix`."""
-    module.load_weights([(path, checkpoint.tensors[prefix + path].read()) for path in parameters(module)], strict=False)
+    tensors, config = checkpoint.tensors, checkpoint.config
+    values = [(path, load_value(tensors[prefix + path], config)) for path in parameters(module)]
+    module.load_weights(values, strict=False)
+
+
+def unpack(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Make plain matrices of quantized ones: products of many rows then take no longer than a reference's.
+
+    (On a CPU they take a tenth.) What is in memory is one layer, or the head.
+    """
+
+    def plain(_: str, leaf: nn.Module) -> nn.Module:
+        if not isinstance(leaf, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            return leaf
+        made = nn.Linear(1, 1, bias=False) if isinstance(leaf, nn.QuantizedLinear) else nn.Embedding(1, 1)
+        biases = leaf.biases if leaf.mode == "affine" else None
+        made.weight = mx.dequantize(
+            leaf.weight, leaf.scales, biases, leaf.group_size, leaf.bits, leaf.mode, dtype=dtype
+        )
+        if "bias" in leaf:
+            made.bias = leaf.bias
+        mx.eval(made.weight)
+        return made
+
+    module.update_modules(tree_map_with_path(plain, module.leaf_modules(), is_leaf=nn.Module.is_module))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +134,7 @@ def read_exchanges(
     layers, decoder.layers = decoder.layers[::-1], []  # what is left of the model has no layers
     drafter, model.drafter = model.drafter, None
     load_module(checkpoint, model, "")
+    unpack(model, model.config.dtype)
     model.drafter = drafter
     states = [model.embed(exchange.prompt, 0, len(exchange.prompt)) for exchange in exchanges]
     kept: list[dict[str, LayerCache]] = [{} for _ in exchanges]
@@ -116,6 +142,7 @@ def read_exchanges(
     for place in range(count):
         layer = layers.pop()
         load_module(checkpoint, layer, f"language_model.layers.{place}.")
+        unpack(layer, model.config.dtype)
         still = arrange_layer(layer)
         weight = still if still is not None else weight
         for index, exchange in enumerate(exchanges):
@@ -154,12 +181,17 @@ class Distributions:
 
     def save(self, file: Path) -> None:
         arrays = {"ids": self.ids, "log_probs": self.log_probs, "log_rest": self.log_rest}
-        part = file.with_suffix(f".part{file.suffix}")
+        part = part_of(file)
         try:
             mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
+
+
+def part_of(file: Path) -> Path:
+    """The name of a file until it is whole."""
+    return file.with_suffix(f".part{file.suffix}")
 
 
 def load_distributions(file: Path) -> Distributions:

@@ -47,7 +47,7 @@ def opened(
         yield Opened(model.caches(slots), list(prompt.token_ids))
         return
     text = model.config.text
-    needed = predict(footprint(text, parameters(model)), len(prompt), limit).peak
+    needed = predict(footprint(model.config, parameters(model)), len(prompt), limit).peak
     store.leave(memory_limit() - needed)
     space, turn = space_of(model), processor.tokenizer.token_to_id(TURN_OPEN)
     held = store.take(space, prompt, text, slots, turn) or store.start(space, prompt, text, model.caches(slots), turn)

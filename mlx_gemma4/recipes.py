@@ -120,8 +120,8 @@ def sensitive(matrices: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
     """Matrices and the bits they should have, those first whose errors are known to cost most for their size.
 
     Images and sounds have only a matrix or two, which are small. Then what llama.cpp's Q4_K_M and mlx-lm's mixed_4_6
-    agree on: values (in full layers they come from k_proj), the tied embedding, down_proj from both ends of the decoder
-    inwards; then the rest of attention in the same way.
+    agree on: values (in full layers they come from k_proj), the head (the tied embedding, or one of its own), down_proj
+    from both ends of the decoder inwards; then the rest of attention in the same way.
     """
     by_part: dict[str, dict[int, str]] = {}
     for path in matrices:
@@ -137,7 +137,8 @@ def sensitive(matrices: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
     yield from ((path, 8) for path in matrices if path.startswith(("vision_embedder.", "embed_")))
     yield from ((path, 8) for path in inwards("self_attn.v_proj"))
     yield from ((keys[layer], 8) for layer in sorted(keys.keys() - values.keys()))
-    yield from ((path, 6) for path in matrices if path.endswith("embed_tokens.weight"))
+    heads = [path for path in matrices if path.endswith("lm_head.weight")]
+    yield from ((path, 6) for path in heads or matrices if path.endswith(("lm_head.weight", "embed_tokens.weight")))
     for part in ("mlp.down_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj"):
         yield from ((path, 6) for path in inwards(part))
 

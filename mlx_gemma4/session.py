@@ -93,7 +93,7 @@ class Session:
         )
         options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=draft_length)
         events = self.events(turn, options)
-        check_memory(footprint(self.model.config.text, parameters(self.model)))
+        check_memory(footprint(self.model.config, parameters(self.model)))
         return (event for event in events if isinstance(event, Piece))
 
     def events(self, turn: list[dict[str, Any]], options: Options) -> Iterator[Reading | Piece]:

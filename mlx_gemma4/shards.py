@@ -1,11 +1,11 @@
 """Tensors by blocks of rows: what is stored packed read as what it stands for, all written as shards with an index."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -13,31 +13,8 @@ import numpy as np
 from mlx_gemma4.config import Quantization
 from mlx_gemma4.tensors import DTYPE_NAMES, INDEX, Shape, Tensor, nbytes
 
-BLOCK_BYTES = 2**25  # of rows read at once
 SHARD_BYTES = 2**30  # a file's size, if no single tensor is larger
 HEADER_BYTES = 2**17  # kept free at a shard's beginning, for what it holds is known at its end: about 800 names
-
-
-class Rows(Protocol):
-    """A tensor that is read by blocks of its first dimension."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def dtype(self) -> mx.Dtype: ...
-
-    def rows(self, start: int, stop: int) -> mx.array: ...
-
-
-def block_ranges(tensor: Rows) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the blocks that a tensor is read by."""
-    step = max(1, BLOCK_BYTES * tensor.shape[0] // max(1, nbytes(tensor.shape, tensor.dtype)))
-    for start in range(0, tensor.shape[0], step):
-        yield start, min(start + step, tensor.shape[0])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, load, upload
 from mlx_gemma4 import shards as shards_module
+from mlx_gemma4 import tensors as tensors_module
 from mlx_gemma4.conversion import COPIED
 from mlx_gemma4.convert import main
 from mlx_gemma4.gguf import MEDIA_NAMES, model_path, unpack_q4_0, unpack_q6_k
@@ -219,7 +220,7 @@ def test_the_card_says_what_it_is(source: Path, run: Run) -> None:
 
 def test_blocks_and_shards_change_nothing(source: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--hf-path", source, "--mlx-path", "whole")[0] == 0
-    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 10_000)  # not a multiple of a row
+    monkeypatch.setattr(tensors_module, "BLOCK_BYTES", 10_000)  # not a multiple of a row
     monkeypatch.setattr(shards_module, "SHARD_BYTES", HEADER_BYTES + 300_000)
     assert run("--hf-path", source, "--mlx-path", "parts")[0] == 0
     files = sorted(Path("parts").glob("*.safetensors"))
@@ -235,7 +236,7 @@ def test_blocks_and_shards_change_nothing(source: Path, run: Run, monkeypatch: p
 
 
 def test_memory_is_that_of_a_block(source: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(tensors_module, "BLOCK_BYTES", 2**14)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -302,7 +303,7 @@ def test_qat_is_nearer_to_its_source_than_4bit(lattice_source: Path, run: Run) -
 def test_a_matrix_that_leaves_the_lattice_further_down_is_quantized_as_usual(
     lattice_source: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 2**14)  # it is found in a later block
+    monkeypatch.setattr(tensors_module, "BLOCK_BYTES", 2**14)  # it is found in a later block
     folder = Path(shutil.copytree(lattice_source, tmp_path / "off"))
     name = "model.language_model.layers.2.mlp.up_proj.weight"
     value = weights_of(folder)[name]
@@ -456,7 +457,7 @@ def media_file(gguf_file: Path, bfloat16_source: Path, tmp_path: Path) -> Path:
 def test_embedders_come_from_the_file_beside(
     media_file: Path, bfloat16_source: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(tensors_module, "BLOCK_BYTES", 2**14)
     for file in COPIED:
         if (bfloat16_source / file).exists():
             shutil.copy(bfloat16_source / file, media_file.parent)

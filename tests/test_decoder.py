@@ -30,7 +30,7 @@ def test_mlp_gate_is_the_tanh_form_of_gelu() -> None:
 @pytest.mark.parametrize("cap", [30.0, 0.5, None])
 def test_head_gives_capped_logits_in_float32(tiny: Loaded, cap: float | None, dtype: mx.Dtype) -> None:
     config = replace(tiny[0].config.text, layer_types=(), final_logit_softcapping=cap)
-    decoder = Decoder(config)
+    decoder = Decoder(config, dtype)
     decoder.embed_tokens.weight = mx.random.normal(decoder.embed_tokens.weight.shape, key=mx.random.key(0))
     decoder.set_dtype(dtype)
     hidden = mx.random.normal((1, 3, config.hidden_size), key=mx.random.key(1)).astype(dtype)

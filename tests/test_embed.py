@@ -123,7 +123,7 @@ def test_soft_tokens_take_their_places_unscaled_and_tokens_are_scaled(tiny: Load
 )
 def test_tokens_are_scaled_by_the_root_of_hidden_in_their_own_type(tiny: Loaded, dtype: mx.Dtype, scale: float) -> None:
     config: TextConfig = replace(tiny[0].config.text, hidden_size=3840, vocab_size=16, layer_types=())
-    decoder = Decoder(config)
+    decoder = Decoder(config, dtype)
     decoder.set_dtype(dtype)
     token_ids = mx.array([[3, 0, 15, 3]])
     found = decoder.embed(token_ids)

@@ -135,7 +135,7 @@ def test_the_longest_is_the_last_that_fits() -> None:
 
 def test_a_folder_and_the_model_loaded_from_it_have_one_footprint(quantized_folder: Path) -> None:
     model, _ = load(quantized_folder)
-    assert footprint_of(quantized_folder, "auto") == footprint(model.config.text, parameters(model))
+    assert footprint_of(quantized_folder, "auto") == footprint(model.config, parameters(model))
 
 
 def test_a_partner_is_counted_as_it_will_be_quantized(bfloat16_folder: Path, tmp_path: Path) -> None:
@@ -145,15 +145,14 @@ def test_a_partner_is_counted_as_it_will_be_quantized(bfloat16_folder: Path, tmp
     assert checkpoint.footprint.drafter < 0.3 * whole
     for _ in load_values(checkpoint):
         pass
-    assert checkpoint.footprint == footprint(checkpoint.config.text, parameters(checkpoint.model))
+    assert checkpoint.footprint == footprint(checkpoint.config, parameters(checkpoint.model))
 
 
-def test_caches_have_the_type_of_the_norms_or_of_wider_scales(wide_folder: Path, bfloat16_folder: Path) -> None:
+def test_caches_have_the_computing_type(wide_folder: Path, bfloat16_folder: Path) -> None:
     assert footprint_of(wide_folder, None).item_bytes == 4
-    found = footprint_of(bfloat16_folder, None)
-    assert found.item_bytes == 2
-    scales = {"language_model.norm.weight": mx.zeros((8,), mx.bfloat16), "language_model.a.scales": mx.zeros((2, 3))}
-    assert footprint(found.text, scales).item_bytes == 4
+    assert footprint_of(bfloat16_folder, None).item_bytes == 2
+    asked = open_checkpoint(wide_folder, None, mx.float16).footprint
+    assert (asked.item_bytes, 2 * asked.weights) == (2, footprint_of(wide_folder, None).weights)
 
 
 # --- what does not fit -------------------------------------------------------------------------

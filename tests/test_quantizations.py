@@ -99,3 +99,13 @@ def test_wrong_recipes_are_one_line(source: Path, tmp_path: Path, recipes: str, 
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_a_quantized_source_is_refused_at_once(source: Path, options: list[object], tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text()) | {"quantization": {"group_size": 64, "bits": 4}}
+    own = tmp_path / "quantized"
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps(config))
+    done = benchmark(own, *options[1:], "--output", tmp_path / "out")
+    assert done.returncode == 1 and "is quantized already; expected the original" in done.stderr
+    assert not (tmp_path / "out").exists()

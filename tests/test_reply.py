@@ -11,7 +11,7 @@ from mlx_gemma4.reply import Controls, Piece, Reply, ReplyParser, Stats, collect
 TOKENIZER = toy_tokenizer()
 CONTROLS = Controls.from_tokenizer(TOKENIZER)
 CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END, EOS = 100, 101, 105, 106, 48, 49, 1
-STATS = Stats(1, 1.0, 1, 1.0, 0.1, 1, 0, 0, 0, [], 1.0)
+STATS = Stats(1, 0, 1.0, 1, 1.0, 0.1, 1, 0, 0, 0, [], 1.0)
 
 RESPONSE, QUOTE = 50, 52
 Outcome = tuple[str, str, list[dict[str, Any]]]

@@ -89,6 +89,8 @@ def test_a_file_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 def test_a_type_that_mlx_lacks_is_named() -> None:
     header = {"a.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}}
-    with pytest.raises(CheckpointError, match=r"^a\.weight is stored as F8_E4M3; supported are "):
+    with pytest.raises(
+        CheckpointError, match=r"^model\.safetensors: 'a\.weight' is stored as 'F8_E4M3', which MLX does not have; "
+    ):
         from_header(Path("model.safetensors"), header, 0)
     assert "F8_E4M3" not in DTYPE_NAMES.values()

@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.config import FULL, SLIDING
 from mlx_gemma4.attention import SelfAttention
+from mlx_gemma4.config import FULL, SLIDING
 from mlx_gemma4.decoder import Layer
 from mlx_gemma4.embed import VisionEmbedder
 from mlx_gemma4.model import Model
