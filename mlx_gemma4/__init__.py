@@ -1,10 +1,36 @@
 """Google's Gemma 4 12B on Apple MLX: text, images, audio and video in, text out."""
 
-from mlx_gemma4.generation import generate, stream_generate
-from mlx_gemma4.prompt import Prompt
-from mlx_gemma4.reply import collect
-from mlx_gemma4.sampling import Sampling
-from mlx_gemma4.weights import load
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_gemma4.generation import generate, stream_generate
+    from mlx_gemma4.prompt import Prompt
+    from mlx_gemma4.reply import collect
+    from mlx_gemma4.sampling import Sampling
+    from mlx_gemma4.weights import load
 
 __version__ = "0.1.0"
 __all__ = ["Prompt", "Sampling", "collect", "generate", "load", "stream_generate"]
+
+# Imported when asked for: a command must be able to answer Ctrl-C before MLX is there.
+HOMES = {
+    "Prompt": "prompt",
+    "Sampling": "sampling",
+    "collect": "reply",
+    "generate": "generation",
+    "load": "weights",
+    "stream_generate": "generation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = vars(import_module(f"{__name__}.{HOMES[name]}"))[name]
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The command `mlx_gemma4.generate`: the answer goes to standard output, everything else to standard error."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.controller import check_draft_length
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.generation import Reading, generation_events
 from mlx_gemma4.memory import check_memory
 from mlx_gemma4.messages import Message, media_parts, request_messages
@@ -22,7 +24,8 @@ from mlx_gemma4.terminal import (
     Debug,
     DType,
     SizeBar,
-    ctrl_c_at_once,
+    Version,
+    is_screen,
     number,
     run,
     show_warning,
@@ -36,8 +39,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask; - reads standard input.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A model folder, a hub id, or demo.")] = DEFAULT_MODEL,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask; - reads standard input.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
+    ] = DEFAULT_MODEL,
     image: Annotated[list[str], typer.Option(metavar="FILE", help="An image file or URL; repeatable.")] = [],  # noqa: B006
     audio: Annotated[list[str], typer.Option(metavar="FILE", help="A sound file or URL; repeatable.")] = [],  # noqa: B006
     video: Annotated[
@@ -73,6 +78,7 @@ def generate(
     ] = "auto",
     draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
     dtype: DType = None,
+    version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
@@ -82,9 +88,8 @@ def generate(
     messages = request_messages(read_prompt(prompt), image, audio, video, system)
     check_media(messages, image_budget)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
-    with ctrl_c_at_once():
-        folder = find_folder(model)
-        choice = find_drafter(model, folder, None if drafter == "none" else drafter)
+    folder = find_folder(model)
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter)
     checkpoint = open_checkpoint(folder, choice, computing)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     request, prepared = Request(content=messages, thinking=thinking, image_budget=image_budget).timed_prompt(processor)
@@ -136,7 +141,14 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
     last: Piece | None = None
     answered = thinking = False  # whether that line is still open
     notes: list[str] = []
-    with Bar("Reading") as bar:
+
+    def end_lines() -> None:
+        for is_open, stream in ((thinking, 2), (answered, 1)):
+            if is_open:
+                os.write(stream, b"\n")
+
+    dim, plain = ("\x1b[2m", "\x1b[22m") if is_screen(sys.stderr) else ("", "")
+    with Bar("Reading") as bar, if_stopped(end_lines):
         try:
             for event in events:
                 if isinstance(event, Reading):
@@ -147,7 +159,7 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                 notes += event.notes
                 if event.thinking:
                     thinking = True
-                    print(event.thinking, end="", file=sys.stderr, flush=True)
+                    print(f"{dim}{event.thinking}{plain}", end="", file=sys.stderr, flush=True)
                 if event.text:
                     if thinking:
                         thinking = False

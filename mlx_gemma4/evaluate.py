@@ -1,8 +1,14 @@
 """The command `mlx_gemma4.evaluate`: how close candidates are to a reference on the answers of chats."""
 
+import sys
+
+if __name__ == "__main__":  # before the imports below, which a signal may interrupt
+    from mlx_gemma4.entry import evaluate as command
+
+    sys.exit(command())
+
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +19,7 @@ import typer
 
 from mlx_gemma4.card import CARD
 from mlx_gemma4.config import computing_type
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.processor import load_processor
 from mlx_gemma4.quality import (
     KEPT,
@@ -31,7 +38,7 @@ from mlx_gemma4.quality import (
     unpack,
 )
 from mlx_gemma4.tensors import list_tensors
-from mlx_gemma4.terminal import Bar, Debug, DType, check_name, ctrl_c_at_once, run, whole_above_0
+from mlx_gemma4.terminal import Bar, Debug, DType, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, look_through
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
@@ -65,6 +72,7 @@ def evaluate(
         bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
     ] = False,
     dtype: DType = None,
+    version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits."""
@@ -151,9 +159,8 @@ def open_subject(
     max_tokens: int | None,
     dtype: mx.Dtype | None = None,
 ) -> Subject:
-    with ctrl_c_at_once():
-        folder = find_folder(name)
-        choice = find_drafter(name, folder, drafter)
+    folder = find_folder(name)
+    choice = find_drafter(name, folder, drafter)
     checkpoint = look_through(folder, choice, list_tensors, dtype)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
@@ -243,12 +250,12 @@ def quality_line(folder: Path) -> re.Match[str]:
 def write_quality(folder: Path, text: str) -> None:
     found = quality_line(folder)
     whole = found.string
-    (folder / CARD).write_text(f"{whole[: found.start()]}- {text}{whole[found.end() :]}", encoding="utf-8")
+    card = folder / CARD
+    part = part_of(card)
+    with if_stopped(lambda: part.unlink(missing_ok=True)):
+        part.write_text(f"{whole[: found.start()]}- {text}{whole[found.end() :]}", encoding="utf-8")
+        part.replace(card)
 
 
 def main() -> int:
     return run(app)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

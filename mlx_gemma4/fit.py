@@ -1,7 +1,13 @@
 """The command `mlx_gemma4.fit`: whether a model fits into a machine's memory, and how long a context with it."""
 
-import re
 import sys
+
+if __name__ == "__main__":  # before the imports below, which a signal may interrupt
+    from mlx_gemma4.entry import fit as command
+
+    sys.exit(command())
+
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +21,7 @@ from mlx_gemma4.memory import Footprint, Prediction, longest, memory_limit, pred
 from mlx_gemma4.model import Model
 from mlx_gemma4.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
 from mlx_gemma4.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
-from mlx_gemma4.terminal import FAILED, Debug, DType, ctrl_c_at_once, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DType, Version, run, size_text, whole_above_0
 from mlx_gemma4.weights import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
 
 # The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
@@ -50,12 +56,12 @@ def fit(
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
     dtype: DType = None,
+    version: Version = False,
     debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     computing = computing_type(dtype)
-    with ctrl_c_at_once():
-        checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing)
+    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing)
     most = checkpoint.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
@@ -163,7 +169,3 @@ def remote_tensors(snapshot: Path, hub_id: str, inside: str) -> dict[str, Tensor
 
 def main() -> int:
     return run(app)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,7 @@ from mlx.utils import tree_map_with_path
 from mlx_gemma4.arrange import arrange_drafter, arrange_layer
 from mlx_gemma4.cache import Caches, LayerCache, empty_cache
 from mlx_gemma4.chat import render, shield, unused_character
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.mask import whole_mask
 from mlx_gemma4.messages import check_messages, check_tools, without_sources
@@ -183,8 +184,9 @@ class Distributions:
         arrays = {"ids": self.ids, "log_probs": self.log_probs, "log_rest": self.log_rest}
         part = part_of(file)
         try:
-            mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
-            part.replace(file)
+            with if_stopped(lambda: part.unlink(missing_ok=True)):
+                mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
+                part.replace(file)
         finally:
             part.unlink(missing_ok=True)
 
