@@ -34,7 +34,7 @@ def check(call: Any) -> str | None:
     ]
     try:
         ids = processor(messages).token_ids
-    except Exception as error:  # noqa: BLE001 (judged)
+    except Exception as error:
         check_refusal(error, (ValueError,))
         return "refused"
     begin, end = (processor.tokenizer.token_to_id(token) for token in (OPEN, CLOSE))

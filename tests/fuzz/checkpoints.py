@@ -13,9 +13,12 @@ from .surface import DEMO, demo
 
 SHARE = 20
 NAMES = (
-    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja",
-    "chat_template.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-extra.safetensors", "consolidated.safetensors",
-    "drafter/config.json", "drafter/model.safetensors", "drafter/model.safetensors.index.json", "drafter", "adapters.safetensors", "special_tokens_map.json",
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "tokenizer_config.json", "tokenizer.json", "chat_template.jinja",
+    "chat_template.json", "model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+    "model-extra.safetensors", "consolidated.safetensors",
+    "drafter/config.json", "drafter/model.safetensors", "drafter/model.safetensors.index.json", "drafter",
+    "adapters.safetensors", "special_tokens_map.json",
     "quantize_config.json", "README.md",
 )  # fmt: skip
 TEXTS = (
@@ -32,16 +35,24 @@ TEXTS = (
     b"/",
 )
 CONFIG: tuple[dict[str, Any], ...] = (
-    {"tie_word_embeddings": False}, {"quantization": None, "quantization_config": None}, {"quantization_config": {"quant_method": "awq", "bits": 4}, "quantization": None},
-    {"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}, {"quantization": {"group_size": 32, "bits": 4}}, {"quantization": {"group_size": 64, "bits": 3}},
-    {"quantization": {"group_size": 64, "bits": 4, "language_model.model.layers.0.mlp.down_proj": False}}, {"dtype": "float16"}, {"dtype": "int8"},
-    {"eos_token_id": 106}, {"eos_token_id": None}, {"eos_token_id": [10**9]}, {"vision_config": None}, {"audio_config": None}, {"video_token_id": None},
-    {"image_token_id": 10**6}, {"model_type": "gemma4"}, {"model_type": "gemma4_unified_assistant"}, {"architectures": None},
+    {"tie_word_embeddings": False}, {"quantization": None, "quantization_config": None},
+    {"quantization_config": {"quant_method": "awq", "bits": 4}, "quantization": None},
+    {"quantization": {"group_size": 64, "bits": 4, "mode": "mxfp4"}}, {"quantization": {"group_size": 32, "bits": 4}},
+    {"quantization": {"group_size": 64, "bits": 3}},
+    {"quantization": {"group_size": 64, "bits": 4, "language_model.model.layers.0.mlp.down_proj": False}},
+    {"dtype": "float16"}, {"dtype": "int8"},
+    {"eos_token_id": 106}, {"eos_token_id": None}, {"eos_token_id": [10**9]}, {"vision_config": None},
+    {"audio_config": None}, {"video_token_id": None},
+    {"image_token_id": 10**6}, {"model_type": "gemma4"}, {"model_type": "gemma4_unified_assistant"},
+    {"architectures": None},
 )  # fmt: skip
 INDEX = (
-    {"weight_map": {}}, {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}}, {"weight_map": {"a": "config.json"}}, {"weight_map": {"a": ""}},
-    {"weight_map": {"a": "."}}, {"weight_map": {"a": "drafter/model.safetensors"}}, {"weight_map": {"a": "model.safetensors", "b": "missing.safetensors"}},
-    {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "a" * 5000}}, {"weight_map": {"a": "a\x00b"}},
+    {"weight_map": {}}, {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}},
+    {"weight_map": {"a": "config.json"}}, {"weight_map": {"a": ""}},
+    {"weight_map": {"a": "."}}, {"weight_map": {"a": "drafter/model.safetensors"}},
+    {"weight_map": {"a": "model.safetensors", "b": "missing.safetensors"}},
+    {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "a" * 5000}},
+    {"weight_map": {"a": "a\x00b"}},
 )  # fmt: skip
 
 prepare = demo
@@ -51,7 +62,8 @@ def strategy() -> st.SearchStrategy[Any]:
     config = json.loads((DEMO / "config.json").read_bytes())
 
     whole = st.builds(
-        lambda parts, edits: text_of(edited({key: entry for part in (config, *parts) for key, entry in part.items()}, edits)),
+        lambda parts,
+        edits: text_of(edited({key: entry for part in (config, *parts) for key, entry in part.items()}, edits)),
         st.lists(st.sampled_from(CONFIG), max_size=2), st.one_of(st.just([]), json_edits),
     )  # fmt: skip
     other = st.sampled_from(TEXTS)

@@ -9,9 +9,9 @@ from typing import Any
 import typer
 from hypothesis import strategies as st
 
-from .limits import MOST_BYTES
 from .judge import Fault, check_line, plain
 from .judge import check as must
+from .limits import MOST_BYTES
 from .surface import DEMO, SAMPLES, demo_processor, run_command
 
 SHARE = 12
@@ -37,31 +37,45 @@ def prepare() -> None:
 
 MEDIA = {"image": "shapes.png", "audio": "digit.mp3", "video": "film.mp4"}
 VALUES = (
-    "", "0", "-1", "1", "2", "3", "4", "8", "70", "1.5", "-0.5", "1e-320", "1e308", "nan", "inf", "-inf", "2147483648", "9223372036854775808",
-    "9" * 400, "9" * 5000, "0x10", "1_000", "١٢", "1e3", " 1 ", "auto", "none", "off", "true", "a", "é", "<|turn>", "a\nb", "x" * 300, "x" * 5000, "-",
-    "--", "-h", "--help", ".", "..", "/", "~", "~nobody", "*", "demo", "model", "copy", "empty", "folder", "text.txt", "photo.png", "digit.mp3",
-    "film.mp4", "missing.png", "owner/name", "a/b/c", "/dev/null", "/dev/full", "http://127.0.0.1:9/x", "file:///etc/passwd", "data:,", "data:image/png;base64,AA",
-    "ftp://x/y", "16GB", "1B", "0GB", "99999999TB", "1.5.5GB", "4bit", "8bit", "mixed", "qat", "affine", "mxfp4", "nvfp4", "bfloat16", "float16", "float32",
-    "data.jsonl", "new/deep/er", "out", "\udcff\udcfe", "a\udc80b", "tab\tbed", "%s%n", "$(id)", "'", '"', "\\", "\x1b[31m", "\u202e",
+    "", "0", "-1", "1", "2", "3", "4", "8", "70", "1.5", "-0.5", "1e-320", "1e308", "nan", "inf", "-inf",
+    "2147483648", "9223372036854775808",
+    "9" * 400, "9" * 5000, "0x10", "1_000", "١٢", "1e3", " 1 ", "auto", "none", "off", "true", "a", "é", "<|turn>",
+    "a\nb", "x" * 300, "x" * 5000, "-",
+    "--", "-h", "--help", ".", "..", "/", "~", "~nobody", "*", "demo", "model", "copy", "empty", "folder", "text.txt",
+    "photo.png", "digit.mp3",
+    "film.mp4", "missing.png", "owner/name", "a/b/c", "/dev/null", "/dev/full", "http://127.0.0.1:9/x",
+    "file:///etc/passwd", "data:,", "data:image/png;base64,AA",
+    "ftp://x/y", "16GB", "1B", "0GB", "99999999TB", "1.5.5GB", "4bit", "8bit", "mixed", "qat", "affine", "mxfp4",
+    "nvfp4", "bfloat16", "float16", "float32",
+    "data.jsonl", "new/deep/er", "out", "\udcff\udcfe", "a\udc80b", "tab\tbed", "%s%n", "$(id)", "'", '"', "\\",
+    "\x1b[31m", "\u202e",
 )  # fmt: skip
 values = st.sampled_from(VALUES)
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {  # usual values; () for a flag
     "generate": {
-        "--prompt": ("Hi", "-"), "--model": ("model",), "--image": ("photo.png",), "--audio": ("digit.mp3",), "--video": ("film.mp4",),
-        "--system": ("Be brief.",), "--thinking": (), "--max-tokens": ("1",), "--temp": ("0", "1"), "--top-p": ("0.9",), "--top-k": ("5",),
-        "--min-p": ("0.1",), "--repetition-penalty": ("1.1",), "--seed": ("1",), "--image-budget": ("70",), "--drafter": ("none", "auto"),
+        "--prompt": ("Hi", "-"), "--model": ("model",), "--image": ("photo.png",), "--audio": ("digit.mp3",),
+        "--video": ("film.mp4",),
+        "--system": ("Be brief.",), "--thinking": (), "--max-tokens": ("1",), "--temp": ("0", "1"),
+        "--top-p": ("0.9",), "--top-k": ("5",),
+        "--min-p": ("0.1",), "--repetition-penalty": ("1.1",), "--seed": ("1",), "--image-budget": ("70",),
+        "--drafter": ("none", "auto"),
         "--draft-length": ("0", "3", "auto"), "--debug": (), "--help": (), "--dtype": ("float16",),
     },
     "convert": {
-        "--hf-path": ("copy",), "--mlx-path": ("out",), "--recipe": ("4bit", "qat"), "--q-bits": ("4",), "--q-group-size": ("64",), "--q-mode": ("affine",),
-        "--dtype": ("bfloat16",), "--scales": ("float32",), "--dequantize": (), "--drafter": ("none", "auto"), "--no-drafter": (), "--drafter-bits": ("4",),
+        "--hf-path": ("copy",), "--mlx-path": ("out",), "--recipe": ("4bit", "qat"), "--q-bits": ("4",),
+        "--q-group-size": ("64",), "--q-mode": ("affine",),
+        "--dtype": ("bfloat16",), "--scales": ("float32",), "--dequantize": (), "--drafter": ("none", "auto"),
+        "--no-drafter": (), "--drafter-bits": ("4",),
         "--media-from": ("model",), "--debug": (),
     },
-    "fit": {"MODEL": ("model",), "--context": ("100",), "--memory": ("16GB",), "--drafter": ("none", "auto"), "--debug": (), "--help": ()},
-    "evaluate": {"MODEL": ("model",), "--data": ("data.jsonl",), "--save-logits": ("out.npz",), "--write-card": (), "--debug": ()},
+    "fit": {"MODEL": ("model",), "--context": ("100",), "--memory": ("16GB",), "--drafter": ("none", "auto"),
+    "--debug": (), "--help": ()},
+    "evaluate": {"MODEL": ("model",), "--data": ("data.jsonl",), "--save-logits": ("out.npz",), "--write-card": (),
+    "--debug": ()},
 }  # fmt: skip
 REQUIRED = {
-    "generate": ["--prompt", "--model", "--max-tokens"], "convert": ["--hf-path", "--mlx-path"], "fit": ["MODEL"], "evaluate": ["MODEL", "--data"],
+    "generate": ["--prompt", "--model", "--max-tokens"], "convert": ["--hf-path", "--mlx-path"], "fit": ["MODEL"],
+    "evaluate": ["MODEL", "--data"],
 }  # fmt: skip
 
 

@@ -12,14 +12,19 @@ from .surface import DEMO, demo
 
 SHARE = 20
 FILES = (
-    "config.json", "config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json", "drafter/config.json",
+    "config.json", "config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json",
+    "drafter/config.json",
     "model.safetensors.index.json",
 )  # fmt: skip
 KEYS: dict[str, dict[str, Any]] = {  # what others write there, and the demo does not
-    "config.json": {"quantization_config": {"quant_method": "gptq"}, "rope_scaling": {"type": "yarn"}, "dtype": "float16", "torch_dtype": "bfloat16"},
-    "generation_config.json": {"min_p": 0.1, "repetition_penalty": 1.0, "max_new_tokens": 5, "stop_strings": ["a"], "top_k": None},
-    "processor_config.json": {"image_token_id": 3, "video_processor": {"fps": 2, "num_frames": 32, "max_soft_tokens": 70}},
-    "tokenizer_config.json": {"chat_template": "x", "additional_special_tokens": ["<a>"], "added_tokens_decoder": {"1": {"content": "a"}}},
+    "config.json": {"quantization_config": {"quant_method": "gptq"}, "rope_scaling": {"type": "yarn"},
+    "dtype": "float16", "torch_dtype": "bfloat16"},
+    "generation_config.json": {"min_p": 0.1, "repetition_penalty": 1.0, "max_new_tokens": 5, "stop_strings": ["a"],
+    "top_k": None},
+    "processor_config.json": {"image_token_id": 3, "video_processor": {"fps": 2, "num_frames": 32,
+    "max_soft_tokens": 70}},
+    "tokenizer_config.json": {"chat_template": "x", "additional_special_tokens": ["<a>"],
+    "added_tokens_decoder": {"1": {"content": "a"}}},
 }  # fmt: skip
 
 prepare = demo

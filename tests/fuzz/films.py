@@ -19,8 +19,10 @@ from .surface import SAMPLES, MediaError, demo_processor
 SHARE = 40
 TIME = re.compile(r"(\d+):(\d\d)")
 FORMS = (
-    ("mp4", "mpeg4"), ("mp4", "libx264"), ("mp4", "libx265"), ("mov", "mjpeg"), ("webm", "libvpx"), ("webm", "libvpx-vp9"),
-    ("matroska", "mpeg4"), ("matroska", "ffv1"), ("avi", "mpeg4"), ("avi", "mjpeg"), ("mpegts", "mpeg2video"), ("flv", "flv"),
+    ("mp4", "mpeg4"), ("mp4", "libx264"), ("mp4", "libx265"), ("mov", "mjpeg"), ("webm", "libvpx"),
+    ("webm", "libvpx-vp9"),
+    ("matroska", "mpeg4"), ("matroska", "ffv1"), ("avi", "mpeg4"), ("avi", "mjpeg"), ("mpegts", "mpeg2video"),
+    ("flv", "flv"),
     ("ogg", "libtheora"), ("gif", "gif"), ("apng", "apng"), ("3gp", "h263"), ("mpeg", "mpeg1video"),
     ("yuv4mpegpipe", "rawvideo"), ("h264", "libx264"), ("ivf", "libvpx"),
 )  # fmt: skip
@@ -73,7 +75,7 @@ def check(value: Any) -> str | None:
     message = {"role": "user", "content": [{"type": "video", "video": value["data"]}]}
     try:
         prompt = processor([message])
-    except Exception as error:  # noqa: BLE001 (judged)
+    except Exception as error:
         check_refusal(error, (MediaError,))
         return "refused"
     must(1 <= len(prompt.media) <= processor.settings.num_frames, "too many frames", len(prompt.media))

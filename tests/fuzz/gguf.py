@@ -31,9 +31,12 @@ def shapes() -> dict[str, tuple[int, ...]]:
         is_full = layer == 5
         head, kv = (128, 1) if is_full else (64, 2)
         own: dict[str, tuple[int, ...]] = {
-            "attn_q": (HEADS * head, HIDDEN), "attn_k": (kv * head, HIDDEN), "attn_v": (kv * head, HIDDEN), "attn_output": (HIDDEN, HEADS * head),
-            "attn_q_norm": (head,), "attn_k_norm": (head,), "attn_norm": (HIDDEN,), "post_attention_norm": (HIDDEN,), "ffn_norm": (HIDDEN,),
-            "post_ffw_norm": (HIDDEN,), "ffn_gate": (MLP, HIDDEN), "ffn_up": (MLP, HIDDEN), "ffn_down": (HIDDEN, MLP), "layer_output_scale": (1,),
+            "attn_q": (HEADS * head, HIDDEN), "attn_k": (kv * head, HIDDEN), "attn_v": (kv * head, HIDDEN),
+            "attn_output": (HIDDEN, HEADS * head),
+            "attn_q_norm": (head,), "attn_k_norm": (head,), "attn_norm": (HIDDEN,), "post_attention_norm": (HIDDEN,),
+            "ffn_norm": (HIDDEN,),
+            "post_ffw_norm": (HIDDEN,), "ffn_gate": (MLP, HIDDEN), "ffn_up": (MLP, HIDDEN), "ffn_down": (HIDDEN, MLP),
+            "layer_output_scale": (1,),
         }  # fmt: skip
         if is_full:
             del own["attn_v"]

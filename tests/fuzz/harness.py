@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.errors import Flaky
 
 from . import inputs
-from .limits import MOST_BYTES, SECONDS, SILENT_SECONDS
 from .judge import plain
+from .limits import MOST_BYTES, SECONDS, SILENT_SECONDS
 from .worker import receive, send
 
 KINDS = (

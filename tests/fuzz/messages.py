@@ -124,7 +124,8 @@ wild = st.fixed_dictionaries(
     {"role": st.one_of(st.sampled_from(["user", "assistant", "tool", "system", "developer", "model"]), values(0))},
     optional={
         "content": contents, "tool_calls": values(2), "reasoning": values(0), "reasoning_content": values(0),
-        "name": values(0), "tool_call_id": values(0), "tool_responses": values(2), "images": values(1), "extra": values(1),
+        "name": values(0), "tool_call_id": values(0), "tool_responses": values(2), "images": values(1),
+        "extra": values(1),
     },
 )  # fmt: skip
 
@@ -139,7 +140,7 @@ def check(value: Any) -> str | None:
     processor = demo_processor()
     try:
         prompt = processor(value["messages"], thinking=value["thinking"])
-    except Exception as error:  # noqa: BLE001 (judged)
+    except Exception as error:
         check_refusal(error, (ValueError,))
         return "refused"
     vocabulary = processor.config.text.vocab_size

@@ -16,7 +16,6 @@ NUMBERS = (
 )  # fmt: skip
 
 
-
 def weighted(*choices: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
     """One of the strategies, each as often as its number says (one_of takes what stands twice for once)."""
     numbers = [index for index, (weight, _) in enumerate(choices) for _ in range(weight)]

@@ -12,8 +12,10 @@ from .texts import CONTROLS
 SHARE = 60
 WRITTEN = (
     "<|channel>thought\n", "<channel|>", "<|tool_call>call:f{", "}<tool_call|>", "<tool_call|>", "<turn|>",
-    '<|"|>', "a:1", ",", "b:[", "]", "{", "}", "(", ")", "call:g", "call:", "true", "0012", "108.", "null", ":", '"x"', "-",
-    "The answer.", "\n", " ", "é", "😀", "thought", "<|tool_response>", "response:f{", "```json\n", "x" * 3000, "[" * 300,
+    '<|"|>', "a:1", ",", "b:[", "]", "{", "}", "(", ")", "call:g", "call:", "true", "0012", "108.", "null", ":",
+    '"x"', "-",
+    "The answer.", "\n", " ", "é", "😀", "thought", "<|tool_response>", "response:f{", "```json\n", "x" * 3000,
+    "[" * 300,
     "{a:" * 300, "1" * 5000, "\\u00e9", "\\", "'",
 )  # fmt: skip
 
@@ -58,7 +60,7 @@ def check(value: Any) -> str | None:
     messages += [{"role": "tool", "tool_call_id": f"call_{n}", "content": "1"} for n in range(len(at_once.tool_calls))]
     try:
         processor([*messages, {"role": "user", "content": "Go on."}])
-    except Exception as error:  # noqa: BLE001 (judged)
+    except Exception as error:
         check_refusal(error, (ValueError,))
         return "refused"  # longer than the context, or half a character
     return None

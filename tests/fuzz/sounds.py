@@ -46,9 +46,12 @@ def seeds() -> list[bytes]:
     ):
         add("WAV", subtype)
     for form, subtype in (
-        ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16"), ("AU", "PCM_16"),
-        ("CAF", "PCM_16"), ("CAF", "ALAC_16"), ("W64", "PCM_16"), ("RF64", "PCM_16"), ("WAVEX", "PCM_16"), ("NIST", "PCM_16"), ("VOC", "PCM_16"),
-        ("SVX", "PCM_16"), ("MAT5", "PCM_16"), ("PAF", "PCM_16"), ("IRCAM", "PCM_16"), ("HTK", "PCM_16"), ("AVR", "PCM_16"),
+        ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+        ("AIFF", "PCM_16"), ("AU", "PCM_16"),
+        ("CAF", "PCM_16"), ("CAF", "ALAC_16"), ("W64", "PCM_16"), ("RF64", "PCM_16"), ("WAVEX", "PCM_16"),
+        ("NIST", "PCM_16"), ("VOC", "PCM_16"),
+        ("SVX", "PCM_16"), ("MAT5", "PCM_16"), ("PAF", "PCM_16"), ("IRCAM", "PCM_16"), ("HTK", "PCM_16"),
+        ("AVR", "PCM_16"),
     ):  # fmt: skip
         if soundfile.check_format(form, subtype):
             add(form, subtype)
@@ -65,8 +68,10 @@ def seeds() -> list[bytes]:
     streamed[4:8] = streamed[40:44] = b"\xff" * 4
     files.append(bytes(streamed))
     for form, codec, rate in (
-        ("mp4", "aac", 44100), ("adts", "aac", 44100), ("webm", "libopus", 48000), ("matroska", "flac", 44100), ("mp4", "alac", 44100),
-        ("matroska", "pcm_s16le", 8000), ("matroska", "ac3", 48000), ("mp4", "mp3", 44100), ("mpegts", "mp2", 48000), ("avi", "pcm_u8", 8000),
+        ("mp4", "aac", 44100), ("adts", "aac", 44100), ("webm", "libopus", 48000), ("matroska", "flac", 44100),
+        ("mp4", "alac", 44100),
+        ("matroska", "pcm_s16le", 8000), ("matroska", "ac3", 48000), ("mp4", "mp3", 44100), ("mpegts", "mp2", 48000),
+        ("avi", "pcm_u8", 8000),
     ):  # fmt: skip
         for layout in LAYOUTS if form != "avi" else ("mono",):
             if codec in ("mp3", "mp2") and layout not in ("mono", "stereo"):
@@ -114,7 +119,7 @@ def check(value: Any) -> str | None:
     message = {"role": "user", "content": [{"type": "audio", "audio": value["data"]}]}
     try:
         prompt = processor([message])
-    except Exception as error:  # noqa: BLE001 (judged)
+    except Exception as error:
         if "the context holds" in str(error):
             return "refused"
         check_refusal(error, (MediaError,))

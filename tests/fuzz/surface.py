@@ -86,7 +86,7 @@ def run_command(name: str, arguments: list[bytes], folder: str, stdin: bytes = b
                 sys.stdout.flush()
             except SystemExit as left:
                 status = left.code if isinstance(left.code, int) else 1 if left.code else 0
-            except BaseException:  # noqa: BLE001 (a fault: seen by what it prints)
+            except BaseException:
                 sys.excepthook(*sys.exc_info())
             finally:
                 sys.stderr.flush()

@@ -11,14 +11,22 @@ from .surface import DEMO, CheckpointError, demo_processor, load_processor
 
 SHARE = 25
 SNIPPETS = (
-    "{% generation %}", "{% endgeneration %}", "{{ messages }}", "{{ messages[0]['content'] }}", "{% for m in messages %}", "{% endfor %}", "{% if tools %}",
-    "{% endif %}", "{{ 1 / 0 }}", "{{ undefined.attribute }}", "{{ raise_exception('a\nb') }}", "{{ strftime_now('%Y') }}", "{{ strftime_now(1) }}",
-    "{% break %}", "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}", "{{ 'a' * 10**9 }}", "{{ range(10**9) | list }}", "{{ messages | tojson }}",
-    "{{ tools | tojson(indent=2) }}", "{{ ''.__class__.__mro__ }}", "{% set x = namespace(a=1) %}", "{{ x.a }}", "{% include 'a' %}", "{% extends 'b' %}",
-    "{% import 'c' as d %}", "{{ bos_token }}", "{{ add_generation_prompt }}", "{{ messages[10**6] }}", "{{ 10**10**7 }}", "{% raw %}", "{{ '\\ud800' }}", "\x00",
-    "{{ messages.append(1) }}", "{{ (1, 2) < 'a' }}", "<|turn>model\n", "<|image|>", "{#", "{{", "%}", "{{ cycler() }}", "{{ lipsum(n=100000) }}", "{% filter upper %}",
-    "{{ '%s' | format }}", "{{ '%999999999d' | format(1) }}", "{{ messages | map('x') | list }}", "{{ 'a' | center(10**9) }}", "{{ messages | sort }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}", "{{ ('a' * 99999) | wordwrap(1) }}", "{{ 1 | int(base=99) }}",
+    "{% generation %}", "{% endgeneration %}", "{{ messages }}", "{{ messages[0]['content'] }}",
+    "{% for m in messages %}", "{% endfor %}", "{% if tools %}",
+    "{% endif %}", "{{ 1 / 0 }}", "{{ undefined.attribute }}", "{{ raise_exception('a\nb') }}",
+    "{{ strftime_now('%Y') }}", "{{ strftime_now(1) }}",
+    "{% break %}", "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}", "{{ 'a' * 10**9 }}",
+    "{{ range(10**9) | list }}", "{{ messages | tojson }}",
+    "{{ tools | tojson(indent=2) }}", "{{ ''.__class__.__mro__ }}", "{% set x = namespace(a=1) %}", "{{ x.a }}",
+    "{% include 'a' %}", "{% extends 'b' %}",
+    "{% import 'c' as d %}", "{{ bos_token }}", "{{ add_generation_prompt }}", "{{ messages[10**6] }}",
+    "{{ 10**10**7 }}", "{% raw %}", "{{ '\\ud800' }}", "\x00",
+    "{{ messages.append(1) }}", "{{ (1, 2) < 'a' }}", "<|turn>model\n", "<|image|>", "{#", "{{", "%}",
+    "{{ cycler() }}", "{{ lipsum(n=100000) }}", "{% filter upper %}",
+    "{{ '%s' | format }}", "{{ '%999999999d' | format(1) }}", "{{ messages | map('x') | list }}",
+    "{{ 'a' | center(10**9) }}", "{{ messages | sort }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+    "{{ ('a' * 99999) | wordwrap(1) }}", "{{ 1 | int(base=99) }}",
 )  # fmt: skip
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <|turn>"}]
 TOOLS = [{"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}]
@@ -61,14 +69,14 @@ def check(value: Any) -> str | None:
     with model_folder({"chat_template.jinja": value["data"]}) as folder:
         try:
             processor = load_processor(folder, demo_processor().config)
-        except Exception as error:  # noqa: BLE001 (judged)
+        except Exception as error:
             check_refusal(error, (CheckpointError,))
             return "refused"
     refused = None
     for tools in (None, TOOLS):
         try:
             processor(MESSAGES, tools=tools)
-        except Exception as error:  # noqa: BLE001 (judged)
+        except Exception as error:
             check_refusal(error, (ValueError,))
             refused = "refused"
     return refused

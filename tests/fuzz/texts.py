@@ -12,9 +12,12 @@ CONTROLS = (
     "<unk>", "<|image>", "<image|>", "<0x0A>", "<unused0>", "<mask>", "<start_of_turn>",
 )  # fmt: skip
 PIECES = (
-    *CONTROLS, *CONTROLS, "<", "|>", "<|", '"', "'", "\\", "{", "}", "[", "]", ":", ",", "\n", "\r\n", "\t", " ", "\x00",
-    "\x1b[31m", "call:f{a:1}", "thought\n", "model\n", "user\n", "{{ messages }}", "{% raw %}", "%s", "é", "e\u0301", "😀",
-    "👩\u200d👩\u200d👧", "\u202e", "\ufeff", "\ufffd", "\ue000", "\uf8ff", "▁", "١٢", "1", "108.", "0012", "-0", "1e400", "null", "true",
+    *CONTROLS, *CONTROLS, "<", "|>", "<|", '"', "'", "\\", "{", "}", "[", "]", ":", ",", "\n", "\r\n", "\t", " ",
+    "\x00",
+    "\x1b[31m", "call:f{a:1}", "thought\n", "model\n", "user\n", "{{ messages }}", "{% raw %}", "%s", "é", "e\u0301",
+    "😀",
+    "👩\u200d👩\u200d👧", "\u202e", "\ufeff", "\ufffd", "\ue000", "\uf8ff", "▁", "١٢", "1", "108.", "0012", "-0",
+    "1e400", "null", "true",
     "the", "How many shapes are there?", "a" * 300,
 )  # fmt: skip
 RARE = ("\ud800", "a" * 20000, "\udfff<|turn>", " " * 5000, "<" * 3000)
@@ -27,7 +30,8 @@ names = st.one_of(st.sampled_from(["f", "get_weather", "a.b", "a-b", "a b", "a:b
 def values(depth: int = 2) -> st.SearchStrategy[Any]:
     """What JSON holds, and what Python's reader also takes."""
     leaves = st.one_of(
-        st.none(), st.booleans(), st.integers(-10, 10), st.integers(-(2**70), 2**70), st.floats(), texts, st.just(10**400),
+        st.none(), st.booleans(), st.integers(-10, 10), st.integers(-(2**70), 2**70), st.floats(), texts,
+        st.just(10**400),
     )  # fmt: skip
     if not depth:
         return leaves

@@ -14,16 +14,24 @@ from .surface import DEMO, CheckpointError, demo_processor, load_processor
 SHARE = 25
 PARTS: tuple[tuple[str, Any], ...] = (  # what other tokenizers have there
     ("normalizer", None), ("normalizer", {"type": "NFKC"}), ("normalizer", {"type": "Lowercase"}),
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}), ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
-    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}), ("pre_tokenizer", {"type": "Whitespace"}),
-    ("decoder", None), ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}), ("post_processor", None), ("added_tokens", []),
-    ("truncation", {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}), ("padding", {"strategy": {"Fixed": 100}}),
-    ("model", {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}), ("model", {"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}),
-    ("model", {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]}), ("model", {"type": "BPE", "vocab": {"a": 5}, "merges": [["a", "b"]]}),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
+    ("pre_tokenizer", {"type": "Whitespace"}),
+    ("decoder", None), ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}), ("post_processor", None),
+    ("added_tokens", []),
+    ("truncation", {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
+    ("padding", {"strategy": {"Fixed": 100}}),
+    ("model", {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}),
+    ("model", {"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}),
+    ("model", {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]}),
+    ("model", {"type": "BPE", "vocab": {"a": 5}, "merges": [["a", "b"]]}),
 )  # fmt: skip
 INSIDE: tuple[tuple[str, Any], ...] = (
-    ("ignore_merges", True), ("byte_fallback", False), ("fuse_unk", True), ("unk_token", None), ("unk_token", "missing"), ("dropout", 0.5), ("dropout", 2),
-    ("merges", []), ("merges", [["a", "zzzzz"]]), ("vocab", {}), ("continuing_subword_prefix", "##"), ("end_of_word_suffix", "</w>"),
+    ("ignore_merges", True), ("byte_fallback", False), ("fuse_unk", True), ("unk_token", None),
+    ("unk_token", "missing"), ("dropout", 0.5), ("dropout", 2),
+    ("merges", []), ("merges", [["a", "zzzzz"]]), ("vocab", {}), ("continuing_subword_prefix", "##"),
+    ("end_of_word_suffix", "</w>"),
 )  # fmt: skip
 TEXT = 'Hello, wörld 😀 <|"|> <turn|>\n\n12'
 
@@ -60,12 +68,12 @@ def check(value: Any) -> str | None:
     with model_folder({"tokenizer.json": value["data"]}) as folder:
         try:
             processor = load_processor(folder, demo_processor().config)
-        except Exception as error:  # noqa: BLE001 (judged)
+        except Exception as error:
             check_refusal(error, (CheckpointError,))
             return "refused"
     try:
         prompt = processor([{"role": "user", "content": TEXT}])
-    except Exception as error:  # noqa: BLE001 (judged)
+    except Exception as error:
         check_refusal(error, (ValueError,))
         return "refused"
     must(max(prompt.token_ids) < processor.config.text.vocab_size, "an id beyond the vocabulary")

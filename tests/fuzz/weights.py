@@ -70,8 +70,10 @@ def strategy() -> st.SearchStrategy[Any]:
     header = st.fixed_dictionaries({"file": st.sampled_from(FILES), "edits": st.lists(edit, min_size=1, max_size=3)})
     raw = st.fixed_dictionaries({"file": st.sampled_from(FILES), "json": json_edits.filter(bool)})
     cuts = st.one_of(
-        st.tuples(st.just("cut"), places), st.tuples(st.just("drop"), places, st.integers(1, 300)), st.tuples(st.just("insert"), places, st.binary(max_size=8)),
-        st.tuples(st.just("number"), st.just(0), st.just("<Q"), st.sampled_from([0, 1, 8, 2**20, 2**31, 2**63, 2**64 - 1])),
+        st.tuples(st.just("cut"), places), st.tuples(st.just("drop"), places, st.integers(1, 300)),
+        st.tuples(st.just("insert"), places, st.binary(max_size=8)),
+        st.tuples(st.just("number"), st.just(0), st.just("<Q"),
+        st.sampled_from([0, 1, 8, 2**20, 2**31, 2**63, 2**64 - 1])),
         st.tuples(st.just("set"), places, st.integers(0, 255)),
     )  # fmt: skip
     bytewise = st.fixed_dictionaries({"file": st.sampled_from(FILES), "damage": st.lists(cuts, min_size=1, max_size=3)})
