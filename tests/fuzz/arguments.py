@@ -1,4 +1,4 @@
-"""Calls of the public functions with odd arguments: a result of the right kind, or one line that says which is wrong."""
+"""Public functions with odd arguments: a result of the right kind, or one line that says which argument is wrong."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -39,16 +39,16 @@ VALUES = (
 values = st.sampled_from(VALUES)
 REQUESTS = ("'Hi'", "[{'role': 'user', 'content': 'Hi'}]", "Prompt([2, 3, 4])")
 ARRAYS = (
-    "np.zeros((N, 6912), np.uint8)", "np.zeros((N, 6911), np.uint8)", "np.zeros((N, 6912))",
-    "np.zeros((N, 640), np.float32)", "np.zeros((N, 640))",
-    "np.full((N, 640), np.nan, np.float32)", "np.zeros((N, 48, 144), np.uint8)", "np.zeros((N,), np.uint8)",
-    "np.zeros((N, 6912), object)",
+    "np.zeros(({n}, 6912), np.uint8)", "np.zeros(({n}, 6911), np.uint8)", "np.zeros(({n}, 6912))",
+    "np.zeros(({n}, 640), np.float32)", "np.zeros(({n}, 640))",
+    "np.full(({n}, 640), np.nan, np.float32)", "np.zeros(({n}, 48, 144), np.uint8)", "np.zeros(({n},), np.uint8)",
+    "np.zeros(({n}, 6912), object)",
 )  # fmt: skip
 POSITIONS = (
-    "None", "np.zeros((N, 2), np.int32)", "np.full((N, 2), 10**6)", "np.full((N, 2), -1)", "np.zeros((N, 2))",
-    "np.zeros((N, 3), np.int32)",
-    "np.full((N, 2), 1119)", "np.full((N, 2), 1120)", "np.zeros((N + 1, 2), np.int32)", "np.full((N, 2), 2**40)",
-    "np.full((N, 2), np.nan)",
+    "None", "np.zeros(({n}, 2), np.int32)", "np.full(({n}, 2), 10**6)", "np.full(({n}, 2), -1)", "np.zeros(({n}, 2))",
+    "np.zeros(({n}, 3), np.int32)",
+    "np.full(({n}, 2), 1119)", "np.full(({n}, 2), 1120)", "np.zeros(({n} + 1, 2), np.int32)", "np.full(({n}, 2), 2**40)",
+    "np.full(({n}, 2), np.nan)",
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def strategy() -> st.SearchStrategy[str]:
     media = st.builds(
         lambda count, kind, at, array, positions: (
             f"Prompt([2] + [{{'image': 1851, 'audio': 1852, 'video': 1855}}.get({kind}, 5)] * {count} + [3], "
-            f"[SoftTokens({kind}, {at}, {array.replace('N', str(count))}, {positions.replace('N', str(count))})])"
+            f"[SoftTokens({kind}, {at}, {array.format(n=count)}, {positions.format(n=count)})])"
         ),
         st.integers(0, 4), st.sampled_from(["'image'", "'audio'", "'video'", "'x'", "None"]),
         st.sampled_from(["1", "0", "-1", "2", "10**6", "1.0"]),

@@ -1,4 +1,4 @@
-"""Whole model folders in which several things are odd at once: files missing, twice, folders, of other folders, damaged."""
+"""Whole model folders in which several things are odd at once: files missing, twice, from elsewhere, damaged."""
 
 import json
 import zlib

@@ -1,4 +1,4 @@
-"""Command lines: an exit status of ours, the answer on standard output, whole lines that are ours on the other; no traceback."""
+"""Command lines: an exit status of ours, on standard error only lines of ours, and no traceback."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Films in every container, of steady and unsteady rates, damaged or odd: frames whose times never go back, or one line."""
+"""Films in every container, of steady and unsteady rates, damaged: frames whose times never go back, or one line."""
 
 import io
 import re

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -268,10 +269,8 @@ def search(
                 target, shrink_until = result.where, time.monotonic() + SHRINK_SECONDS
             raise Found(target)
 
-    try:
+    with suppress(Found, Enough, Flaky):
         trial()
-    except (Found, Enough, Flaky):
-        pass
     if target is not None:
         ended.add(target)
     return tried if target is not None else max(tried, count)  # hypothesis may know that there are no more

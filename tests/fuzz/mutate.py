@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import strategies as st
@@ -118,7 +119,7 @@ def ogg_crc(page: bytes) -> int:
 
 def ogg_repaired(data: bytes) -> bytes:
     starts = [at for at in range(len(data)) if data.startswith(b"OggS", at)] + [len(data)]
-    pages = [data[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+    pages = [data[start:end] for start, end in pairwise(starts)]
     whole = [page[:22] + bytes(4) + page[26:] for page in pages if len(page) >= 27]
     return b"".join(page[:22] + struct.pack("<I", ogg_crc(page)) + page[26:] for page in whole)
 

@@ -1,4 +1,4 @@
-"""Replies, well-formed and not: the parser takes any tokens, alike in one piece and one by one, and what it makes can be sent."""
+"""Replies, well-formed and not: the parser takes any tokens, at once or one by one, and what it makes can be sent."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""A chat template, damaged or somebody's own: it renders, or one line says where it fails."""
+"""A chat template, damaged or somebody's own: it renders, or one line says where it fails.
+
+A template is code, and nothing bounds what code computes: none here takes memory or time on purpose.
+"""
 
 from typing import Any
 
@@ -15,17 +18,16 @@ SNIPPETS = (
     "{% for m in messages %}", "{% endfor %}", "{% if tools %}",
     "{% endif %}", "{{ 1 / 0 }}", "{{ undefined.attribute }}", "{{ raise_exception('a\nb') }}",
     "{{ strftime_now('%Y') }}", "{{ strftime_now(1) }}",
-    "{% break %}", "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}", "{{ 'a' * 10**9 }}",
+    "{% break %}", "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}",
     "{{ range(10**9) | list }}", "{{ messages | tojson }}",
     "{{ tools | tojson(indent=2) }}", "{{ ''.__class__.__mro__ }}", "{% set x = namespace(a=1) %}", "{{ x.a }}",
     "{% include 'a' %}", "{% extends 'b' %}",
     "{% import 'c' as d %}", "{{ bos_token }}", "{{ add_generation_prompt }}", "{{ messages[10**6] }}",
-    "{{ 10**10**7 }}", "{% raw %}", "{{ '\\ud800' }}", "\x00",
+    "{% raw %}", "{{ '\\ud800' }}", "\x00",
     "{{ messages.append(1) }}", "{{ (1, 2) < 'a' }}", "<|turn>model\n", "<|image|>", "{#", "{{", "%}",
     "{{ cycler() }}", "{{ lipsum(n=100000) }}", "{% filter upper %}",
-    "{{ '%s' | format }}", "{{ '%999999999d' | format(1) }}", "{{ messages | map('x') | list }}",
-    "{{ 'a' | center(10**9) }}", "{{ messages | sort }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+    "{{ '%s' | format }}", "{{ messages | map('x') | list }}",
+    "{{ messages | sort }}",
     "{{ ('a' * 99999) | wordwrap(1) }}", "{{ 1 | int(base=99) }}",
 )  # fmt: skip
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello <|turn>"}]
