@@ -25,10 +25,10 @@ from rich.progress import track
 from rich.table import Table
 
 from mlx_gemma4 import Prompt, Sampling, load, stream_generate
+from mlx_gemma4.errors import unbroken
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.reply import Stats
-from mlx_gemma4.source import unbroken
 
 
 def main(

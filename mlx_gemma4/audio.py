@@ -9,7 +9,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from mlx_gemma4.source import MediaError, describe, needs_extra, read_source, unreadable
+from mlx_gemma4.errors import MediaError
+from mlx_gemma4.source import describe, needs_extra, read_source, unreadable
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
 

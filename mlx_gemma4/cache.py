@@ -1,179 +1,272 @@
-"""Keys and values that the layers keep.
+"""Keys and values that the layers keep, and at which positions they are.
 
-While a prompt is read, a layer's store grows by chunks whose positions the host knows (`FullStore`,
-`SlidingStore`). While tokens are generated, everything has a fixed shape, so that a round is traced once: a
-`Cache` is arrays of slots, and a round writes into them at a position which only the device knows (`Slots`).
-Slots are in temporal order and the valid ones are told from the rest by position alone, so that rejected rows
-are forgotten by not counting them.
+One class for each kind of layer, for reading a prompt and for rounds alike. While a prompt is read, the host knows
+where a pass begins: `offset` is an int, and a pass attends to what there is. In a round only the device knows: `offset`
+is an array [B], everything has a fixed shape, so that a round is traced once, and what counts is told by position
+alone. So rejected entries are forgotten by not counting them.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from math import gcd, prod
+from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
-from mlx_gemma4.config import TextConfig
+from mlx_gemma4.config import AttentionConfig, TextConfig
 
-# Slots beyond the window of a sliding layer: every SLACK tokens the window is moved to the front. At 64, the
-# empty slots read and the rows moved are together under a tenth of a window of 1024.
-SLACK = 64
-# A full layer grows by this much or an eighth of its length: fixed shapes read the empty slots too.
-GROWTH = 256
+Offset = int | mx.array  # the position of a pass's first entry
+Arrays = tuple[mx.array, ...]  # each [B, heads, S, …]
 
 
-class Store(Protocol):
-    """What an attention layer needs of a cache."""
+class Packed(NamedTuple):
+    """Quantized entries, as `mx.quantize` makes them."""
 
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Take the rows of this pass, [1, heads, L, head_dim]; give all rows to attend to, [1, heads, S, head_dim]."""
-        ...
-
-    def rows(self) -> tuple[mx.array, mx.array]:
-        """All rows, for layers that add none."""
-        ...
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
 
 
-@dataclass
-class FullStore:
-    """All keys and values so far, in buffers of `capacity` slots."""
+Entry = mx.array | Packed  # [B, heads, S, dims]
 
-    capacity: int
-    length: int = 0
-    keys: Any = None  # mx.array after the first update
-    values: Any = None
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        end = self.length + keys.shape[2]
-        self.keys = self._write(self.keys, keys)
-        self.values = self._write(self.values, values)
-        self.length = end
-        return self.rows()
-
-    def rows(self) -> tuple[mx.array, mx.array]:
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def _write(self, buffer: Any, rows: mx.array) -> mx.array:
-        if buffer is None:
-            buffer = mx.zeros((*rows.shape[:2], self.capacity, rows.shape[3]), rows.dtype)
-        return mx.slice_update(buffer, rows, mx.array(self.length), axes=(2,))
+# Positions that a round may write, the newest token's and its drafts': what a ring has beyond its window, so that
+# rejected ones do not hide committed ones.
+ROUND = 8
+# Slots of full layers come in steps of an eighth, at least this many, so that replies share few traces. Empty ones are
+# read too: 1024 are 0.25 % of what a round of the 12B at 4 bits reads.
+STEP = 1024
+AHEAD = 4096  # of a reply, what is reserved at first
 
 
-@dataclass
-class SlidingStore:
-    """The last `window` keys and values: one more than the next query needs, for a drafter looks from one back."""
-
-    window: int
-    keys: Any = None  # mx.array after the first update
-    values: Any = None
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is not None:
-            keys = mx.concatenate([self.keys, keys], axis=2)
-            values = mx.concatenate([self.values, values], axis=2)
-        # a copy, not a view: a view would keep the whole chunk alive
-        self.keys = mx.contiguous(keys[:, :, -self.window :])
-        self.values = mx.contiguous(values[:, :, -self.window :])
-        # copied before they are attended to: the chunk's own rows would live until its last layer
-        keys, values = mx.depends([keys, values], [self.keys, self.values])
-        return keys, values
-
-    def rows(self) -> tuple[mx.array, mx.array]:
-        return self.keys, self.values
+def slots_of(entry: Entry) -> int:
+    return (entry.weight if isinstance(entry, Packed) else entry).shape[2]
 
 
-@dataclass
-class Slots:
-    """One layer's slots in a round; rows go to `slot`, an int32 array, and all slots are attended to."""
+class LayerCache(Protocol):
+    """What one attention layer keeps."""
 
-    keys: mx.array
-    values: mx.array
-    slot: mx.array
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys = mx.slice_update(self.keys, keys, self.slot, axes=(2,))
-        self.values = mx.slice_update(self.values, values, self.slot, axes=(2,))
-        return self.rows()
-
-    def rows(self) -> tuple[mx.array, mx.array]:
-        return self.keys, self.values
-
-
-class PromptCache:
-    """The stores of all layers while a prompt is read."""
-
-    def __init__(self, config: TextConfig, capacity: int):
-        windows = [config.attention[kind].window for kind in config.layer_types]
-        self.length = 0
-        self.stores: list[FullStore | SlidingStore] = [
-            FullStore(capacity) if window is None else SlidingStore(window) for window in windows
-        ]
-
-    def arrays(self) -> list[mx.array]:
-        return [array for store in self.stores if store.keys is not None for array in store.rows()]
-
-
-class Cache:
-    """Slots of all layers while tokens are generated.
-
-    `start` is the position of slot 0 in the sliding layers. The number of valid positions is not kept here: it
-    lives on the device and is handed from round to round.
-    """
-
-    def __init__(self, prompt: PromptCache, rows: int):
-        """Take over what was read of a prompt, for rounds of at most `rows` rows."""
-        self.rows = rows
-        self.start = 0
-        self.window = 0
-        self.sliding_slots = 0
-        self.layers: list[tuple[mx.array, mx.array]] = []
-        self.is_sliding = [isinstance(store, SlidingStore) for store in prompt.stores]
-        for store in prompt.stores:
-            if store.keys is None:
-                raise ValueError("the cache is empty; expected a prompt that has been read")
-            keys, values = store.keys, store.values
-            if isinstance(store, SlidingStore):
-                # two rounds' rows: the host runs one round behind the device
-                self.window, self.sliding_slots = store.window, store.window + 2 * rows + SLACK
-                self.start = prompt.length - keys.shape[2]
-                missing = self.sliding_slots - keys.shape[2]
-                keys, values = append_empty(keys, missing), append_empty(values, missing)
-            self.layers.append((keys, values))
-            store.keys = store.values = None  # handed over, so that the slots can be written in place
+    arrays: Arrays
 
     @property
-    def slots(self) -> tuple[int, ...]:
-        """Of each layer: a round is compiled for them."""
-        return tuple(keys.shape[2] for keys, _ in self.layers)
+    def entries(self) -> tuple[Entry, ...]:
+        """All slots."""
+        ...
 
-    def reserve(self, least: int, most: int) -> None:
-        """Make room for one more round, of which the host knows that from `least` to `most` positions come before."""
-        end, shift = most + self.rows, 0
-        if any(self.is_sliding) and end - self.start > self.sliding_slots:
-            shift = max(0, least - self.window) - self.start
-            self.start += shift
-        for i, (sliding, (keys, values)) in enumerate(zip(self.is_sliding, self.layers, strict=True)):
-            slots = keys.shape[2]
-            if sliding and shift:
-                self.layers[i] = move_to_front(keys, shift), move_to_front(values, shift)
-            elif not sliding and end > slots:
-                more = max(GROWTH, slots // 8, end - slots)
-                self.layers[i] = append_empty(keys, more), append_empty(values, more)
+    def positions(self, offset: Offset, length: int) -> mx.array:
+        """Where the entries are that a pass of `length` at `offset` attends to, [B or 1, S]."""
+        ...
+
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        """Take the entries of a pass, each [B, heads, L, dims]; give all that it attends to."""
+        ...
 
 
-def capacity_for(length: int, more: int) -> int:
-    """Slots of a full layer for a prompt of `length` tokens and at first `more` generated ones, if those are few.
+def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
+    """Write entries [B, heads, L, dims] into `slots` [B or 1, L]."""
+    where = slots[:, None, :, None]
+    return tuple(mx.put_along_axis(array, where, rows, axis=2) for array, rows in zip(arrays, entries, strict=True))
 
-    A multiple of GROWTH, so that requests of about one length share their compiled rounds.
+
+def steps(offset: mx.array, length: int) -> mx.array:
+    """The positions of a pass, [B, L]."""
+    return offset[:, None] + mx.arange(length)
+
+
+class FullCache:
+    """All entries, in the order of their positions, in `slots` slots.
+
+    A full layer's value is the normed output of k_proj, and its key the same times a weight, of which the first
+    `rotated_dims` are turned. So it keeps three entries: of keys what is turned, of values the rest and what its keys
+    have turned (`attention.py`). With `bits` each is quantized as it comes, and read as it is kept.
     """
-    slots = length + min(more, max(GROWTH, length // 8))
-    return -(-slots // GROWTH) * GROWTH
+
+    def __init__(self, arrays: Arrays, bits: int | None = None):
+        self.arrays, self.bits = arrays, bits
+
+    @property
+    def slots(self) -> int:
+        return self.arrays[0].shape[2]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.seen(self.arrays)
+
+    def seen(self, arrays: Arrays) -> tuple[Entry, ...]:
+        if self.bits is None:
+            return arrays
+        return tuple(
+            Packed(weight, scales, biases, weight.shape[-1] * 32 // self.bits // scales.shape[-1], self.bits)
+            for weight, scales, biases in zip(*[iter(arrays)] * 3, strict=True)
+        )
+
+    def positions(self, offset: Offset, length: int) -> mx.array:
+        return mx.arange(offset + length if isinstance(offset, int) else self.slots)[None]
+
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        length = entries[0].shape[2]
+        if self.bits is not None:
+            group = group_size([rows.shape[-1] for rows in entries])
+            entries = tuple(part for rows in entries for part in mx.quantize(rows, group, self.bits))
+        if not isinstance(offset, int):
+            self.arrays = place(self.arrays, entries, steps(offset, length))
+            return self.entries
+        self.arrays = tuple(
+            mx.slice_update(array, rows, mx.array(offset), axes=(2,))
+            for array, rows in zip(self.arrays, entries, strict=True)
+        )
+        return self.seen(tuple(array[:, :, : offset + length] for array in self.arrays))
+
+    def grow(self, slots: int) -> None:
+        if slots > self.slots:
+            more = [(0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
+            self.arrays = tuple(mx.pad(array, more) for array in self.arrays)
 
 
-def append_empty(rows: mx.array, slots: int) -> mx.array:
-    """[1, heads, S, head_dim] -> [1, heads, S + slots, head_dim]."""
-    return mx.pad(rows, [(0, 0), (0, 0), (0, slots), (0, 0)])
+class SlidingCache:
+    """The last keys and values, in a ring: position p lies in slot p mod slots."""
+
+    def __init__(self, arrays: Arrays):
+        self.arrays = arrays
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.arrays
+
+    @property
+    def slots(self) -> int:
+        return self.arrays[0].shape[2]
+
+    def positions(self, offset: Offset, length: int) -> mx.array:
+        if isinstance(offset, int):
+            chunk = mx.arange(offset, offset + length)
+            return (mx.concatenate([self.ring(mx.array(offset - 1)), chunk]) if offset else chunk)[None]
+        return self.ring(offset[:, None] + length - 1)
+
+    def ring(self, newest: mx.array) -> mx.array:
+        """The positions of all slots, if the newest written is `newest`; negative: never written."""
+        return newest - (newest - mx.arange(self.slots)) % self.slots
+
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        length = entries[0].shape[2]
+        if not isinstance(offset, int):
+            self.arrays = place(self.arrays, entries, steps(offset, length) % self.slots)
+            return self.arrays
+        seen = entries
+        if offset:
+            seen = tuple(mx.concatenate([*pair], axis=2) for pair in zip(self.arrays, entries, strict=True))
+        kept = min(length, self.slots)
+        slots = (mx.arange(offset + length - kept, offset + length) % self.slots)[None]
+        before = self.arrays
+        if offset:  # joined before they are written to, or writing would copy them
+            before = tuple(cast(list[mx.array], mx.depends(list(before), list(seen))))
+        self.arrays = place(before, tuple(rows[:, :, length - kept :] for rows in entries), slots)
+        # written before they are attended to: the chunk's own entries would live until its last layer
+        return tuple(cast(list[mx.array], mx.depends(list(seen), list(self.arrays))))
 
 
-def move_to_front(rows: mx.array, shift: int) -> mx.array:
-    """Drop the first `shift` rows and append as many empty ones."""
-    return append_empty(rows[:, :, shift:], shift)
+def entry_shapes(own: AttentionConfig) -> list[tuple[int, int]]:
+    """(heads, dims) of the entries that a layer keeps."""
+    if own.window is not None:
+        return [(own.num_key_value_heads, own.head_dim)] * 2
+    turned = own.rotated_dims
+    return [(own.num_key_value_heads, dims) for dims in (turned, own.head_dim - turned, turned)]
+
+
+def group_size(dims: Iterable[int]) -> int:
+    """Of quantized entries: numbers that share a scale. ValueError if MLX has no such groups."""
+    shared = gcd(*dims)
+    if shared % 32:
+        raise ValueError(
+            f"the full layers keep entries of {shared} numbers; expected a multiple of 32 to quantize them"
+        )
+    return 64 if shared % 64 == 0 else 32
+
+
+def array_shapes(own: AttentionConfig, dtype: mx.Dtype) -> list[tuple[tuple[int, int], mx.Dtype]]:
+    """(heads, numbers of a position) and type of the arrays that a layer keeps its entries in."""
+    shapes, bits = entry_shapes(own), own.kv_bits
+    if bits is None:
+        return [(shape, dtype) for shape in shapes]
+    group = group_size(dims for _, dims in shapes)
+    return [
+        array
+        for heads, dims in shapes
+        for array in [((heads, dims * bits // 32), mx.uint32)] + [((heads, dims // group), dtype)] * 2
+    ]
+
+
+def sliding_slots(window: int) -> int:
+    return window + ROUND
+
+
+def capacity(positions: int) -> int:
+    """Slots of a full layer that is to hold so many positions: one of few sizes."""
+    step = max(STEP, 2 ** (positions.bit_length() - 4))
+    return -(-positions // step) * step
+
+
+def entry_bytes(text: TextConfig, kind: str, item_bytes: int) -> int:
+    """What one position takes in all layers of a kind, with numbers of so many bytes where they are not packed."""
+    arrays = array_shapes(text.attention[kind], mx.bfloat16)
+    sizes = [prod(shape) * (item_bytes if own == mx.bfloat16 else own.size) for shape, own in arrays]
+    return text.layer_types.count(kind) * sum(sizes)
+
+
+def empty_cache(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> FullCache | SlidingCache:
+    """Of one layer, for one request."""
+    shapes = array_shapes(own, dtype)
+    return cache_of(own, tuple(mx.zeros((1, heads, slots, dims), type_) for (heads, dims), type_ in shapes))
+
+
+def cache_of(own: AttentionConfig, arrays: Arrays) -> FullCache | SlidingCache:
+    return FullCache(arrays, own.kv_bits) if own.window is None else SlidingCache(arrays)
+
+
+class Caches:
+    """What all layers keep of one request, or of B that go together."""
+
+    def __init__(self, layers: list[FullCache | SlidingCache], kinds: Sequence[str], length: int = 0):
+        self.layers = layers
+        self.kinds = tuple(kinds)
+        self.length = length  # positions read; in rounds the device knows more
+
+    @classmethod
+    def empty(cls, text: TextConfig, dtype: mx.Dtype, slots: int) -> "Caches":
+        """For one request, with so many slots in full layers."""
+        attention = [text.attention[kind] for kind in text.layer_types]
+        counts = [slots if own.window is None else sliding_slots(own.window) for own in attention]
+        layers = [empty_cache(own, dtype, count) for own, count in zip(attention, counts, strict=True)]
+        return cls(layers, text.layer_types)
+
+    @property
+    def last(self) -> dict[str, FullCache | SlidingCache]:
+        """The last layer of each kind, which a drafter reads."""
+        return dict(zip(self.kinds, self.layers, strict=True))
+
+    @property
+    def arrays(self) -> list[Arrays]:
+        return [layer.arrays for layer in self.layers]
+
+    @property
+    def slots(self) -> int:
+        """Of full layers: what a round is compiled for; 0 if there are none."""
+        return next((layer.slots for layer in self.layers if isinstance(layer, FullCache)), 0)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for so many in full layers."""
+        if positions > self.slots:
+            for layer in self.layers:
+                if isinstance(layer, FullCache):
+                    layer.grow(capacity(positions))
+
+    def take(self, arrays: list[Arrays]) -> None:
+        """Go on with what a round has made of the arrays."""
+        for layer, own in zip(self.layers, arrays, strict=True):
+            layer.arrays = own
+
+
+def traced(arrays: list[Arrays], text: TextConfig) -> Caches:
+    """Caches over the arrays of a trace."""
+    pairs = zip(text.layer_types, arrays, strict=True)
+    return Caches([cache_of(text.attention[kind], own) for kind, own in pairs], text.layer_types)

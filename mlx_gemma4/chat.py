@@ -17,8 +17,8 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mlx_gemma4.errors import unbroken
 from mlx_gemma4.messages import Message
-from mlx_gemma4.source import unbroken
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # the Unicode standard, 23.5
 

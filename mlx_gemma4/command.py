@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Annotated
@@ -10,11 +9,12 @@ from typing import Annotated
 import typer
 
 from mlx_gemma4.controller import check_draft_length
-from mlx_gemma4.generation import Reading, generation_events, make_prompt
+from mlx_gemma4.generation import Reading, generation_events
 from mlx_gemma4.memory import check_memory
 from mlx_gemma4.messages import Message, media_parts, request_messages
 from mlx_gemma4.processor import load_processor
 from mlx_gemma4.reply import Piece, Stats
+from mlx_gemma4.request import Options, Request
 from mlx_gemma4.sampling import Sampling
 from mlx_gemma4.source import local_path
 from mlx_gemma4.terminal import (
@@ -84,10 +84,9 @@ def generate(
         choice = find_drafter(model, folder, None if drafter == "none" else drafter)
     checkpoint = open_checkpoint(folder, choice)
     processor = load_processor(checkpoint.folder, checkpoint.config)
-    started = time.perf_counter()
-    request = make_prompt(processor, messages, (), (), (), None, None, thinking, image_budget)
-    prepared = time.perf_counter() - started
-    events = generation_events(checkpoint.model, processor, request, max_tokens, sampling, length, prepared)
+    request, prepared = Request(content=messages, thinking=thinking, image_budget=image_budget).timed_prompt(processor)
+    options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=length)
+    events = generation_events(checkpoint.model, processor, request, options, prepared)
     check_memory(checkpoint.footprint, len(request), max_tokens)
     load_shown(checkpoint)
     print_reply(events)

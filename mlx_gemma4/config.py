@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_gemma4.errors import CheckpointError
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Values that would change the maths and are not implemented: anything else is refused, an absent key is fine.
@@ -26,10 +28,6 @@ ROPE_TYPES = {SLIDING: "default", FULL: "proportional"}
 Parsed = TypeVar("Parsed")
 
 
-class CheckpointError(ValueError):
-    """A model folder that is incomplete, damaged or of another kind; the message is one line for its user."""
-
-
 @dataclass(frozen=True)
 class AttentionConfig:
     """The shape of one kind of attention layer."""
@@ -39,6 +37,7 @@ class AttentionConfig:
     rope_theta: float
     rotated_dims: int  # of head_dim; the rest pass through RoPE unturned
     window: int | None  # keys in sight, the query's own included; None: all before it
+    kv_bits: int | None = None  # of what a full layer keeps; None: as it computes
 
 
 @dataclass(frozen=True)

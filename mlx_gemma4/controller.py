@@ -1,5 +1,6 @@
 """How many tokens to draft: as many as the rounds measured so far say pays, none if drafting does not."""
 
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -156,3 +157,33 @@ class Controller:
 def quartile(times: Collection[float]) -> float:
     """The lower one: what disturbs a round only ever makes it slower."""
     return sorted(times)[len(times) // 4]
+
+
+class RoundClock:
+    """Seconds a round, from one read to the next: the device works on without a gap, if nobody makes it wait.
+
+    MLX bounds how far it runs ahead, so between two reads the device does parts of two rounds. Only if they draft
+    alike, and neither a trace nor the caller took longer than the device, is the time that of one round.
+    """
+
+    def __init__(self) -> None:
+        self.last_read: float | None = None
+        self.outside = 0.0  # of the time since then, how long the caller kept the tokens
+        self.lengths: list[int] = []  # of the last two rounds launched
+        self.traced = False
+
+    def launched(self, length: int, is_new: bool) -> None:
+        self.lengths = [*self.lengths[-1:], length]
+        self.traced = is_new
+
+    def read(self) -> float | None:
+        """Seconds since the last read, None if they say nothing."""
+        now = time.perf_counter()
+        seconds = None if self.last_read is None else now - self.last_read
+        alike = len(set(self.lengths)) == 1 and not self.traced
+        self.last_read = now
+        return seconds if alike and seconds is not None and self.outside < seconds / 2 else None
+
+    def resumed(self) -> None:
+        if self.last_read is not None:
+            self.outside = time.perf_counter() - self.last_read

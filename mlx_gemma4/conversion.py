@@ -14,8 +14,9 @@ from mlx import nn
 
 from mlx_gemma4 import lattice
 from mlx_gemma4.card import Figures
-from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
+from mlx_gemma4.config import ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.gguf import Q4_0, GGUFTensor, list_media, list_text
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
@@ -25,14 +26,10 @@ from mlx_gemma4.shards import (
     Rows,
     ShardWriter,
     block_ranges,
-    element_count,
-    nbytes,
-    stored_tensors,
 )
+from mlx_gemma4.tensors import TEXT, Tensor, conversion_name, element_count, list_tensors, nbytes
 from mlx_gemma4.weights import (
-    Tensor,
     check_tensors,
-    list_tensors,
     parameters,
     quantization_by_path,
     quantize_empty,
@@ -52,7 +49,6 @@ COPIED = (
 )
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 GGUF_DTYPE = mx.bfloat16  # of what GGUF files hold as float32: it was bfloat16
-TEXT = "language_model."
 PROBED_ROWS = 4  # of a matrix, to see whether it may lie on a lattice
 CACHE_BYTES = 2**28  # freed memory that MLX may keep for the next block
 LATTICE_REPORT = "lattice.tsv"
@@ -137,12 +133,6 @@ class Outcome:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def conversion_name(path: str) -> str:
-    """A path in the model -> the name that MLX conversions give it; `module_path` goes back."""
-    rest = path.removeprefix(TEXT)
-    return path if rest == path else f"{TEXT}model.{rest}"
-
-
 def open_target(folder: Path) -> Source:
     """Look through a model folder; CheckpointError if anything is missing or wrong."""
     config = read_config(folder)
@@ -169,7 +159,9 @@ def open_source(
     quantization = quantization_by_path(config, "")
     quantize_empty(model, tensors, quantization)
     check_tensors(model, tensors)
-    stored = stored_tensors({path: tensors[path] for path in parameters(model)})
+    expected = parameters(model)
+    stored = dict(sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)))
+    stored = {path: tensor for path, tensor in stored.items() if path in expected}
     dtype = stored[min(path for path in stored if path.endswith("norm.weight"))].dtype
     rows: dict[str, Rows] = {}
     for path, tensor in stored.items():
@@ -192,8 +184,7 @@ def open_gguf(file: Path, media: Path | None, folder: Path) -> Source:
     else:
         others = {path: own for path, own in open_target(folder).tensors.items() if not path.startswith(TEXT)}
     tensors = list_text(file, GGUF_DTYPE) | others
-    sizes = {path: Tensor(own.name, file, own.shape, nbytes(own.shape, own.dtype)) for path, own in tensors.items()}
-    config = without_missing_parts(config, sizes)
+    config = without_missing_parts(config, tensors)
     expected = {path: array.shape for path, array in parameters(Model(config)).items()}
     for path, shape in expected.items():
         if path not in tensors:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.card import BASE_MODEL, write_card
-from mlx_gemma4.config import CheckpointError, ModelConfig
+from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.conversion import (
     DTYPES,
     LATTICE_REPORT,
@@ -26,6 +26,7 @@ from mlx_gemma4.conversion import (
     open_target,
     write_model,
 )
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.terminal import Debug, SizeBar, ctrl_c_at_once, run, whole_number
 from mlx_gemma4.weights import DEMO, find_drafter, find_folder

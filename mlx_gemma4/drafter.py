@@ -8,18 +8,20 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlx_gemma4.cache import Store
+from mlx_gemma4.attention import QueryAttention
+from mlx_gemma4.cache import LayerCache
 from mlx_gemma4.config import (
     FULL,
     SLIDING,
-    CheckpointError,
     Quantization,
     TextConfig,
     parse_quantization,
     parse_text,
     read_checked,
 )
-from mlx_gemma4.decoder import Layer, QueryAttention
+from mlx_gemma4.decoder import Layer
+from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.mask import Mask
 
 MODEL_TYPE = "gemma4_unified_assistant"
 
@@ -81,19 +83,19 @@ class Drafter(nn.Module):
         self.post_projection = nn.Linear(text.hidden_size, config.backbone_hidden_size, bias=False)
 
     def __call__(
-        self, embedding: mx.array, hidden: mx.array, last: mx.array, masks: Mapping[str, mx.array],
-        stores: Mapping[str, Store],
+        self, embedding: mx.array, hidden: mx.array, last: mx.array, masks: Mapping[str, Mask],
+        caches: Mapping[str, LayerCache],
     ) -> tuple[mx.array, mx.array]:  # fmt: skip
         """Propose one token more.
 
         embedding [1, 1, D]: the target's, scaled, of the newest token or the last proposal. hidden [1, 1, D]: the
         target's at position `last`, the last committed one, after its final norm; then what this returned.
-        masks and stores by kind of layer: the target's last layer of that kind, committed positions only.
+        masks and caches by kind of layer: the target's last layer of that kind, committed positions only.
         Returns logits [1, 1, vocab], float32, and the hidden of the next proposal.
         """
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         for layer in self.layers:
             # transformers counts one position more; vLLM, Ollama and mlx-vlm stay at that of the hidden, as here
-            h = layer(h, last, masks[layer.kind], stores[layer.kind])
+            h = layer(h, last, masks[layer.kind], caches[layer.kind])
         h = self.norm(h)
         return self.embed_tokens.as_linear(h).astype(mx.float32), self.post_projection(h)

@@ -18,7 +18,6 @@ from mlx_gemma4.quality import (
     Exchange,
     Quality,
     Read,
-    Values,
     compare,
     distributions,
     encode,
@@ -27,8 +26,9 @@ from mlx_gemma4.quality import (
     load_drafter,
     read_exchanges,
 )
+from mlx_gemma4.tensors import list_tensors
 from mlx_gemma4.terminal import Bar, Debug, ctrl_c_at_once, run, whole_above_0
-from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, list_tensors, look_through
+from mlx_gemma4.weights import Checkpoint, find_drafter, find_folder, look_through
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
 SAVED = ".safetensors"
@@ -166,21 +166,20 @@ def check_same(subject: Subject, reference: Subject | Distributions) -> None:
 
 
 def read_reference(reference: Subject) -> Distributions:
-    reads = read_shown(reference, Values(reference.checkpoint))
+    reads = read_shown(reference)
     return distributions(reference.checkpoint.model, reference.exchanges, reads)
 
 
 def measure(subject: Subject, known: Distributions) -> Quality:
     """A model against what is known of the reference."""
-    values = Values(subject.checkpoint)
-    reads = read_shown(subject, values)
-    load_drafter(subject.checkpoint, values)
+    reads = read_shown(subject)
+    load_drafter(subject.checkpoint, reads[0])
     return compare(known, subject.checkpoint.model, subject.exchanges, reads)
 
 
-def read_shown(subject: Subject, values: Values) -> list[Read]:
+def read_shown(subject: Subject) -> list[Read]:
     with Bar(f"Reading {subject.checkpoint.folder.name}") as bar:
-        return read_exchanges(subject.checkpoint, values, subject.exchanges, bar.show)
+        return read_exchanges(subject.checkpoint, subject.exchanges, bar.show)
 
 
 # --- what is written ---------------------------------------------------------------------------

@@ -13,20 +13,9 @@ from mlx_gemma4.config import Quantization
 from mlx_gemma4.memory import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.model import Model
 from mlx_gemma4.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
+from mlx_gemma4.tensors import INDEX, Tensor, from_header, indexed_files, list_tensors, module_path
 from mlx_gemma4.terminal import FAILED, Debug, ctrl_c_at_once, run, size_text, whole_above_0
-from mlx_gemma4.weights import (
-    DEFAULT_MODEL,
-    INDEX,
-    Checkpoint,
-    Tensor,
-    find_drafter,
-    find_folder,
-    indexed_files,
-    list_tensors,
-    look_through,
-    module_path,
-    parameters,
-)
+from mlx_gemma4.weights import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
 
 # The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
 # issues 1826, 1870, 2011 and 3213). Newer systems allow some more.
@@ -167,9 +156,9 @@ def remote_tensors(snapshot: Path, hub_id: str, inside: str) -> dict[str, Tensor
     from mlx_gemma4.hub import read_header
 
     return {
-        module_path(name): Tensor(name, file, shape, nbytes)
+        module_path(tensor.name): tensor
         for file in files
-        for name, shape, nbytes in read_header(hub_id, inside + file.name)
+        for tensor in from_header(file, read_header(hub_id, inside + file.name), 0)
     }
 
 

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.lattice import Lattice, keep_lattice
-from mlx_gemma4.shards import Rows, Shape, read_raw
+from mlx_gemma4.shards import Rows
+from mlx_gemma4.tensors import Shape, element_count, read_bytes
 
 ARCHITECTURE, MEDIA_ARCHITECTURE = "gemma4", "clip"
 STRING, ARRAY = 8, 9
@@ -102,12 +103,12 @@ class GGUFTensor:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         size = self.nbytes // self.shape[0]
-        return read_raw(self.file, np.dtype("u1"), self.offset + start * size, ((stop - start) * size,))
+        return np.asarray(read_bytes(self.file, self.offset + start * size, stop - start, size))
 
     @property
     def nbytes(self) -> int:
         values, size = BLOCKS[self.kind]
-        return int(np.prod(self.shape, dtype=np.int64)) // values * size
+        return element_count(self.shape) // values * size
 
 
 @dataclass(frozen=True)

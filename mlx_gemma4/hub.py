@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils.logging import set_verbosity_error
 
-from mlx_gemma4.config import CheckpointError
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.source import TRY_AGAIN
 
 # What this package reads; a repository's other formats, folders and pictures stay where they are. Whole names where
@@ -68,8 +69,8 @@ def download(hub_id: str, patterns: Sequence[str] = PATTERNS) -> Path:
         return cached(hub_id, patterns, error)
 
 
-def read_header(hub_id: str, name: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and bytes of each tensor in a safetensors file of a repository, from its first kilobytes.
+def read_header(hub_id: str, name: str) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file of a repository, from its first kilobytes: dtype, shape, data_offsets by name.
 
     CheckpointError if it is not there or damaged, ConnectionError if the hub cannot be reached or fails.
     """
@@ -83,10 +84,7 @@ def read_header(hub_id: str, name: str) -> list[tuple[str, tuple[int, ...], int]
         raise ConnectionError(
             f"{name} of {hub_id} is not on this machine and cannot be read: {reason(error)}"
         ) from None
-    return [
-        (tensor, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
-        for tensor, info in found.tensors.items()
-    ]
+    return {tensor: vars(info) for tensor, info in found.tensors.items()}
 
 
 def partners(hub_id: str) -> list[str]:

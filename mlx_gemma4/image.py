@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mlx_gemma4.source import MediaError, describe, needs_extra, read_source, unreadable
+from mlx_gemma4.errors import MediaError
+from mlx_gemma4.source import describe, needs_extra, read_source, unreadable
 
 ImageSource = str | Path | bytes | Image.Image
 

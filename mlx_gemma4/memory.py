@@ -12,10 +12,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_gemma4.cache import GROWTH, SLACK, capacity_for
+from mlx_gemma4.attention import MAX_SCORE_BYTES
+from mlx_gemma4.cache import AHEAD, ROUND, capacity, entry_bytes, sliding_slots
 from mlx_gemma4.config import FULL, SLIDING, TextConfig
 from mlx_gemma4.controller import MAX_DRAFTS
-from mlx_gemma4.decoder import MAX_SCORE_BYTES
 from mlx_gemma4.model import CHUNK
 
 # MLX hands over about one layer's operations ahead of the device (10 tasks of 10 on a CPU, 10 command buffers of 50 MB
@@ -26,6 +26,7 @@ FLOAT32_MLP_ARRAYS, FLOAT32_HEAD_ARRAYS = 2.5, 4  # the former only where the ch
 # Scores come in passes of at most MAX_SCORE_BYTES: so many while those arrays are still there, and so many handed over
 # at once later, beside queries and results.
 FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 7, 2
+SHORT_REPLY = 256  # tokens that must fit for a request to be taken: most replies end long before their limit
 LOGIT_ARRAYS = 7  # of each row of a round: the sampler's filters, p, q and what is left of them
 
 
@@ -54,9 +55,7 @@ class Footprint:
 
     def row_bytes(self, kind: str) -> int:
         """Keys and values of one position in all layers of a kind."""
-        own = self.text.attention[kind]
-        layers = self.text.layer_types.count(kind)
-        return 2 * layers * own.num_key_value_heads * own.head_dim * self.item_bytes
+        return entry_bytes(self.text, kind, self.item_bytes)
 
 
 def footprint(text: TextConfig, arrays: Mapping[str, Sized]) -> Footprint:
@@ -93,13 +92,12 @@ def predict(model: Footprint, prompt_tokens: int, reply_tokens: int) -> Predicti
     Pieces of media count by their tokens; what they are computed from is little beside it.
     """
     text, rows = model.text, model.drafts + 1
-    at_first = capacity_for(prompt_tokens, reply_tokens)
-    # with drafts, the host reserves slots for two rounds that may be accepted whole
-    slots, outgrown = grown(at_first, prompt_tokens + reply_tokens + (2 * rows if model.drafts else -1))
-    sliding = model.row_bytes(SLIDING) * (text.sliding_window + 2 * rows + SLACK)
+    at_first = capacity(prompt_tokens + min(reply_tokens, AHEAD) + ROUND)
+    slots = max(at_first, capacity(prompt_tokens + reply_tokens + (2 * ROUND if model.drafts else ROUND)))
+    sliding = model.row_bytes(SLIDING) * sliding_slots(text.sliding_window)
     full = model.row_bytes(FULL) * slots
-    # one layer at a time is copied, when it grows or its window moves
-    copied = max(outgrown * model.row_bytes(FULL) / layers(text, FULL), sliding / layers(text, SLIDING))
+    # a layer that grows is there twice, and while it is written a sliding one
+    copied = full / layers(text, FULL) if slots > at_first else 0
     writing = sliding + full + copied + LOGIT_ARRAYS * rows * text.vocab_size * 4
     reading = model.row_bytes(FULL) * at_first + max(
         reading_bytes(model, *chunk) for chunk in last_chunks(prompt_tokens)
@@ -122,17 +120,9 @@ def last_chunks(prompt_tokens: int) -> Iterator[tuple[int, int]]:
         yield whole, prompt_tokens
 
 
-def grown(slots: int, needed: int) -> tuple[int, int]:
-    """The slots of a full layer after it has grown to at least `needed`, as `Cache.reserve` grows it; and before."""
-    before = 0
-    while slots < needed:
-        before, slots = slots, slots + max(GROWTH, slots // 8)
-    return slots, before
-
-
 def reading_bytes(model: Footprint, start: int, end: int) -> float:
     """Sliding caches and workspace while the chunk start … end of a prompt is read."""
-    cached = model.row_bytes(SLIDING) * min(model.text.sliding_window, end)
+    cached = model.row_bytes(SLIDING) * sliding_slots(model.text.sliding_window)
     return cached + max(layer_bytes(model, kind, start, end) for kind in (FULL, SLIDING))
 
 
@@ -140,7 +130,7 @@ def layer_bytes(model: Footprint, kind: str, start: int, end: int) -> float:
     """What a layer makes of the chunk start … end."""
     text, own, item = model.text, model.text.attention[kind], model.item_bytes
     rows, window = end - start, own.window
-    keys = end if window is None else min(window, start) + rows
+    keys = end if window is None else (sliding_slots(window) if start else 0) + rows
     heads = text.num_attention_heads + (1 if window is None else 2) * own.num_key_value_heads
     scores = rows * text.num_attention_heads * keys * item
     head = HEAD_ARRAYS * item + FLOAT32_HEAD_ARRAYS * 4
@@ -171,7 +161,7 @@ def memory_limit() -> int:
 
 def check_memory(model: Footprint, prompt_tokens: int = 1, reply_tokens: int = 1) -> None:
     """MemoryError if this machine cannot hold the model, read the prompt and begin the reply."""
-    room, reply = memory_limit(), min(reply_tokens, GROWTH)  # a reply may end long before its limit
+    room, reply = memory_limit(), min(reply_tokens, SHORT_REPLY)  # a reply may end long before its limit
     needed = predict(model, prompt_tokens, reply).peak
     if needed <= room:
         return

@@ -3,10 +3,11 @@
 import base64
 import binascii
 import json
-import reprlib
 from collections.abc import Sequence
 from itertools import chain, takewhile
 from typing import Any
+
+from mlx_gemma4.errors import a, article, shown
 
 Message = dict[str, Any]  # checked: role and content, content a string or parts
 Part = dict[str, Any]  # checked: {"type": "text", "text": str} or {"type": kind, kind: source}
@@ -261,19 +262,6 @@ def strip_thinking(text: str) -> str:
 
 def is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
-
-
-def article(noun: str) -> str:
-    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"
-
-
-def a(value: Any) -> str:
-    return "None" if value is None else article(type(value).__name__)
-
-
-def shown(value: Any) -> str:
-    """A value for a message of one line."""
-    return reprlib.repr(value)
 
 
 def media_parts(messages: list[Message]) -> list[Part]:

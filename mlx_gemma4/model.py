@@ -1,34 +1,22 @@
 """The whole model: a prompt in, hidden states and logits out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.cache import PromptCache
-from mlx_gemma4.config import FULL, SLIDING, GenerationConfig, ModelConfig
-from mlx_gemma4.controller import Controller
+from mlx_gemma4.cache import Caches, Offset, capacity
+from mlx_gemma4.config import FULL, ModelConfig
 from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder
-from mlx_gemma4.mask import attention_mask
+from mlx_gemma4.mask import Mask, causal_mask, whole_mask
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_vocabulary
-from mlx_gemma4.sampling import Sampler, Sampling
 
 # Tokens read at once: enough to keep the multipliers busy, few enough for activations of tens of MB.
 CHUNK = 512
-
-
-@dataclass
-class Learnt:
-    """What one request leaves for the next: no part of it changes an answer."""
-
-    controller: Controller = field(default_factory=Controller)
-    # compiled, see speculate.py; by sampling, draft length and the caches' slots
-    rounds: dict[tuple[GenerationConfig, int, tuple[int, ...]], Any] = field(default_factory=dict)
 
 
 class Model(nn.Module):
@@ -38,7 +26,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.drafter: Drafter | None = None
-        self.learnt = Learnt()
+        self.engine: Any = None  # what decoding keeps of this model from one request to the next
         self.language_model = Decoder(config.text)
         if config.vision is not None:
             self.vision_embedder = VisionEmbedder(config.vision)
@@ -56,8 +44,7 @@ class Model(nn.Module):
         ValueError for an id beyond the vocabulary.
         """
         check_vocabulary(prompt, self.config)
-        cache = PromptCache(self.config.text, len(prompt.token_ids))
-        hidden = mx.concatenate(list(self.read(prompt, cache)), axis=1)
+        hidden = mx.concatenate(list(self.read(prompt, self.caches(len(prompt)))), axis=1)
         return self.language_model.head(hidden)
 
     def draft(self, prompt: Prompt, length: int) -> list[int]:
@@ -74,33 +61,51 @@ class Model(nn.Module):
             raise ValueError(f"the length of the draft is {length}; expected 1 or more")
         check_vocabulary(prompt, self.config)
         committed = Prompt(prompt.token_ids[:-1], prompt.media)
-        cache = PromptCache(self.config.text, len(committed))
-        for hidden in self.read(committed, cache):  # noqa: B007
+        caches = self.caches(len(committed))
+        for hidden in self.read(committed, caches):  # noqa: B007
             pass
-        stores = dict(zip(self.config.text.layer_types, cache.stores, strict=True))  # the last of each kind
-        masks = {kind: mx.ones((1, store.rows()[0].shape[2]), mx.bool_) for kind, store in stores.items()}
-        sampler = Sampler(Sampling(temperature=0), self.config.generation, self.config.text.vocab_size)
+        suppressed = mx.array(self.config.generation.suppress_tokens, mx.int32)
         token, hidden, proposals = mx.array(prompt.token_ids[-1:]), hidden[:, -1:], []
+        last = mx.array([len(committed) - 1])
+        masks = self.masks(caches, last, 1)
         for _ in range(length):
-            embedding = self.language_model.embed(token[None])
-            logits, hidden = self.drafter(embedding, hidden, mx.array(len(committed) - 1), masks, stores)
-            token = sampler.draw(sampler.probabilities(logits[0]), mx.random.key(0))
+            logits, hidden = self.drafter(self.language_model.embed(token[None]), hidden, last, masks, caches.last)
+            token = mx.put_along_axis(logits[0], suppressed[None], mx.array(-mx.inf), axis=-1).argmax(axis=-1)
             proposals.append(token)
         return cast(list[int], mx.concatenate(proposals).tolist())
 
-    def read(self, prompt: Prompt, cache: PromptCache, chunk: int = CHUNK) -> Iterator[mx.array]:
-        """Read a prompt into an empty cache, chunk by chunk; yields each chunk's hidden states, [1, l, hidden].
+    def caches(self, positions: int) -> Caches:
+        """Empty ones for one request, with room for so many positions."""
+        return Caches.empty(self.config.text, self.language_model.dtype, capacity(positions))
+
+    def read(self, prompt: Prompt, caches: Caches, chunk: int = CHUNK) -> Iterator[mx.array]:
+        """Read what the caches do not hold of a prompt, chunk by chunk; yields their hidden states, [1, l, hidden].
 
         A chunk never ends inside an image block, whose tokens see each other; beyond that its size changes nothing.
         """
-        for start, end in chunks(prompt, chunk):
-            offset = mx.array(start)
-            masks = self.prompt_masks(prompt, start, end)
-            hidden = self.language_model(self.embed(prompt, start, end), offset, masks, cache.stores)
-            cache.length = end
-            mx.eval(hidden, cache.arrays())
+        for start, end in chunks(prompt, caches.length, chunk):
+            masks = self.masks(caches, start, end - start, mx.array(image_blocks(prompt, start, end)))
+            hidden = self.language_model(self.embed(prompt, start, end), start, masks, caches.layers)
+            caches.length = end
+            mx.eval(hidden, caches.arrays)
             mx.clear_cache()
             yield hidden
+
+    def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:
+        """What a pass of `length` positions at `offset` sees, by kind of layer. blocks [length]: of images."""
+        if isinstance(offset, int):
+            queries = mx.arange(offset, offset + length)[None]
+        else:
+            queries = offset[:, None] + mx.arange(length)
+        masks: dict[str, Mask] = {}
+        for kind, cache in caches.last.items():
+            keys = cache.positions(offset, length)
+            if kind == FULL and isinstance(offset, int):
+                masks[kind] = causal_mask(queries, keys)
+            else:
+                own = self.config.text.attention[kind].window
+                masks[kind] = whole_mask(queries, keys, own, None if own is None else blocks)
+        return masks
 
     def embed(self, prompt: Prompt, start: int, end: int) -> mx.array:
         """Embeddings of token_ids[start:end], soft tokens in their places, [1, end - start, hidden]."""
@@ -119,23 +124,11 @@ class Model(nn.Module):
             return self.embed_audio(values.astype(self.language_model.dtype))
         return self.embed_vision(self.vision_embedder(values, mx.array(run.positions[first:last])))
 
-    def prompt_masks(self, prompt: Prompt, start: int, end: int) -> dict[str, mx.array]:
-        """The mask of each kind of layer for the chunk start … end and the keys that its stores give."""
-        window = self.config.text.sliding_window
-        oldest = start - min(start, window)
-        blocks = mx.array(image_blocks(prompt, start, end))
-        # keys before the chunk are in no block of it, for a chunk never splits one
-        key_blocks = mx.concatenate([mx.full((start - oldest,), -1, blocks.dtype), blocks])
-        queries = mx.arange(start, end)
-        return {
-            FULL: attention_mask(queries, mx.arange(end), None),
-            SLIDING: attention_mask(queries, mx.arange(oldest, end), window, blocks, key_blocks),
-        }
 
-
-def chunks(prompt: Prompt, size: int) -> Iterator[tuple[int, int]]:
-    """Where to cut a prompt: (start, end) of at most `size` tokens, or of one whole image block if that is longer."""
-    length, start = len(prompt.token_ids), 0
+def chunks(prompt: Prompt, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where to cut a prompt from `start` on: (start, end) of at most `size` tokens, or of one whole image block if that
+    is longer."""
+    length = len(prompt)
     blocks = [run for run in prompt.media if run.positions is not None]
     while start < length:
         end = min(start + size, length)

@@ -13,10 +13,10 @@ from jinja2 import Template, TemplateSyntaxError
 from tokenizers import AddedToken, Tokenizer
 
 from mlx_gemma4.chat import compile_template, render, shield, unused_character
-from mlx_gemma4.config import CheckpointError, ModelConfig, read_json
+from mlx_gemma4.config import ModelConfig, read_json
+from mlx_gemma4.errors import CheckpointError, unbroken
 from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
-from mlx_gemma4.source import unbroken
 
 # What the published processor_config.json and tokenizer_config.json say, for conversions that lack them.
 IMAGE_BUDGET = 280  # soft tokens an image: image_processor.max_soft_tokens

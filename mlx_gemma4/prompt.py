@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma4.config import ModelConfig
-from mlx_gemma4.messages import article
+from mlx_gemma4.errors import article
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,14 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.cache import FullStore
+from mlx_gemma4.arrange import arrange_drafter, arrange_layer, still_weight
+from mlx_gemma4.cache import Caches, LayerCache, empty_cache
 from mlx_gemma4.chat import render, shield, unused_character
-from mlx_gemma4.config import CheckpointError
-from mlx_gemma4.mask import attention_mask
+from mlx_gemma4.config import FULL
+from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.mask import whole_mask
 from mlx_gemma4.messages import check_messages, check_tools, without_sources
-from mlx_gemma4.model import Model
+from mlx_gemma4.model import Model, image_blocks
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt, check_length
 from mlx_gemma4.sampling import Sampler, Sampling
@@ -83,27 +85,9 @@ def fingerprint(model: Model, exchanges: Sequence[Exchange]) -> str:
 # --- layer by layer ----------------------------------------------------------------------------
 
 
-class Values:
-    """The values of a checkpoint's tensors, read from their files when a module needs them."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.files: dict[Path, dict[str, mx.array]] = {}
-
-    def load(self, module: nn.Module, prefix: str) -> None:
-        """Fill a module whose parameters' paths begin with `prefix`."""
-        values = [(path, self.take(prefix + path)) for path in parameters(module)]
-        module.load_weights(values, strict=False)
-        mx.eval(module.parameters())
-
-    def take(self, path: str) -> mx.array:
-        tensor = self.checkpoint.tensors[path]
-        if tensor.file not in self.files:
-            try:
-                self.files[tensor.file] = cast(dict[str, mx.array], mx.load(str(tensor.file)))  # no values yet
-            except RuntimeError as error:
-                raise CheckpointError(f"{tensor.file} cannot be read: {error}") from None
-        return self.files[tensor.file].pop(tensor.name)
+def load_module(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> None:
+    """Fill a module whose parameters' paths begin with `prefix`."""
+    module.load_weights([(path, checkpoint.tensors[prefix + path].read()) for path in parameters(module)], strict=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +95,12 @@ class Read:
     """What is left of a model that has read an exchange."""
 
     hidden: mx.array  # [1, L, hidden], after the final norm
-    stores: dict[str, FullStore]  # keys and values of the last layer of each kind
+    caches: dict[str, LayerCache]  # of the last layer of each kind, all positions
+    still_weight: mx.array | None  # of the last full layer, for the drafter
 
 
 def read_exchanges(
-    checkpoint: Checkpoint, values: Values, exchanges: Sequence[Exchange], step: Callable[[int, int], None]
+    checkpoint: Checkpoint, exchanges: Sequence[Exchange], step: Callable[[int, int], None]
 ) -> list[Read]:
     """Take all exchanges through the model, which loses its layers on the way; `step` hears (layers done, of all)."""
     model = checkpoint.model
@@ -124,32 +109,38 @@ def read_exchanges(
     last = {layer.kind: place for place, layer in enumerate(decoder.layers)}
     layers, decoder.layers = decoder.layers[::-1], []  # what is left of the model has no layers
     drafter, model.drafter = model.drafter, None
-    values.load(model, "")
+    load_module(checkpoint, model, "")
     model.drafter = drafter
     states = [model.embed(exchange.prompt, 0, len(exchange.prompt)) for exchange in exchanges]
-    stores: list[dict[str, FullStore]] = [{} for _ in exchanges]
+    kept: list[dict[str, LayerCache]] = [{} for _ in exchanges]
+    attention, weight = model.config.text.attention, None
     for place in range(count):
         layer = layers.pop()
-        values.load(layer, f"language_model.layers.{place}.")
+        load_module(checkpoint, layer, f"language_model.layers.{place}.")
+        arrange_layer(layer)
         for index, exchange in enumerate(exchanges):
             length = len(exchange.prompt)
-            store = FullStore(length)
-            mask = model.prompt_masks(exchange.prompt, 0, length)[layer.kind]
-            states[index] = layer(states[index], mx.array(0), mask, store)
+            caches = Caches([empty_cache(attention[layer.kind], decoder.dtype, length)], [layer.kind])  # as long as all
+            masks = model.masks(caches, 0, length, mx.array(image_blocks(exchange.prompt, 0, length)))
+            states[index] = layer(states[index], 0, masks[layer.kind], caches.layers[0])
             if place == last[layer.kind]:
-                stores[index][layer.kind] = store
-                mx.eval(store.rows())
+                kept[index] |= caches.last
+                mx.eval(caches.arrays)
             mx.eval(states[index])
+        if layer.kind == FULL:
+            weight = still_weight(layer)
+            mx.eval(weight)
         mx.clear_cache()
         step(place + 1, count)
-    return [Read(decoder.norm(hidden), kept) for hidden, kept in zip(states, stores, strict=True)]
+    return [Read(decoder.norm(hidden), caches, weight) for hidden, caches in zip(states, kept, strict=True)]
 
 
-def load_drafter(checkpoint: Checkpoint, values: Values) -> None:
-    """Fill the drafter, if there is one, as `load` does."""
+def load_drafter(checkpoint: Checkpoint, read: Read) -> None:
+    """Fill the drafter, if there is one, as `load` does, after the model has been read."""
     if checkpoint.model.drafter is not None and checkpoint.drafter is not None:
-        values.load(checkpoint.model.drafter, "drafter.")
+        load_module(checkpoint, checkpoint.model.drafter, "drafter.")
         quantize_drafter(checkpoint.model.drafter, checkpoint.drafter)
+        arrange_drafter(checkpoint.model.drafter, read.still_weight)
 
 
 # --- distributions -----------------------------------------------------------------------------
@@ -285,12 +276,12 @@ def acceptance(model: Model, exchanges: Sequence[Exchange], reads: Sequence[Read
             newest = slice(exchange.start + rows.start, exchange.start + rows.stop)
             last = mx.arange(newest.start - 1, newest.stop - 1)
             masks = {
-                kind: attention_mask(last, mx.arange(length), own.window)
+                kind: whole_mask(last[None], mx.arange(length)[None], own.window)
                 for kind, own in model.config.text.attention.items()
             }
             embeddings = model.language_model.embed(mx.array(ids[newest])[None])
             hidden = read.hidden[:, newest.start - 1 : newest.stop - 1]
-            logits, _ = drafter(embeddings, hidden, last[0], masks, read.stores)
+            logits, _ = drafter(embeddings, hidden, last[:1], masks, read.caches)
             p = sampler.probabilities(model.language_model.head(read.hidden[:, newest])[0])
             found.append(np.asarray(mx.minimum(p, sampler.probabilities(logits[0])).sum(axis=-1)))
     return float(np.concatenate(found).mean()) if found else None

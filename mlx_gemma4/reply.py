@@ -24,7 +24,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 @dataclass(frozen=True)
 class Stats:
     prompt_tokens: int
-    prompt_tps: float
+    cached_tokens: int  # of the prompt's, those that were not read again
+    prompt_tps: float  # of those that were
     generation_tokens: int
     generation_tps: float
     time_to_first_token: float  # seconds

@@ -64,6 +64,7 @@ class Sampler:
         ids = mx.arange(vocab_size)
         suppressed = mx.array(chosen.suppress_tokens or (-1,))
         self.allowed = (ids[:, None] != suppressed).all(axis=1)  # [V]
+        mx.eval(self.allowed)  # or every trace would compute it anew
 
     def probabilities(self, logits: mx.array, seen: mx.array | None = None) -> mx.array:
         """logits [R, V] float32, seen [R, V] bool (for the repetition penalty) -> probabilities [R, V].

@@ -1,4 +1,4 @@
-"""Tensors between files, a block of rows at a time: read from safetensors, written as shards with an index."""
+"""Tensors by blocks of rows: what is stored packed read as what it stands for, all written as shards with an index."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,23 +10,12 @@ from typing import Any, BinaryIO, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import CheckpointError, Quantization
-from mlx_gemma4.weights import INDEX, Tensor
+from mlx_gemma4.config import Quantization
+from mlx_gemma4.tensors import DTYPE_NAMES, INDEX, Shape, Tensor, nbytes
 
 BLOCK_BYTES = 2**25  # of rows read at once
 SHARD_BYTES = 2**30  # a file's size, if no single tensor is larger
 HEADER_BYTES = 2**17  # kept free at a shard's beginning, for what it holds is known at its end: about 800 names
-
-Shape = tuple[int, ...]
-Stored = tuple[np.dtype[Any], mx.Dtype]
-STORED: dict[str, Stored] = {  # as integers of their size: NumPy has no bfloat16
-    "BF16": (np.dtype("<u2"), mx.bfloat16),
-    "F16": (np.dtype("<u2"), mx.float16),
-    "F32": (np.dtype("<u4"), mx.float32),
-    "U32": (np.dtype("<u4"), mx.uint32),
-    "U8": (np.dtype("u1"), mx.uint8),
-}
-DTYPE_NAMES = {dtype: name for name, (_, dtype) in STORED.items()}
 
 
 class Rows(Protocol):
@@ -44,48 +33,11 @@ class Rows(Protocol):
     def rows(self, start: int, stop: int) -> mx.array: ...
 
 
-def element_count(shape: Shape) -> int:
-    return int(np.prod(shape, dtype=np.int64))
-
-
-def nbytes(shape: Shape, dtype: mx.Dtype) -> int:
-    return element_count(shape) * dtype.size
-
-
 def block_ranges(tensor: Rows) -> Iterator[tuple[int, int]]:
     """(start, stop) of the blocks that a tensor is read by."""
     step = max(1, BLOCK_BYTES * tensor.shape[0] // max(1, nbytes(tensor.shape, tensor.dtype)))
     for start in range(0, tensor.shape[0], step):
         yield start, min(start + step, tensor.shape[0])
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file."""
-
-    name: str  # as the checkpoint writes it
-    file: Path
-    shape: Shape
-    stored: Stored
-    offset: int  # of its first byte in the file
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        return self.stored[1]
-
-    def rows(self, start: int, stop: int) -> mx.array:
-        """Rows start … stop, read into memory: pages of a mapped file would count as the process's."""
-        shape = (stop - start, *self.shape[1:])
-        raw = read_raw(self.file, self.stored[0], self.offset + start * nbytes(self.shape[1:], self.dtype), shape)
-        return mx.array(raw).view(self.dtype)
-
-
-def read_raw(file: Path, dtype: np.dtype[Any], offset: int, shape: Shape) -> np.ndarray:
-    count = element_count(shape)
-    raw = np.fromfile(file, dtype, count, offset=offset)
-    if len(raw) != count:
-        raise CheckpointError(f"{file} ends early; expected {offset + count * dtype.itemsize} bytes, so fetch it again")
-    return raw.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -95,9 +47,9 @@ class PackedTensor:
     name: str
     dtype: mx.Dtype  # of the rows
     quantization: Quantization
-    weight: StoredTensor
-    scales: StoredTensor
-    biases: StoredTensor | None
+    weight: Tensor
+    scales: Tensor
+    biases: Tensor | None
 
     @property
     def shape(self) -> Shape:
@@ -111,27 +63,6 @@ class PackedTensor:
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = self.weight.rows(start, stop)
         return mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode).astype(self.dtype)
-
-
-def stored_tensors(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
-    """Where the values of a checkpoint's tensors lie in their files, by path, in the order of the files."""
-    headers = {file: read_header(file) for file in {tensor.file for tensor in tensors.values()}}
-    found: dict[str, StoredTensor] = {}
-    for path, tensor in tensors.items():
-        start, header = headers[tensor.file]
-        kind = header[tensor.name]["dtype"]
-        if kind not in STORED:
-            raise CheckpointError(f"{tensor.name} is stored as {kind}; supported are {', '.join(STORED)}")
-        offset = start + header[tensor.name]["data_offsets"][0]
-        found[path] = StoredTensor(tensor.name, tensor.file, tensor.shape, STORED[kind], offset)
-    return dict(sorted(found.items(), key=lambda item: (item[1].file, item[1].offset)))
-
-
-def read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's data begin, and what it says of each tensor; `list_tensors` has checked it."""
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return 8 + size, json.loads(opened.read(size))
 
 
 class ShardWriter:

@@ -1,4 +1,4 @@
-"""The bytes behind a path, a URL or a data: URL, and the errors of media that cannot be read."""
+"""The bytes behind a path, a URL or a data: URL, and how messages name it."""
 
 import base64
 import binascii
@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+
+from mlx_gemma4.errors import FetchError, MediaError, one_line, unbroken
 
 TIMEOUT = 60  # seconds a server may stay silent
 TRY_AGAIN = (408, 425, 429)  # of the answers 4xx, those that do not blame the request (RFC 9110, 8470, 6585)
@@ -16,14 +18,6 @@ OTHER_SOURCES = {
 }
 SHOWN_CHARACTERS = 200  # of a path or URL in a message
 SHOWN_OF_DATA_URL = 40  # its type and a few characters
-
-
-class MediaError(ValueError):
-    """An image, a sound or a video that cannot be read; the message is one line for its user."""
-
-
-class FetchError(MediaError):
-    """A URL whose server cannot be reached or fails: it may be right, and another try may do."""
 
 
 def read_source(source: str | Path | bytes, what: str) -> bytes:
@@ -152,14 +146,3 @@ def needs_extra(name: str, library: str, mac_command: str | None) -> MediaError:
     """The MediaError for a part that needs a library of the extra `video`; on macOS with the way around, if any."""
     around = f"; or convert it: {mac_command}" if mac_command and sys.platform == "darwin" else ""
     return MediaError(f'{name} needs {library}: pip install "mlx_gemma4[video]"{around}')
-
-
-def one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return unbroken(error) or type(error).__name__
-
-
-def unbroken(text: object) -> str:
-    """A text in one line."""
-    return " ".join(str(text).split())

@@ -1,46 +1,66 @@
 """The round: draft k tokens, verify them and the newest in one pass, keep those accepted. Plain decoding is k = 0.
 
-A round is a function of arrays with fixed shapes, compiled once for each k and capacity of the cache. All that
+A round is a function of arrays with fixed shapes, compiled once for each k and capacity of the caches. All that
 decides the next round stays on the device, so the host can hand over a round before it has seen the last one.
 """
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import cast
 
 import mlx.core as mx
 
-from mlx_gemma4.cache import Cache, Slots
-from mlx_gemma4.config import SLIDING
-from mlx_gemma4.mask import attention_mask
+from mlx_gemma4.cache import Arrays, Caches, traced
+from mlx_gemma4.config import GenerationConfig
+from mlx_gemma4.controller import Controller
 from mlx_gemma4.model import Model
 from mlx_gemma4.sampling import Sampler
 
-# token [1] int32: the newest, which has no key yet; hidden [1, 1, D] at the position before it; offset: the number
-# of positions before it; key of the random numbers; seen [V] bool: with a repetition penalty, the tokens so far.
+# token [1] int32: the newest, which has no key yet; hidden [1, 1, D] at the position before it; offset [1]: the number
+# of positions before it; random: a key; seen [V] bool: with a repetition penalty, the tokens so far.
 State = dict[str, mx.array]
-Layers = list[tuple[mx.array, mx.array]]
-# tokens [k + 1] int32 (the accepted ones and one more, then -1), the next state, the caches' layers
-Round = Callable[[State, mx.array, Layers], tuple[mx.array, State, Layers]]
+# tokens [k + 1] int32 (the accepted ones and one more, then NONE), the next state, the caches' arrays
+Round = Callable[[State, list[Arrays]], tuple[mx.array, State, list[Arrays]]]
+Accept = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+NONE = -1  # in a round's tokens: none
+NOT_FINITE = -2  # in place of a token whose logits are not finite
 
 KEPT_ROUNDS = 32  # each takes megabytes on the host: five with the 48 layers of the 12B, more with drafts
 
 
+@dataclass
+class Learnt:
+    """What one request leaves for the next: no part of it changes an answer."""
+
+    controller: Controller = field(default_factory=Controller)
+    rounds: dict[tuple[GenerationConfig, int, int], Round] = field(default_factory=dict)  # compiled
+    fingerprint: bytes | None = None  # of the weights, once a store has asked
+
+
+def learnt_of(model: Model) -> Learnt:
+    if model.engine is None:
+        model.engine = Learnt()
+    return cast(Learnt, model.engine)
+
+
 def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int) -> State:
     """The state after a prompt has been read, from the hidden state of its last position, [1, 1, D]."""
-    key, draw_key = mx.random.split(mx.random.key(seed))
-    state = {"offset": mx.array(len(prompt_ids)), "key": key, "hidden": hidden}
+    random, draw_key = mx.random.split(mx.random.key(seed))
+    state = {"offset": mx.array([len(prompt_ids)]), "random": random, "hidden": hidden}
     if sampler.penalty != 1:
         state["seen"] = mx.zeros((model.config.text.vocab_size,), mx.bool_)
         state["seen"][mx.array(prompt_ids)] = True
     logits = model.language_model.head(hidden)[0]
     token = sampler.draw(sampler.probabilities(logits, seen_by_row(state, [])), draw_key)
+    token = checked(token, logits)
     return see(state, token) | {"token": token}
 
 
-def compiled_round(model: Model, sampler: Sampler, length: int, cache: Cache) -> tuple[Round, bool]:
+def compiled_round(model: Model, sampler: Sampler, length: int, caches: Caches) -> tuple[Round, bool]:
     """The round that drafts `length` tokens, and whether it is new: the model keeps those that were used last."""
-    rounds, key = model.learnt.rounds, (sampler.chosen, length, cache.slots)
+    rounds, key = learnt_of(model).rounds, (sampler.chosen, length, caches.slots)
     kept = rounds.pop(key, None)
     round_ = make_round(model, sampler, length) if kept is None else kept
     rounds[key] = round_
@@ -51,54 +71,68 @@ def compiled_round(model: Model, sampler: Sampler, length: int, cache: Cache) ->
 
 def make_round(owner: Model, sampler: Sampler, length: int) -> Round:
     model = cast(Model, weakref.proxy(owner))  # it keeps the round: if that kept it, `del model` would free no weights
-    kinds = model.config.text.layer_types
 
-    def round_(state: State, start: mx.array, layers: Layers) -> tuple[mx.array, State, Layers]:
-        offset = state["offset"]
-        stores = [
-            Slots(keys, values, offset - start if kind == SLIDING else offset)
-            for kind, (keys, values) in zip(kinds, layers, strict=True)
-        ]
-        key, draft_key, accept_key, draw_key = mx.random.split(state["key"], 4)
-        drafts, q = propose(model, sampler, length, state, start, stores, draft_key)
-        tokens = mx.concatenate([state["token"], *drafts])  # [k + 1]
-        masks = slot_masks(model, offset + mx.arange(length + 1), start, stores)
-        hidden = model.language_model(model.language_model.embed(tokens[None]), offset, masks, stores)
-        p = sampler.probabilities(model.language_model.head(hidden)[0], seen_by_row(state, drafts))  # [k + 1, V]
-        accepted, rest = accept(p, q, tokens[1:], accept_key)
-        token = sampler.draw(rest, draw_key)  # [1]
-        place = mx.arange(length + 1)
-        following = mx.concatenate([tokens[1:], token])
-        tokens = mx.where(place < accepted, following, mx.where(place == accepted, token, -1))
-        state = see(state, tokens) | {
-            "offset": offset + accepted + 1,
-            "key": key,
-            "token": token,
-            "hidden": hidden[:, accepted[None]],
-        }
-        return tokens, state, [store.rows() for store in stores]
+    def round_(state: State, arrays: list[Arrays]) -> tuple[mx.array, State, list[Arrays]]:
+        caches = traced(arrays, model.config.text)
+        drafts, q = draft(model, sampler, length, state, caches)
+        tokens, state = verify(model, sampler, state, caches, drafts, q)
+        return tokens, state, caches.arrays
 
     return mx.compile(round_)
 
 
-def propose(
-    model: Model, sampler: Sampler, length: int, state: State, start: mx.array, stores: list[Slots], key: mx.array
-) -> tuple[list[mx.array], mx.array]:
+def round_keys(state: State) -> list[mx.array]:
+    """Of a round's random numbers: the next round's own, for drafting, for accepting, for drawing."""
+    return list(mx.random.split(state["random"], 4))
+
+
+def draft(model: Model, sampler: Sampler, length: int, state: State, caches: Caches) -> tuple[list[mx.array], mx.array]:
     """Draft `length` tokens: k arrays [1], and the distributions they were drawn from, [k, V]."""
     if model.drafter is None or not length:
         return [], mx.zeros((0, model.config.text.vocab_size))
     drafts: list[mx.array] = []
     q: list[mx.array] = []
-    token, hidden, last = state["token"], state["hidden"], state["offset"] - 1
-    shared = dict(zip(model.config.text.layer_types, stores, strict=True))  # the last layer of each kind
-    masks = slot_masks(model, last[None], start, stores)
-    for draft_key in mx.random.split(key, length):
-        logits, hidden = model.drafter(model.language_model.embed(token[None]), hidden, last, masks, shared)
-        seen = seen_by_row(state, drafts)
-        q.append(sampler.probabilities(logits[0], None if seen is None else seen[-1:]))
-        token = sampler.draw(q[-1], draft_key)
+    token, hidden, last, seen = state["token"], state["hidden"], state["offset"] - 1, state.get("seen")
+    masks = model.masks(caches, last, 1)
+    for key in mx.random.split(round_keys(state)[1], length):
+        logits, hidden = model.drafter(model.language_model.embed(token[None]), hidden, last, masks, caches.last)
+        q.append(sampler.probabilities(logits[0], None if seen is None else seen[None]))
+        token = sampler.draw(q[-1], key)
+        if seen is not None:
+            seen = seen | (mx.arange(seen.shape[0]) == token)
         drafts.append(token)
     return drafts, mx.concatenate(q)
+
+
+def verify(
+    model: Model, sampler: Sampler, state: State, caches: Caches, drafts: list[mx.array], q: mx.array
+) -> tuple[mx.array, State]:
+    """One pass over the newest token and k drafts, arrays [1] drawn from q [k, V]: tokens [k + 1], the next state."""
+    random, _, accept_key, draw_key = round_keys(state)
+    length = len(drafts)
+    tokens = mx.concatenate([state["token"], *drafts])  # [k + 1]
+    offset = state["offset"]
+    masks = model.masks(caches, offset, length + 1)
+    hidden = model.language_model(model.language_model.embed(tokens[None]), offset, masks, caches.layers)
+    logits = model.language_model.head(hidden)[0]  # [k + 1, V]
+    p = sampler.probabilities(logits, seen_by_row(state, drafts))
+    accepted, rest = accept(p, q, tokens[1:], accept_key)
+    token = sampler.draw(rest, draw_key)  # [1]
+    place = mx.arange(length + 1)
+    following = mx.concatenate([tokens[1:], token])
+    tokens = mx.where(place < accepted, following, mx.where(place == accepted, token, NONE))
+    state = see(state, tokens) | {
+        "offset": offset + accepted + 1,
+        "random": random,
+        "token": token,
+        "hidden": hidden[:, accepted[None]],
+    }
+    return checked(tokens, logits), state
+
+
+def checked(tokens: mx.array, logits: mx.array) -> mx.array:
+    """The tokens, or none of them if their logits are not finite: the host learns it with them."""
+    return mx.where(mx.isfinite(logits.sum()), tokens, NOT_FINITE)
 
 
 def accept(p: mx.array, q: mx.array, drafts: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
@@ -121,36 +155,27 @@ def accept(p: mx.array, q: mx.array, drafts: mx.array, key: mx.array) -> tuple[m
     return accepted, mx.where(rest.sum() > 0, rest, target)
 
 
-def slot_masks(model: Model, queries: mx.array, start: mx.array, stores: list[Slots]) -> dict[str, mx.array]:
-    """What queries at these positions see of the slots, by kind of layer."""
-    text, masks = model.config.text, {}
-    for kind, store in zip(text.layer_types, stores, strict=True):
-        if kind not in masks:
-            keys = mx.arange(store.keys.shape[2]) + (start if kind == SLIDING else 0)
-            masks[kind] = attention_mask(queries, keys, text.attention[kind].window)
-    return masks
-
-
 def seen_by_row(state: State, drafts: list[mx.array]) -> mx.array | None:
     """Tokens seen before each row's choice, [k + 1, V]: a row has seen the drafts before it. None without a penalty."""
     if "seen" not in state:
         return None
     rows = [state["seen"]]
-    for draft in drafts:
-        rows.append(rows[-1] | (mx.arange(rows[-1].shape[0]) == draft))
+    for token in drafts:
+        rows.append(rows[-1] | (mx.arange(rows[-1].shape[0]) == token))
     return mx.stack(rows)
 
 
 def see(state: State, tokens: mx.array) -> State:
-    """The state in which these tokens, of which -1 are none, have been seen."""
+    """The state in which these tokens, of which NONE are none, have been seen."""
     if "seen" not in state:
         return state
     ids = mx.arange(state["seen"].shape[0])
     return state | {"seen": state["seen"] | (ids[:, None] == tokens).any(axis=1)}
 
 
-def launch(round_: Round, state: State, cache: Cache) -> tuple[mx.array, State]:
+def launch(round_: Round, state: State, caches: Caches) -> tuple[mx.array, State]:
     """Hand a round to the device without waiting for it."""
-    tokens, state, cache.layers = round_(state, mx.array(cache.start), cache.layers)
-    mx.async_eval(tokens, state, cache.layers)
+    tokens, state, arrays = round_(state, caches.arrays)
+    caches.take(arrays)
+    mx.async_eval(tokens, state, arrays)
     return tokens, state

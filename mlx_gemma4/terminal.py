@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from typer.exceptions import TyperException
 
-from mlx_gemma4.source import FetchError, unbroken
+from mlx_gemma4.errors import Kind, kind, unbroken
 from mlx_gemma4.weights import logger
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(app: typer.Typer) -> int:
             traceback.print_exc()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
         print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)
-        wrong = isinstance(error, (TyperException, ValueError)) and not isinstance(error, FetchError)
+        wrong = isinstance(error, TyperException) or kind(error) is Kind.WRONG_REQUEST
         return WRONG_REQUEST if wrong else FAILED
     finally:
         logger.setLevel(level)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
+from mlx_gemma4.errors import MediaError
 from mlx_gemma4.image import ImageSource, read_image
-from mlx_gemma4.source import MediaError, describe, local_path, needs_extra, read_source, unreadable
+from mlx_gemma4.source import describe, local_path, needs_extra, read_source, unreadable
 
 if TYPE_CHECKING:
     from av import VideoStream

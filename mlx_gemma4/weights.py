@@ -2,97 +2,31 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
-from safetensors import SafetensorError, safe_open
 
-from mlx_gemma4.config import CheckpointError, ModelConfig, Quantization, read_config, read_json
+from mlx_gemma4.arrange import arrange
+from mlx_gemma4.config import ModelConfig, Quantization, read_config
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.memory import Footprint, check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor, load_processor
+from mlx_gemma4.tensors import Tensor, list_tensors, module_path
 
 logger = logging.getLogger("mlx_gemma4")
 
 DRAFTER_BITS, DRAFTER_GROUP_SIZE = 4, 64  # of a partner in full precision: its acceptance stays, its cost falls
 DEFAULT_MODEL = "mlx-community/gemma-4-12B-it-4bit"
 DEMO = Path(__file__).with_name("demo")
-INDEX = "model.safetensors.index.json"
 # Parts a conversion may have left out; the rest of the model is then used without them.
 OPTIONAL_PARTS = {"vision": ("vision_embedder.", "embed_vision."), "audio": ("embed_audio.",)}
 NAMED = 20  # tensors named in one warning
-ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor on disk."""
-
-    name: str  # as the checkpoint writes it
-    file: Path
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def module_path(name: str) -> str:
-    """A checkpoint's name for a tensor or module -> its path in `Model`.
-
-    Google writes model.language_model.X and model.vision_embedder.X, MLX conversions language_model.model.X and
-    vision_embedder.X.
-    """
-    name = name.removeprefix("model.")
-    rest = name.removeprefix("language_model.model.")
-    return name if rest == name else f"language_model.{rest}"
-
-
-def list_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by their path in the model, from the files' headers alone."""
-    found: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    view = opened.get_slice(name)
-                    shape = tuple(view.get_shape())
-                    size = ITEM_BYTES.get(view.get_dtype(), 1)
-                    for side in shape:
-                        size *= side
-                    found[module_path(name)] = Tensor(name, file, shape, size)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{file} is damaged or incomplete ({error}); expected a whole safetensors file, so fetch it again"
-            ) from None
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).exists():
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{folder} has no model*.safetensors; expected a model folder")
-        return files
-    files = indexed_files(folder)
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {missing[0]}, {len(missing)} of {len(files)} weight files missing")
-    return files
-
-
-def indexed_files(folder: Path) -> list[Path]:
-    """The weight files that a folder's index names, whether they are there or not."""
-    index = folder / INDEX
-    try:
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index} has no weight_map; expected the file of each tensor under this key") from None
 
 
 def quantize_empty(model: nn.Module, tensors: dict[str, Tensor], quantization: Mapping[str, Quantization]) -> None:
@@ -247,9 +181,9 @@ def look_through(
     return Checkpoint(folder, config, tensors, model, drafter, found)
 
 
-def without_missing_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+def without_missing_parts(config: ModelConfig, paths: Collection[str]) -> ModelConfig:
     """The configuration without the modalities of which the checkpoint has no tensor (text-only conversions)."""
-    found = {part: any(path.startswith(own) for path in tensors) for part, own in OPTIONAL_PARTS.items()}
+    found = {part: any(path.startswith(own) for path in paths) for part, own in OPTIONAL_PARTS.items()}
     return replace(
         config, vision=config.vision if found["vision"] else None, audio=config.audio if found["audio"] else None
     )
@@ -258,23 +192,12 @@ def without_missing_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> Mo
 def load_values(checkpoint: Checkpoint) -> Iterator[int]:
     """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each."""
     model, tensors = checkpoint.model, checkpoint.tensors
-    places = parameters(model).keys()
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        try:
-            arrays = cast(dict[str, mx.array], mx.load(str(file)))
-        except RuntimeError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from None
-        values = {
-            path: arrays.pop(tensors[path].name) for path in places & tensors.keys() if tensors[path].file == file
-        }
-        model.load_weights(list(values.items()), strict=False)
-        del arrays
-        while values:
-            path, value = values.popitem()
-            mx.eval(value)
-            yield tensors[path].nbytes
+    for path in sorted(parameters(model), key=lambda path: (tensors[path].file, tensors[path].offset)):
+        model.load_weights([(path, tensors[path].read())], strict=False)
+        yield tensors[path].nbytes
     if model.drafter is not None and checkpoint.drafter is not None:
         quantize_drafter(model.drafter, checkpoint.drafter)
+    arrange(model)
 
 
 def quantize_drafter(drafter: Drafter, choice: DrafterChoice) -> None:
@@ -299,7 +222,9 @@ def quantized_nbytes(empty: Drafter) -> int:
     return sum(array.nbytes for array in parameters(empty).values())
 
 
-def load(path_or_hub_id: str | Path, drafter: str | Path | None = "auto") -> tuple[Model, Processor]:
+def load(
+    path_or_hub_id: str | Path, drafter: str | Path | None = "auto", kv_bits: int | None = None
+) -> tuple[Model, Processor]:
     """A model and its processor, from a folder or a hub id.
 
     drafter: a folder or hub id; None: none; "auto": the model folder's subfolder `drafter/`, else the published

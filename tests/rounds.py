@@ -9,7 +9,7 @@ from golden_cases import generator, lay_out
 from toy_checkpoint import Shape
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.cache import Cache, PromptCache, capacity_for
+from mlx_gemma4.cache import ROUND
 from mlx_gemma4.model import Model
 from mlx_gemma4.prompt import SoftTokens
 from mlx_gemma4.sampling import Sampler, Sampling
@@ -42,10 +42,9 @@ class Rounds:
     compiled: dict[int, Round] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        read = PromptCache(self.model.config.text, capacity_for(len(self.prompt), self.room))
-        *_, hidden = self.model.read(self.prompt, read)
+        self.caches = self.model.caches(len(self.prompt) + self.room)
+        *_, hidden = self.model.read(self.prompt, self.caches)
         self.state: State = first_state(self.model, self.sampler, self.prompt.token_ids, hidden[:, -1:], self.seed)
-        self.cache = Cache(read, self.longest + 1)
         self.tokens += self.state["token"].tolist()
 
     @property
@@ -62,11 +61,9 @@ class Rounds:
         if fresh or length not in self.compiled:
             self.compiled[length] = make_round(self.model, self.sampler, length)
         committed = len(self.ids) - 1
-        self.cache.reserve(committed, committed)
-        for sliding, (keys, _) in zip(self.cache.is_sliding, self.cache.layers, strict=True):
-            slot = committed - self.cache.start if sliding else committed
-            assert 0 <= slot < keys.shape[2] - length  # MLX writes anywhere
-        tokens, self.state = launch(self.compiled[length], self.state, self.cache)
+        self.caches.reserve(committed + ROUND)
+        assert committed + length < self.caches.slots  # MLX writes anywhere
+        tokens, self.state = launch(self.compiled[length], self.state, self.caches)
         assert tokens.shape == (length + 1,)
         ids = tokens.tolist()
         count = sum(token >= 0 for token in ids)
@@ -77,7 +74,7 @@ class Rounds:
 
 def hidden_states(model: Model, prompt: Prompt) -> np.ndarray:
     """[L, hidden], from a fresh cache."""
-    return np.array(mx.concatenate(list(model.read(prompt, PromptCache(model.config.text, len(prompt)))), axis=1))[0]
+    return np.array(mx.concatenate(list(model.read(prompt, model.caches(len(prompt)))), axis=1))[0]
 
 
 def chosen(model: Model, logits: np.ndarray, seen: list[int], penalty: float) -> int:
@@ -92,16 +89,14 @@ def chosen(model: Model, logits: np.ndarray, seen: list[int], penalty: float) ->
 def reference_drafts(model: Model, prompt: Prompt, length: int, penalty: float = 1.0) -> list[int]:
     """The drafter's greedy proposals after a prompt, whose last token is the newest."""
     committed = Prompt(prompt.token_ids[:-1], prompt.media)
-    cache = PromptCache(model.config.text, len(committed))
-    *_, hidden = model.read(committed, cache)
-    stores = dict(zip(model.config.text.layer_types, cache.stores, strict=True))
-    masks = {kind: mx.ones((1, store.rows()[0].shape[2]), mx.bool_) for kind, store in stores.items()}
+    caches = model.caches(len(committed))
+    *_, hidden = model.read(committed, caches)
+    last = mx.array([len(committed) - 1])
+    masks = model.masks(caches, last, 1)
     hidden, drafts = hidden[:, -1:], []
     for _ in range(length):
         token = mx.array([[[*prompt.token_ids, *drafts][-1]]])
-        logits, hidden = model.drafter(
-            model.language_model.embed(token), hidden, mx.array(len(committed) - 1), masks, stores
-        )
+        logits, hidden = model.drafter(model.language_model.embed(token), hidden, last, masks, caches.last)
         drafts.append(chosen(model, np.array(logits)[0, 0], [*prompt.token_ids, *drafts], penalty))
     return drafts
 

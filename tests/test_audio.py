@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma4.audio import audio_frames, read_audio
-from mlx_gemma4.source import MediaError
+from mlx_gemma4.errors import MediaError
 
 SAMPLING_RATE = 16000  # Hz
 

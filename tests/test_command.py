@@ -30,7 +30,8 @@ from mlx_gemma4.memory import predict
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, Processor
-from mlx_gemma4.weights import INDEX, open_checkpoint
+from mlx_gemma4.tensors import INDEX
+from mlx_gemma4.weights import open_checkpoint
 
 Loaded = tuple[Model, Processor]
 

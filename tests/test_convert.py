@@ -27,7 +27,8 @@ from mlx_gemma4.lattice import find_lattice, round_bfloat16
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE
 from mlx_gemma4.shards import HEADER_BYTES
-from mlx_gemma4.weights import INDEX, list_tensors, parameters
+from mlx_gemma4.tensors import INDEX, list_tensors
+from mlx_gemma4.weights import parameters
 
 # Group sizes of 64 divide every matrix, Q6_K's 256 the embedding.
 EVEN = Shape(hidden=256, mlp=256, heads=4, kv_heads=2, head_dim=32, global_head_dim=64)

@@ -18,7 +18,8 @@ from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_
 
 from mlx_gemma4 import Prompt, generate, load
 from mlx_gemma4 import hub as hub_module
-from mlx_gemma4.config import CheckpointError, ModelConfig
+from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.hub import partners
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor

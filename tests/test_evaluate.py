@@ -24,9 +24,10 @@ from mlx_gemma4.card import write_card as write_new_card
 from mlx_gemma4.evaluate import BUILT_IN, main, open_subject, read_lines
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
-from mlx_gemma4.quality import Exchange, Values, acceptance, encode, load_drafter, log_probabilities, read_exchanges
+from mlx_gemma4.quality import Exchange, acceptance, encode, load_drafter, log_probabilities, read_exchanges
 from mlx_gemma4.sampling import Sampler
-from mlx_gemma4.weights import DrafterChoice, list_tensors, look_through
+from mlx_gemma4.tensors import list_tensors
+from mlx_gemma4.weights import DrafterChoice, look_through
 
 Loaded = tuple[Model, Processor]
 LINES: list[dict[str, Any]] = [
@@ -130,8 +131,7 @@ def test_only_the_first_tokens_count(tiny_folder: Path, relative: Path, data: Pa
 def test_layer_by_layer_gives_the_hidden_states_of_the_whole_model(planted_folder: Path, planted: Loaded) -> None:
     subject = open_subject(str(planted_folder), "auto", LINES, None)
     checkpoint, exchanges = subject.checkpoint, subject.exchanges
-    values = Values(checkpoint)
-    reads = read_exchanges(checkpoint, values, exchanges, lambda done, total: None)
+    reads = read_exchanges(checkpoint, exchanges, lambda done, total: None)
     for exchange, read in zip(exchanges, reads, strict=True):
         rows = read.hidden[0, exchange.rows]
         expected = log_probs_of(planted[0], exchange)
@@ -146,7 +146,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     layers = sum(tensor.nbytes for path, tensor in checkpoint.tensors.items() if ".layers." in path)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    read_exchanges(checkpoint, Values(checkpoint), exchanges, lambda done, total: None)
+    read_exchanges(checkpoint, exchanges, lambda done, total: None)
     others = checkpoint.nbytes - layers
     assert mx.get_peak_memory() - before < others + 3 * layers / len(parts)
     assert mx.get_cache_memory() < 2 * layers / len(parts)
@@ -157,9 +157,8 @@ def test_acceptance_is_that_of_single_drafts(planted_folder: Path, planted: Load
     checkpoint = open_subject(str(planted_folder), "auto", [], None).checkpoint
     ids = np.random.default_rng(0).integers(110, 500, (2, 50)).tolist()
     exchanges = [Exchange(Prompt(own), start) for own, start in zip(ids, (5, 20), strict=True)]
-    values = Values(checkpoint)
-    reads = read_exchanges(checkpoint, values, exchanges, lambda done, total: None)
-    load_drafter(checkpoint, values)
+    reads = read_exchanges(checkpoint, exchanges, lambda done, total: None)
+    load_drafter(checkpoint)
     greedy = replace(checkpoint.config.generation, temperature=0.0)
     checkpoint.model.config = replace(checkpoint.config, generation=greedy)
     hits = []
@@ -179,9 +178,8 @@ def test_acceptance_is_what_the_two_distributions_share(tiny_folder: Path, tmp_p
     model, _ = load(tiny_folder, own)
     assert model.drafter is not None
     subject = open_subject(str(tiny_folder), str(own), LINES, None)
-    values = Values(subject.checkpoint)
-    reads = read_exchanges(subject.checkpoint, values, subject.exchanges, lambda done, total: None)
-    load_drafter(subject.checkpoint, values)
+    reads = read_exchanges(subject.checkpoint, subject.exchanges, lambda done, total: None)
+    load_drafter(subject.checkpoint)
     sampler = Sampler(Sampling(), model.config.generation, TINY.vocab)
     shared = []
     for exchange in subject.exchanges:
@@ -203,7 +201,7 @@ def test_a_partner_is_quantized_as_it_is_for_decoding(tmp_path: Path) -> None:
     even = Shape(hidden=128, mlp=128, heads=4, kv_heads=2, head_dim=32, global_head_dim=64)
     folder, own = write_checkpoint(tmp_path / "even", even), write_drafter(tmp_path / "drafter", even)
     checkpoint = look_through(folder, DrafterChoice(own, "partner", quantize=True), list_tensors)
-    load_drafter(checkpoint, Values(checkpoint))
+    load_drafter(checkpoint)
     assert checkpoint.model.drafter is not None
     assert isinstance(checkpoint.model.drafter.embed_tokens, nn.QuantizedEmbedding)
 
@@ -290,7 +288,7 @@ def test_images_are_seen(tiny_folder: Path, tiny: Loaded, tmp_path: Path) -> Non
     lines = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "the model"}]}]
     subject = open_subject(str(tiny_folder), None, lines, None)
     checkpoint, exchanges = subject.checkpoint, subject.exchanges
-    (read,) = read_exchanges(checkpoint, Values(checkpoint), exchanges, lambda done, total: None)
+    (read,) = read_exchanges(checkpoint, exchanges, lambda done, total: None)
     assert len(exchanges[0].prompt.media) == 1
     got = np.asarray(log_probabilities(checkpoint.model, read.hidden[0, exchanges[0].rows]))
     assert np.allclose(got, log_probs_of(tiny[0], exchanges[0]), atol=1e-4)

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
 
 from mlx_gemma4 import hub
-from mlx_gemma4.config import CheckpointError
 from mlx_gemma4.convert import convert
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.fit import at_bits, main, of_context, open_anywhere, parse_memory
 from mlx_gemma4.memory import Footprint, memory_limit, predict
+from mlx_gemma4.tensors import DTYPE_NAMES, list_tensors
 from mlx_gemma4.terminal import size_text
-from mlx_gemma4.weights import list_tensors
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +162,12 @@ def test_a_partner_on_the_hub_is_counted_as_it_will_be_quantized(
             shutil.copy(file, own)
         return own
 
-    def read_header(hub_id: str, name: str) -> list[tuple[str, tuple[int, ...], int]]:
+    def read_header(hub_id: str, name: str) -> dict[str, dict[str, Any]]:
         assert name == "model.safetensors"
-        return [(tensor.name, tensor.shape, tensor.nbytes) for tensor in list_tensors(whole[hub_id]).values()]
+        return {
+            own.name: {"dtype": DTYPE_NAMES[own.dtype], "shape": list(own.shape), "data_offsets": [0, own.nbytes]}
+            for own in list_tensors(whole[hub_id]).values()
+        }
 
     monkeypatch.setattr(hub, "download", download)
     monkeypatch.setattr(hub, "read_header", read_header)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from mlx_gemma4.errors import MediaError
 from mlx_gemma4.image import IMAGE_BUDGETS, check_budget, image_patches, image_size, is_heic, read_image
-from mlx_gemma4.source import MediaError
 
 SIDE = 48
 GOLDEN = json.loads((Path(__file__).parent / "data/image_sizes.json").read_text())

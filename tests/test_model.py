@@ -16,7 +16,6 @@ from toy_checkpoint import TINY, Shape, config, media_ids, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4 import model as model_module
-from mlx_gemma4.cache import PromptCache
 from mlx_gemma4.config import SLIDING, GenerationConfig, parse_config
 from mlx_gemma4.model import Model, chunks
 from mlx_gemma4.processor import Processor
@@ -64,8 +63,7 @@ def golden_prompt(checkpoint: str, name: str, processor: Processor) -> Prompt:
 
 
 def read_logits(model: Model, prompt: Prompt, chunk: int) -> np.ndarray:
-    cache = PromptCache(model.config.text, len(prompt))
-    hidden = mx.concatenate(list(model.read(prompt, cache, chunk)), axis=1)
+    hidden = mx.concatenate(list(model.read(prompt, model.caches(len(prompt)), chunk=chunk)), axis=1)
     return np.array(model.language_model.head(hidden))[0]
 
 
@@ -135,7 +133,7 @@ def test_any_size_of_chunks_gives_the_logits_of_the_whole(tiny: Loaded, runs: li
 @given(runs=layouts, size=st.integers(1, 80))
 def test_chunks_cover_the_prompt_and_cut_no_image(runs: list[Any], size: int) -> None:
     prompt = bare_prompt(runs)
-    cuts = list(chunks(prompt, size))
+    cuts = list(chunks(prompt, 0, size))
     assert [start for start, _ in cuts] == [0, *(end for _, end in cuts[:-1])]
     assert cuts[-1][1] == len(prompt)
     blocks = {(run.start, run.start + len(run)) for run in prompt.media if run.kind != "audio"}
@@ -147,10 +145,10 @@ def test_chunks_cover_the_prompt_and_cut_no_image(runs: list[Any], size: int) ->
 
 def test_chunks_are_as_long_as_they_may_be() -> None:
     prompt = bare_prompt([("text", 10), ("audio", 20), ("image", 3, 3), ("text", 14)])
-    assert list(chunks(prompt, 16)) == [(0, 16), (16, 32), (32, 48), (48, 57)]
+    assert list(chunks(prompt, 0, 16)) == [(0, 16), (16, 32), (32, 48), (48, 57)]
     # the image is [33, 42): a cut at 36 goes before it, and in chunks of 8 it is one of its own
-    assert list(chunks(prompt, 36)) == [(0, 33), (33, 57)]
-    assert list(chunks(prompt, 8))[4:6] == [(32, 33), (33, 42)]
+    assert list(chunks(prompt, 0, 36)) == [(0, 33), (33, 57)]
+    assert list(chunks(prompt, 0, 8))[4:6] == [(32, 33), (33, 42)]
 
 
 def bare_prompt(runs: list[tuple[Any, ...]]) -> Prompt:
@@ -251,10 +249,10 @@ def test_ids_of_placeholders_without_media_are_plain_tokens(tiny: Loaded, placeh
 def test_hidden_states_and_caches_have_the_type_of_the_checkpoint(tmp_path: Path, dtype: mx.Dtype) -> None:
     model, _ = load(write_checkpoint(tmp_path / "model", dtype=dtype))
     prompt = made_prompt([("text", 20), ("image", 2, 2), ("audio", 3), ("text", 4)])
-    cache = PromptCache(model.config.text, len(prompt))
-    hidden = list(model.read(prompt, cache, 16))
+    caches = model.caches(len(prompt))
+    hidden = list(model.read(prompt, caches, chunk=16))
     assert {part.dtype for part in hidden} == {dtype}
-    assert {array.dtype for array in cache.arrays()} == {dtype}
+    assert {array.dtype for own in caches.arrays for array in own} == {dtype}
     assert model.embed(prompt, 0, len(prompt)).dtype == dtype
     assert model.logits(prompt).dtype == mx.float32
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma4.source import FetchError, MediaError, describe, local_path, needs_extra, read_source
+from mlx_gemma4.errors import FetchError, MediaError
+from mlx_gemma4.source import describe, local_path, needs_extra, read_source
 
 
 class Handler(BaseHTTPRequestHandler):

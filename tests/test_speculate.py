@@ -31,7 +31,7 @@ from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.sampling import Sampler
 from mlx_gemma4.speculate import accept
-from mlx_gemma4.weights import module_path
+from mlx_gemma4.tensors import module_path
 
 Loaded = tuple[Model, Processor]
 

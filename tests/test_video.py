@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mlx_gemma4.source import MediaError
+from mlx_gemma4.errors import MediaError
 from mlx_gemma4.video import Video, VideoSource, chosen_frames, read_video, timestamp
 
 STEP = 6  # of brightness from frame to frame

@@ -1,0 +1,69 @@
+"""Every error that a caller can meet, the words for it in one line, and whose fault it is."""
+
+import reprlib
+from enum import Enum
+
+
+class CheckpointError(ValueError):
+    """A model folder that is incomplete, damaged or of another kind; the message is one line for its user."""
+
+
+class MediaError(ValueError):
+    """An image, a sound or a video that cannot be read; the message is one line for its user."""
+
+
+class FetchError(MediaError):
+    """A URL whose server cannot be reached or fails: it may be right, and another try may do."""
+
+
+class Kind(Enum):
+    """Whose fault an error is: what a command's exit status and a server's answer go by."""
+
+    WRONG_REQUEST = "wrong request"  # what was asked, its files or the checkpoint: the same again fails again
+    FAILED = "failed"  # disk, memory, network, or a fault of ours
+
+
+def kind(error: BaseException) -> Kind:
+    wrong = isinstance(error, ValueError) and not isinstance(error, FetchError)
+    return Kind.WRONG_REQUEST if wrong else Kind.FAILED
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, without the number and the file name of the operating system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return unbroken(error) or type(error).__name__
+
+
+def unbroken(text: object) -> str:
+    """A text in one line."""
+    return " ".join(str(text).split())
+
+
+class Short(reprlib.Repr):
+    """`repr`, cut short; of numbers so long that Python does not write them, their length."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 1000:
+            return f"{'-' if x < 0 else ''}2**{x.bit_length() - 1}…"
+        return super().repr_int(x, level)
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x) if len(x) <= self.maxother else f"{x[: self.maxother - 10]!r}…"
+
+
+SHORT = Short()
+
+
+def shown(value: object) -> str:
+    """A value for a message of one line."""
+    return unbroken(SHORT.repr(value))
+
+
+def a(value: object) -> str:
+    """A value's type for a message: a list."""
+    return "None" if value is None else article(type(value).__name__)
+
+
+def article(noun: str) -> str:
+    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"

@@ -1,0 +1,64 @@
+"""What a caller asks for, as one value: checked, and free of the model."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from mlx_gemma4.controller import check_draft_length
+from mlx_gemma4.errors import shown
+from mlx_gemma4.messages import request_messages
+from mlx_gemma4.processor import Processor
+from mlx_gemma4.prompt import Prompt
+from mlx_gemma4.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a reply is to be written, whatever is asked. ValueError that names the option if one is wrong."""
+
+    max_tokens: int = 1024
+    sampling: Sampling = Sampling()
+    draft_length: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_tokens, Integral) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {shown(self.max_tokens)}; expected a whole number, 1 or more")
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling is {shown(self.sampling)}; expected Sampling(…)")
+        check_draft_length(self.draft_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked: a string (one user turn, the media placed before it), chat messages, or a `Prompt`."""
+
+    content: str | list[dict[str, Any]] | Prompt
+    images: Sequence[Any] = ()
+    audios: Sequence[Any] = ()
+    videos: Sequence[Any] = ()
+    system: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool = False
+    image_budget: int | None = None
+
+    def timed_prompt(self, processor: Processor) -> tuple[Prompt, float]:
+        """The prompt, and the seconds that making it took."""
+        started = time.perf_counter()
+        return self.prompt(processor), time.perf_counter() - started
+
+    def prompt(self, processor: Processor) -> Prompt:
+        """ValueError if any of it is wrong."""
+        content = self.content
+        if isinstance(content, str):
+            content = request_messages(content, self.images, self.audios, self.videos, self.system)
+        elif self.images or self.audios or self.videos or self.system is not None:
+            raise ValueError(
+                "images, audios, videos and system go with a request that is a string; put them in the messages"
+            )
+        if isinstance(content, Prompt):
+            if self.tools or self.thinking or self.image_budget is not None:
+                raise ValueError("tools, thinking and image_budget go with messages; a Prompt is taken as it stands")
+            return content
+        return processor(content, tools=self.tools, thinking=self.thinking, image_budget=self.image_budget)
