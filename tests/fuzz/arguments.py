@@ -47,8 +47,8 @@ ARRAYS = (
 POSITIONS = (
     "None", "np.zeros(({n}, 2), np.int32)", "np.full(({n}, 2), 10**6)", "np.full(({n}, 2), -1)", "np.zeros(({n}, 2))",
     "np.zeros(({n}, 3), np.int32)",
-    "np.full(({n}, 2), 1119)", "np.full(({n}, 2), 1120)", "np.zeros(({n} + 1, 2), np.int32)", "np.full(({n}, 2), 2**40)",
-    "np.full(({n}, 2), np.nan)",
+    "np.full(({n}, 2), 1119)", "np.full(({n}, 2), 1120)", "np.zeros(({n} + 1, 2), np.int32)",
+    "np.full(({n}, 2), 2**40)", "np.full(({n}, 2), np.nan)",
 )  # fmt: skip
 
 

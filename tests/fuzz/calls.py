@@ -37,8 +37,8 @@ def check(call: Any) -> str | None:
     except Exception as error:
         check_refusal(error, (ValueError,))
         return "refused"
-    begin, end = (processor.tokenizer.token_to_id(token) for token in (OPEN, CLOSE))
-    written = ids[ids.index(begin) : ids.index(end) + 1]
+    written_as = [processor.tokenizer.id_to_token(token) for token in ids]
+    written = ids[written_as.index(OPEN) : written_as.index(CLOSE) + 1]
     reader = parser([])
     text = "".join(reader.feed(written)) + "".join(reader.finish())
     must(len(reader.tool_calls) == 1, "a call that the template wrote is not read", text)

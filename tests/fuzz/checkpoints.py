@@ -46,7 +46,7 @@ CONFIG: tuple[dict[str, Any], ...] = (
     {"image_token_id": 10**6}, {"model_type": "gemma4"}, {"model_type": "gemma4_unified_assistant"},
     {"architectures": None},
 )  # fmt: skip
-INDEX = (
+INDEX: tuple[Any, ...] = (
     {"weight_map": {}}, {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "/etc/passwd"}},
     {"weight_map": {"a": "config.json"}}, {"weight_map": {"a": ""}},
     {"weight_map": {"a": "."}}, {"weight_map": {"a": "drafter/model.safetensors"}},

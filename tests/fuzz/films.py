@@ -51,7 +51,7 @@ def encoded(form: str, codec: str, times: list[float]) -> bytes:
     out = io.BytesIO()
     side = (176, 144) if codec == "h263" else (64, 48)
     with av.open(out, "w", form) as container:
-        stream = container.add_stream(
+        stream: Any = container.add_stream(
             codec, rate=25, options={"x265-params": "log-level=none"} if codec == "libx265" else {}
         )
         stream.width, stream.height = side

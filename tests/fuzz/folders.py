@@ -17,7 +17,8 @@ from .surface import DEMO, SAMPLES, CheckpointError, Sampling, generate, load
 LEFT_OUT = ("samples", "README.md")
 TEMPLATE = b"""{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}
 {% if m.content is string %}{{ m.content }}{% else %}
-{% for p in m.content %}{{ "<|image|>" if p.type == "image" else p.text }}{% endfor %}{% endif %}<turn|>{% endfor %}<|turn>model
+{% for p in m.content %}{{ "<|image|>" if p.type == "image" else p.text }}{% endfor %}
+{% endif %}<turn|>{% endfor %}<|turn>model
 """  # Google's takes a quarter of a second to compile
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import mlx_gemma4
 from mlx_gemma4 import Prompt, Sampling, generate, load, stream_generate
 from mlx_gemma4.command import main as generate_main
-from mlx_gemma4.config import CheckpointError, ModelConfig, read_config
+from mlx_gemma4.config import ModelConfig, read_config
 from mlx_gemma4.convert import main as convert_main
+from mlx_gemma4.errors import CheckpointError, FetchError, MediaError
 from mlx_gemma4.evaluate import main as evaluate_main
 from mlx_gemma4.fit import main as fit_main
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor, load_processor
 from mlx_gemma4.reply import Controls, ReplyParser
-from mlx_gemma4.source import FetchError, MediaError
 
 __all__ = [
     "CheckpointError", "FetchError", "MediaError", "Model", "ModelConfig", "Processor", "Prompt", "ReplyParser",

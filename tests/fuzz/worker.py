@@ -64,7 +64,7 @@ def attempt(kind: Any, value: Any, logged: Logged) -> dict[str, str]:
 
 
 def main() -> None:
-    read, write = (os.fdopen(int(number), mode) for number, mode in zip(sys.argv[1:], ("rb", "wb"), strict=True))
+    read, write = os.fdopen(int(sys.argv[1]), "rb"), os.fdopen(int(sys.argv[2]), "wb")
     faulthandler.enable()
     logged = Logged()
     logging.getLogger(LOGGER).addHandler(logged)
