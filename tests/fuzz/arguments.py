@@ -13,7 +13,7 @@ from .judge import check_refusal
 from .mutate import weighted
 from .surface import SAMPLES, context, demo
 
-SHARE = 40
+SHARE = 25
 
 prepare = demo
 
@@ -146,7 +146,7 @@ def strategy() -> st.SearchStrategy[str]:
 def check(expression: str) -> str | None:
     try:
         result = eval(expression, names().copy())
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (ValueError, TypeError, ConnectionError))
         return "refused"
     if isinstance(result, Iterator):

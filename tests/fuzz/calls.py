@@ -34,7 +34,7 @@ def check(call: Any) -> str | None:
     ]
     try:
         ids = processor(messages).token_ids
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (ValueError,))
         return "refused"
     written_as = [processor.tokenizer.id_to_token(token) for token in ids]

@@ -11,7 +11,7 @@ from .folders import check_folder, model_folder
 from .mutate import edited, json_edits, text_of
 from .surface import DEMO, demo
 
-SHARE = 20
+SHARE = 8
 NAMES = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
     "tokenizer_config.json", "tokenizer.json", "chat_template.jinja",

@@ -10,7 +10,7 @@ from .folders import check_folder, model_folder
 from .mutate import damaged, edited, json_edits, text_of, weighted
 from .surface import DEMO, demo
 
-SHARE = 20
+SHARE = 8
 FILES = (
     "config.json", "config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json",
     "drafter/config.json",

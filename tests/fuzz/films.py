@@ -75,7 +75,7 @@ def check(value: Any) -> str | None:
     message = {"role": "user", "content": [{"type": "video", "video": value["data"]}]}
     try:
         prompt = processor([message])
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (MediaError,))
         return "refused"
     must(1 <= len(prompt.media) <= processor.settings.num_frames, "too many frames", len(prompt.media))

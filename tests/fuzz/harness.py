@@ -26,14 +26,15 @@ from .judge import plain
 from .limits import MOST_BYTES, SECONDS, SILENT_SECONDS
 from .worker import receive, send
 
+FORKING = ("commands", "gguf")  # from a process in which MLX has computed nothing: its threads do not survive a fork
 KINDS = (
-    "messages", "tools", "calls", "replies", "arguments", "commands", "images", "sounds", "films", "gguf", "weights",
-    "configs", "tokenizers", "templates", "checkpoints",
+    *FORKING, "messages", "tools", "calls", "replies", "images", "sounds", "films", "tokenizers", "templates",
+    "arguments", "configs", "weights", "checkpoints",
 )  # fmt: skip
 TESTS = Path(__file__).parents[1]
 GROWTH, AGE = 3 * 10**8, 1000  # bytes more than at first, and inputs, after which a worker is replaced
 BATCH = 1000  # inputs of one kind at a time
-SHRINKS, SHRINK_SECONDS = 150, 60  # tries to make a failure smaller
+SHRINKS, SHRINK_SECONDS = 150, 20  # tries to make a failure smaller
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Worker:
         return status
 
     def attempt(self, kind: str, value: Any) -> Result:
+        if kind in FORKING and self.process is not None and not self.prepared <= set(FORKING):
+            self.stop()
         if self.process is None:
             self.start()
         if kind not in self.prepared:
@@ -197,9 +200,10 @@ class Tally:
         self.outcomes[result.outcome] += 1
         if result.outcome == "fault":
             self.seen[result.where] += 1
-            if result.where not in self.faults or len(inputs.pack(value)) < len(
-                inputs.pack(self.faults[result.where][0])
-            ):
+            best = self.faults.get(result.where)
+            if best is None or len(inputs.pack(value)) <= len(
+                inputs.pack(best[0])
+            ):  # of one length the later is simpler
                 self.faults[result.where] = value, result
 
 

@@ -121,7 +121,7 @@ def check(value: Any) -> str | None:
     message = {"role": "user", "content": [{"type": "image", "image": value["data"]}]}
     try:
         prompt = processor([message], image_budget=value["budget"])
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (MediaError,))
         return "refused"
     (run,) = prompt.media

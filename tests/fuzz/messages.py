@@ -140,7 +140,7 @@ def check(value: Any) -> str | None:
     processor = demo_processor()
     try:
         prompt = processor(value["messages"], thinking=value["thinking"])
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (ValueError,))
         return "refused"
     vocabulary = processor.config.text.vocab_size

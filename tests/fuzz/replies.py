@@ -60,7 +60,7 @@ def check(value: Any) -> str | None:
     messages += [{"role": "tool", "tool_call_id": f"call_{n}", "content": "1"} for n in range(len(at_once.tool_calls))]
     try:
         processor([*messages, {"role": "user", "content": "Go on."}])
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (ValueError,))
         return "refused"  # longer than the context, or half a character
     return None

@@ -118,7 +118,7 @@ def check(value: Any) -> str | None:
     message = {"role": "user", "content": [{"type": "audio", "audio": value["data"]}]}
     try:
         prompt = processor([message])
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         if "the context holds" in str(error):
             return "refused"
         check_refusal(error, (MediaError,))

@@ -12,7 +12,7 @@ from .judge import check_refusal
 from .mutate import damaged
 from .surface import DEMO, CheckpointError, demo_processor, load_processor
 
-SHARE = 25
+SHARE = 15
 SNIPPETS = (
     "{% generation %}", "{% endgeneration %}", "{{ messages }}", "{{ messages[0]['content'] }}",
     "{% for m in messages %}", "{% endfor %}", "{% if tools %}",
@@ -71,14 +71,14 @@ def check(value: Any) -> str | None:
     with model_folder({"chat_template.jinja": value["data"]}) as folder:
         try:
             processor = load_processor(folder, demo_processor().config)
-        except Exception as error:
+        except Exception as error:  # any: it is judged
             check_refusal(error, (CheckpointError,))
             return "refused"
     refused = None
     for tools in (None, TOOLS):
         try:
             processor(MESSAGES, tools=tools)
-        except Exception as error:
+        except Exception as error:  # any: it is judged
             check_refusal(error, (ValueError,))
             refused = "refused"
     return refused

@@ -11,7 +11,7 @@ from .judge import check_refusal
 from .mutate import damaged, edited, json_edits, text_of, weighted
 from .surface import DEMO, CheckpointError, demo_processor, load_processor
 
-SHARE = 25
+SHARE = 15
 PARTS: tuple[tuple[str, Any], ...] = (  # what other tokenizers have there
     ("normalizer", None), ("normalizer", {"type": "NFKC"}), ("normalizer", {"type": "Lowercase"}),
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
@@ -68,12 +68,12 @@ def check(value: Any) -> str | None:
     with model_folder({"tokenizer.json": value["data"]}) as folder:
         try:
             processor = load_processor(folder, demo_processor().config)
-        except Exception as error:
+        except Exception as error:  # any: it is judged
             check_refusal(error, (CheckpointError,))
             return "refused"
     try:
         prompt = processor([{"role": "user", "content": TEXT}])
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (ValueError,))
         return "refused"
     must(max(prompt.token_ids) < processor.config.text.vocab_size, "an id beyond the vocabulary")

@@ -12,7 +12,7 @@ from .mutate import weighted
 from .surface import demo_processor
 from .texts import names, texts, values
 
-SHARE = 40
+SHARE = 25
 QUOTED = re.compile(r'<\|"\|>.*?<\|"\|>', re.DOTALL)
 
 prepare = demo_processor
@@ -68,7 +68,7 @@ def check(tools: Any) -> str | None:
     given = json.dumps(tools)
     try:
         prompt = processor([{"role": "user", "content": "Hello"}], tools=tools)
-    except Exception as error:
+    except Exception as error:  # any: it is judged
         check_refusal(error, (ValueError,))
         return "refused"
     must(json.dumps(tools) == given, "the caller's tools were changed")

@@ -13,7 +13,7 @@ from .folders import check_folder, model_folder
 from .mutate import edited, hurt, json_edits, places, text_of, weighted
 from .surface import DEMO, demo
 
-SHARE = 20
+SHARE = 8
 FILES = ("model.safetensors", "model.safetensors", "drafter/model.safetensors")
 TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U32", "BOOL", "F8_E4M3", "F4", "X", 3, None)
 FILLS = (float("nan"), float("inf"), -float("inf"), 3e38, 0.0, 1e-40, -1.0)
