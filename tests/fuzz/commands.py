@@ -14,7 +14,7 @@ from .judge import check as must
 from .limits import MOST_BYTES
 from .surface import DEMO, SAMPLES, demo_processor, run_command
 
-SHARE = 8
+SHARE = 6
 STATUSES = (0, 1, 2)
 LINES = re.compile(r"(error|warning|tool call): .|prompt \d+ tokens|drafter: |.* (of|parts?|blocks?|matrices) |not ")
 CHAT = '{"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]}\n'
