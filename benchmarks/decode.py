@@ -9,7 +9,6 @@ every run has its full length. The last line of standard output is JSON.
 import json
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -155,8 +154,6 @@ def report(
 
 def run_script(command: Any) -> None:
     """Run a benchmark's `main`; an error is one line on standard error."""
-    # random weights open thoughts and tool calls that they never close
-    warnings.filterwarnings("ignore", message=".*(inside the thought|kept as text)")
     try:
         typer.run(command)
     except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:

@@ -57,6 +57,8 @@ def arrange_drafter(drafter: Drafter, weight: mx.array | None) -> None:
 
 def arrange_mlp(layer: Layer) -> None:
     layer.mlp.inputs = Projections([layer.mlp.pop("gate_proj"), layer.mlp.pop("up_proj")])
+    # not of one number: mx.compile writes such into its kernels, and every layer would have some of its own
+    layer.layer_scalar = mx.full(layer.input_layernorm.weight.shape, layer.layer_scalar)
     mx.eval(layer.parameters())
 
 

@@ -1,6 +1,5 @@
 """Sound → frames: one soft token for each 40 ms of mono sound."""
 
-import warnings
 from io import BytesIO
 from numbers import Real
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from mlx_gemma4.errors import MediaError
+from mlx_gemma4.errors import MediaError, shown
 from mlx_gemma4.source import describe, needs_extra, read_source, unreadable
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
@@ -26,7 +25,7 @@ def read_audio(source: AudioSource, rate: int) -> np.ndarray:
     `source`: a path, a URL, a file's bytes or (samples, sampling rate) with samples [n], [n, channels] or, for up to
     8 channels, [channels, n]; integers are taken by the full scale of their type. What libsndfile does not read
     (m4a, mp4, webm) goes through PyAV. Channels are averaged. MediaError if it cannot be read, is empty or not
-    finite. Warns when it is longer than the model was trained on.
+    finite.
     """
     if isinstance(source, tuple):
         name = "audio"
@@ -43,13 +42,16 @@ def read_audio(source: AudioSource, rate: int) -> np.ndarray:
         mono = soxr.resample(mono, own_rate, rate, quality="HQ")
     if not len(mono):
         raise MediaError(f"{name} has no samples at {rate} Hz")
-    if (seconds := len(mono) / rate) > TRAINED_SECONDS:
-        warnings.warn(
-            f"{name} is {seconds:.1f} s long; the model was trained on clips of at most {TRAINED_SECONDS} s, "
-            "nothing is cut",
-            stacklevel=2,
-        )
     return mono
+
+
+def length_note(source: AudioSource, samples: np.ndarray, rate: int) -> str:
+    """What to say of a sound longer than the model was trained on; empty for others."""
+    if (seconds := len(samples) / rate) <= TRAINED_SECONDS:
+        return ""
+    name = "audio" if isinstance(source, tuple) else describe(source, "audio")
+    trained = f"the model was trained on clips of at most {TRAINED_SECONDS} s, nothing is cut"
+    return f"{name} is {seconds:.1f} s long; {trained}"
 
 
 def audio_frames(samples: np.ndarray, samples_per_token: int) -> np.ndarray:
@@ -65,6 +67,9 @@ def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
         kinds = ", ".join(type(item).__name__ for item in source)
         raise MediaError(f"audio is a tuple of ({kinds}); expected (numpy array, sampling rate)")
     samples, rate = source
+    if not SLOWEST <= rate <= FASTEST:  # before it becomes a float, which an integer may be too large for; also NaN
+        text = f"{rate:g}" if abs(rate) < 1e300 else shown(rate)
+        raise MediaError(f"the sampling rate of audio is {text} Hz; expected from {SLOWEST} to {FASTEST}")
     if samples.ndim not in (1, 2):
         raise MediaError(f"audio has the shape {samples.shape}; expected [n], [n, channels] or [channels, n]")
     if not samples.size:

@@ -33,6 +33,9 @@ Entry = mx.array | Packed  # [B, heads, S, dims]
 # Positions that a round may write, the newest token's and its drafts': what a ring has beyond its window, so that
 # rejected ones do not hide committed ones.
 ROUND = 8
+# Evaluated: a trace would make it anew for each layer, and all that comes of it, two kernels a layer.
+FIRST = mx.arange(ROUND)
+mx.eval(FIRST)
 # Slots of full layers come in steps of an eighth, at least this many, so that replies share few traces. Empty ones are
 # read too: 1024 are 0.25 % of what a round of the 12B at 4 bits reads.
 STEP = 1024
@@ -69,8 +72,8 @@ def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
 
 
 def steps(offset: mx.array, length: int) -> mx.array:
-    """The positions of a pass, [B, L]."""
-    return offset[:, None] + mx.arange(length)
+    """The positions of a round's pass, [B, L]."""
+    return offset[:, None] + FIRST[:length]
 
 
 class FullCache:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -129,10 +128,11 @@ def load_shown(checkpoint: Checkpoint) -> None:
 
 
 def print_reply(events: Iterator[Reading | Piece]) -> None:
-    """Show how far the prompt is read, then print the pieces as they come; warnings wait until the answer is out."""
+    """Show how far the prompt is read, then print the pieces as they come; notes wait until the answer is out."""
     last: Piece | None = None
     answered = thinking = False  # whether that line is still open
-    with warnings.catch_warnings(record=True) as caught, Bar("Reading") as bar:
+    notes: list[str] = []
+    with Bar("Reading") as bar:
         try:
             for event in events:
                 if isinstance(event, Reading):
@@ -140,6 +140,7 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                     continue
                 bar.close()
                 last = event
+                notes += event.notes
                 if event.thinking:
                     thinking = True
                     print(event.thinking, end="", file=sys.stderr, flush=True)
@@ -155,8 +156,8 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                 print(file=sys.stderr)
             if answered:
                 print(flush=True)
-            for warning in caught:
-                show_warning(warning.message)
+            for note in notes:
+                show_warning(note)
     if last is not None and last.stats is not None:
         for call in last.tool_calls or ():
             print(f"tool call: {json.dumps(call, ensure_ascii=False)}", file=sys.stderr)

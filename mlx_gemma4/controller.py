@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Protocol
 
+from mlx_gemma4.errors import shown
+
 FIRST_TIMED = ((0, 3), (2, 2))  # lengths and how many of their rounds, to know what a draft costs
 WINDOW = 12  # rounds of a length whose times are remembered
 MEMORY = 0.97  # what a trial of a draft position still counts after each later one: about 33 are remembered
@@ -25,7 +27,7 @@ def check_draft_length(value: int | str) -> None:
     else:
         valid = isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value <= MAX_DRAFTS
     if not valid:
-        raise ValueError(f"draft_length is {value!r}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
+        raise ValueError(f"draft_length is {shown(value)}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
 
 
 class Pace(Protocol):

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_gemma4.cache import ROUND, Caches
 from mlx_gemma4.controller import FixedLength, Pace, RoundClock
+from mlx_gemma4.errors import a
 from mlx_gemma4.memory import check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
@@ -86,6 +87,8 @@ def stream_generate(
     store: PromptStore | None = None,
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
+    if not isinstance(model, Model):
+        raise ValueError(f"model is {a(model)}; expected what load returns")
     request_ = Request(
         content=request, images=images, audios=audios, videos=videos, system=system, tools=tools, thinking=thinking,
         image_budget=image_budget,
@@ -138,7 +141,7 @@ def run(
 ) -> Iterator[Reading | Piece]:
     config, length, sampling = model.config, len(prompt), options.sampling
     limit = min(int(options.max_tokens), config.text.max_position_embeddings - length)
-    row = Row(processor, prompt, limit, prepared)
+    row = Row(processor, prompt, config.generation.eos_token_ids, limit, prepared)
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
     mx.reset_peak_memory()

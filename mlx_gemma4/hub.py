@@ -1,9 +1,9 @@
 """A hub id -> a folder on this machine, downloaded with its progress shown."""
 
 import json
+import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from huggingface_hub.utils.logging import set_verbosity_error
 
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.source import TRY_AGAIN
+
+logger = logging.getLogger("mlx_gemma4")
 
 # What this package reads; a repository's other formats, folders and pictures stay where they are. Whole names where
 # they are known, for here a * takes slashes too.
@@ -108,7 +110,7 @@ def download_partner(hub_id: str, patterns: Sequence[str] = PATTERNS) -> tuple[P
             continue
         if (folder / "config.json").is_file():  # else it is of another kind, as GGUF
             return folder, partner
-    warnings.warn(f"no drafter was found for {hub_id}: it decodes plainly, more slowly", stacklevel=2)
+    logger.warning("no drafter was found for %s: it decodes plainly, more slowly", hub_id)
     return None
 
 

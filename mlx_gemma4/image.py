@@ -6,12 +6,13 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from mlx_gemma4.errors import MediaError
+from mlx_gemma4.errors import MediaError, shown
 from mlx_gemma4.source import describe, needs_extra, read_source, unreadable
 
 ImageSource = str | Path | bytes | Image.Image
@@ -41,8 +42,8 @@ class Patches:
 
 def check_budget(budget: int) -> None:
     """ValueError for an image budget that the model was not trained with."""
-    if budget not in IMAGE_BUDGETS:
-        raise ValueError(f"image_budget is {budget!r}; expected one of {', '.join(map(str, IMAGE_BUDGETS))}")
+    if not isinstance(budget, Integral) or budget not in IMAGE_BUDGETS:
+        raise ValueError(f"image_budget is {shown(budget)}; expected one of {', '.join(map(str, IMAGE_BUDGETS))}")
 
 
 def read_image(source: ImageSource) -> Image.Image:

@@ -3,18 +3,30 @@
 import base64
 import binascii
 import json
+import math
+import re
 from collections.abc import Sequence
 from itertools import chain, takewhile
+from numbers import Real
 from typing import Any
 
 from mlx_gemma4.errors import a, article, shown
 
 Message = dict[str, Any]  # checked: role and content, content a string or parts
 Part = dict[str, Any]  # checked: {"type": "text", "text": str} or {"type": kind, kind: source}
+Source = tuple[dict[str, Any], tuple[str, ...], str]  # what holds a media part's value, under which keys, and its place
 
 ROLES = ("system", "user", "assistant", "tool")
 MEDIA = ("image", "audio", "video")
-TEXT_AND_MEDIA = ("text", *MEDIA)
+SLOWEST, FASTEST = 1e-6, 1e6  # images a second: from one in 11 days to any camera
+KIND_OF = {
+    "text": "text", "input_text": "text", "output_text": "text", "input_image": "image", "input_audio": "audio",
+    **{f"{kind}_url": kind for kind in MEDIA}, **{kind: kind for kind in MEDIA},
+}  # fmt: skip
+LONGEST_PATH = 1000  # characters of base64's alphabet that may be a path
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+={0,2}\s*")
+# A thought as a reply begins with it, where another engine left it in the text: a mention in a sentence is none.
+LEADING_THOUGHT = re.compile(r"\s*(?:<\|channel>(?=\w|\n).*?<channel\|>|<\|channel>thought\n.*\Z)\s*", re.DOTALL)
 MAX_DEPTH = 100  # of a tool's or an argument's nesting: far below Python's recursion limit, far above any real one
 
 
@@ -27,12 +39,15 @@ def request_messages(
 ) -> list[Message]:
     """One user turn, the media before the text as the model card recommends, behind a system message if one is given.
 
-    Raises ValueError if there is nothing to ask, or if media are given as anything but a list or a tuple.
+    Raises ValueError if there is nothing to ask, if media are given as anything but a list or a tuple, or if the system
+    message is no string.
     """
     given = {"image": images, "audio": audios, "video": videos}
     for kind, sources in given.items():
         if not isinstance(sources, (list, tuple)):
             raise ValueError(f"{kind}s is {a(sources)}; expected a list, with one entry for each {kind}")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"system is {a(system)}; expected a string")
     parts: list[Part] = [{"type": kind, kind: source} for kind, sources in given.items() for source in sources]
     if not request.strip() and not parts:
         raise ValueError("the prompt is empty; expected a text, an image, an audio or a video")
@@ -45,7 +60,8 @@ def check_messages(messages: Any) -> list[Message]:
     """Messages in Hugging Face's or OpenAI's spelling -> new messages in the one that the template takes.
 
     A media part becomes {"type": kind, kind: source}, its source as given, base64 as bytes; a tool call's arguments
-    become a dict; a thought inside an assistant's content is dropped. The caller's objects are not changed.
+    become a dict; a tool's result that is JSON and no text goes to the key result; a thought that an assistant's
+    content begins with is dropped. The caller's objects are not changed.
     Raises ValueError that names the place, what was got and what is expected.
     """
     if isinstance(messages, str):
@@ -70,12 +86,23 @@ def check_message(message: Any, where: str) -> Message:
     extras = check_assistant(message, where)
     if extras and role != "assistant":
         raise ValueError(f"{where} is a {role} message with {min(extras)}; expected that in an assistant message")
-    if message.get("content") is not None or not extras:  # OpenAI writes None beside tool_calls
-        checked["content"] = check_content(message.get("content"), role, where)
+    content = message.get("content")
+    if role == "tool" and is_result(content):
+        checked["result"] = check_json(content, f"{where}.content")
+    elif content is not None or not extras:  # OpenAI writes None beside tool_calls
+        checked["content"] = check_content(content, role, where)
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:
             checked[key] = check_string(message[key], f"{where}.{key}")
     return checked | extras
+
+
+def is_result(content: Any) -> bool:
+    """Whether a tool's content is its result as JSON: anything but a text, a list of parts and nothing at all."""
+    if isinstance(content, (list, tuple)):
+        types = [part.get("type") if isinstance(part, dict) else None for part in content]
+        return bool(content) and not any(isinstance(kind, str) and kind in KIND_OF for kind in types)
+    return isinstance(content, (dict, bool, int, float))
 
 
 def check_no_media(holder: dict[str, Any], keys: Sequence[str], where: str) -> None:
@@ -121,22 +148,37 @@ def check_part(part: Any, where: str) -> Part:
     if not isinstance(part, dict):
         raise ValueError(f'{where} is {a(part)}; expected a part such as {{"type": "text", "text": …}}')
     spelling = part.get("type")
-    kind = {"input_audio": "audio"} | {f"{kind}_url": kind for kind in MEDIA} | {kind: kind for kind in TEXT_AND_MEDIA}
-    if not isinstance(spelling, str) or spelling not in kind:
+    kind = KIND_OF.get(spelling) if isinstance(spelling, str) else None
+    if not isinstance(spelling, str) or kind is None:
         raise ValueError(f"{where} has the type {shown(spelling)}; expected text, image, audio or video")
-    if spelling == "text":
+    if kind == "text":
         check_no_media(part, MEDIA, where)
         return {"type": "text", "text": check_string(part.get("text"), f"{where}.text")}
-    if spelling in MEDIA:
-        source = media_source(part, (spelling, "url", "path", "base64"), where)
-    else:  # OpenAI's: {"type": "image_url", "image_url": {"url": …}}
-        inner = part.get(spelling)
-        keys = ("data",) if spelling == "input_audio" else ("url",)
-        source = media_source(inner if isinstance(inner, dict) else {keys[0]: inner}, keys, f"{where}.{spelling}")
-    checked = {"type": kind[spelling], kind[spelling]: source}
-    if kind[spelling] == "video" and part.get("fps") is not None:
-        checked["fps"] = part["fps"]
+    checked = {"type": kind, kind: media_source(*media_holder(part, spelling, where))}
+    if kind == "video" and part.get("fps") is not None:
+        checked["fps"] = check_fps(part["fps"], f"{where}.fps")
     return checked
+
+
+def media_holder(part: Part, spelling: str, where: str) -> Source:
+    """What holds the value of a media part, as whoever spells it so writes it."""
+    source = part.get("source")
+    if spelling in MEDIA and isinstance(source, dict) and part.get(spelling) is None:
+        return source, ("data", "url"), f"{where}.source"  # Anthropic's: {"type": "base64", "data": …}, or a url
+    if spelling in MEDIA:
+        return part, (spelling, "url", "path", "base64"), where
+    # OpenAI's: {"type": "image_url", "image_url": {"url": …}}, {"type": "input_image", "image_url": …}
+    holder = "image_url" if spelling == "input_image" else spelling
+    keys = ("data",) if spelling == "input_audio" else ("url",)
+    inner = part.get(holder)
+    return inner if isinstance(inner, dict) else {keys[0]: inner}, keys, f"{where}.{holder}"
+
+
+def check_fps(value: Any, where: str) -> float:
+    numeric = isinstance(value, Real) and not isinstance(value, bool)
+    if not numeric or not SLOWEST <= value <= FASTEST:
+        raise ValueError(f"{where} is {shown(value)}; expected images a second, from {SLOWEST:g} to {FASTEST:g}")
+    return float(value)
 
 
 def media_source(holder: dict[str, Any], keys: tuple[str, ...], where: str) -> Any:
@@ -146,7 +188,12 @@ def media_source(holder: dict[str, Any], keys: tuple[str, ...], where: str) -> A
         got = " and ".join(found) or "no value"
         raise ValueError(f"{where} has {got}; expected one value, under the key {' or '.join(keys)}")
     source = holder[found[0]]
-    return decode_base64(source, f"{where}.{found[0]}") if found[0] in ("base64", "data") else source
+    if found[0] in ("base64", "data"):
+        return decode_base64(source, f"{where}.{found[0]}")
+    if isinstance(source, str) and len(source) > LONGEST_PATH and BASE64.fullmatch(source):
+        got = f"{len(source)} characters of base64"
+        raise ValueError(f"{where}.{found[0]} is {got}; expected a path or URL, data:…;base64,…, or the key base64")
+    return source
 
 
 def check_tool_call(call: Any, where: str) -> Message:
@@ -157,6 +204,8 @@ def check_tool_call(call: Any, where: str) -> Message:
     name = check_name(function, where)
     arguments = function.get("arguments")
     place = f"{where}.arguments"
+    if isinstance(arguments, str) and is_blank(arguments):
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -204,7 +253,9 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if not isinstance(function, dict):
+        if isinstance(function, dict):
+            function = with_parameters(function, where)
+        else:
             expected = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
             raise ValueError(f"{where} is {a(tool)}; expected {expected}")
         check_name(function, where)
@@ -212,6 +263,15 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
         described = {"description": "" if description is None else check_string(description, f"{where}.description")}
         checked.append({"type": "function", "function": check_json(function | described, where)})
     return checked
+
+
+def with_parameters(function: dict[str, Any], where: str) -> dict[str, Any]:
+    """A function with its schema under the key `parameters`: Anthropic and MCP have other names for it."""
+    keys = [key for key in ("parameters", "input_schema", "inputSchema") if function.get(key) is not None]
+    if len(keys) > 1:
+        raise ValueError(f"{where} has {' and '.join(keys)}; expected one of them")
+    rest = {key: value for key, value in function.items() if key not in ("input_schema", "inputSchema")}
+    return rest | {"parameters": function[keys[0]]} if keys else rest
 
 
 def check_name(function: dict[str, Any], where: str) -> str:
@@ -238,6 +298,8 @@ def check_json(value: Any, where: str, depth: int = 1) -> Any:
         return {key: check_json(entry, where, depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [check_json(entry, where, depth + 1) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} holds {value}; expected what JSON can hold")
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise ValueError(f"{where} holds {a(value)}; expected what JSON can hold")
@@ -253,11 +315,14 @@ def decode_base64(text: Any, where: str) -> bytes:
 
 
 def strip_thinking(text: str) -> str:
-    """An assistant's content without its past thoughts: the template's own macro of this name.
+    """An assistant's content without the thought that it begins with.
 
-    Done before `shield`, so that no channel token of a content, paired or not, is left for any template to write.
+    The template's own macro of this name, which never sees a channel token of a content because `shield` hides it, cuts
+    at every mention of one.
     """
-    return "".join(part.split("<|channel>")[0] for part in text.split("<channel|>")).strip()
+    while (thought := LEADING_THOUGHT.match(text)) is not None:
+        text = text[thought.end() :]
+    return text
 
 
 def is_blank(value: Any) -> bool:

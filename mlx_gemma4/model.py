@@ -7,13 +7,14 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.cache import Caches, Offset, capacity
+from mlx_gemma4.cache import Caches, Offset, capacity, steps
 from mlx_gemma4.config import FULL, ModelConfig
 from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.drafter import Drafter
 from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder
+from mlx_gemma4.errors import shown
 from mlx_gemma4.mask import Mask, causal_mask, whole_mask
-from mlx_gemma4.prompt import Prompt, SoftTokens, check_vocabulary
+from mlx_gemma4.prompt import Prompt, SoftTokens, check_prompt, is_whole
 
 # Tokens read at once: enough to keep the multipliers busy, few enough for activations of tens of MB.
 CHUNK = 512
@@ -38,28 +39,38 @@ class Model(nn.Module):
                 config.audio.samples_per_token, config.audio.rms_norm_eps, config.text
             )
 
+    def __repr__(self) -> str:
+        """One line that says what it is; not nn.Module's tree of all its layers."""
+        config, text = self.config, self.config.text
+        bits = "" if config.quantization is None else f", {config.quantization.bits}-bit {config.quantization.mode}"
+        dtype = str(self.language_model.dtype).removeprefix("mlx.core.")
+        drafter = "no drafter" if self.drafter is None else f"a drafter of {len(self.drafter.layers)} layers"
+        media = (["image", "video"] if config.vision else []) + (["audio"] if config.audio else [])
+        size = f"{len(text.layer_types)} layers, hidden {text.hidden_size}{bits}, {dtype}"
+        return f"Model({size}, {drafter}; {', '.join(['text', *media])})"
+
     def logits(self, prompt: Prompt) -> mx.array:
         """Logits of every position, [1, L, vocab] float32, soft-capped, nothing suppressed.
 
-        ValueError for an id beyond the vocabulary.
+        ValueError for a prompt that is longer than the context, has an id beyond the vocabulary or wrong media.
         """
-        check_vocabulary(prompt, self.config)
+        check_prompt(prompt, self.config)
         hidden = mx.concatenate(list(self.read(prompt, self.caches(len(prompt)))), axis=1)
         return self.language_model.head(hidden)
 
     def draft(self, prompt: Prompt, length: int) -> list[int]:
         """The drafter's `length` greedy proposals; the prompt's last token is the newest one.
 
-        ValueError without a drafter, if the prompt is shorter than two tokens or has an id beyond the vocabulary, or
-        if nothing is to be drafted.
+        ValueError without a drafter, if the prompt is shorter than two tokens or none for this model, or if the length
+        is no whole number from 1 to the context's.
         """
+        check_prompt(prompt, self.config)
         if self.drafter is None:
             raise ValueError("the model has no drafter; expected one, load(…, drafter=…)")
         if len(prompt) < 2:
             raise ValueError("the prompt has 1 token; expected at least 2, one before the newest")
-        if length < 1:
-            raise ValueError(f"the length of the draft is {length}; expected 1 or more")
-        check_vocabulary(prompt, self.config)
+        if not is_whole(length) or not 1 <= length <= self.config.text.max_position_embeddings:
+            raise ValueError(f"the length of the draft is {shown(length)}; expected a whole number, 1 or more")
         committed = Prompt(prompt.token_ids[:-1], prompt.media)
         caches = self.caches(len(committed))
         for hidden in self.read(committed, caches):  # noqa: B007
@@ -93,10 +104,7 @@ class Model(nn.Module):
 
     def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:
         """What a pass of `length` positions at `offset` sees, by kind of layer. blocks [length]: of images."""
-        if isinstance(offset, int):
-            queries = mx.arange(offset, offset + length)[None]
-        else:
-            queries = offset[:, None] + mx.arange(length)
+        queries = mx.arange(offset, offset + length)[None] if isinstance(offset, int) else steps(offset, length)
         masks: dict[str, Mask] = {}
         for kind, cache in caches.last.items():
             keys = cache.positions(offset, length)

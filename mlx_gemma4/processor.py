@@ -1,9 +1,9 @@
 """Chat messages -> a prompt: the template's text as token ids, and media read, with runs of soft tokens in place."""
 
+import logging
 import re
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ import numpy as np
 from jinja2 import Template, TemplateSyntaxError
 from tokenizers import AddedToken, Tokenizer
 
-from mlx_gemma4.chat import compile_template, render, shield, unused_character
+from mlx_gemma4.chat import compile_template, joins_turns, render_shielded, template_turns
 from mlx_gemma4.config import ModelConfig, read_json
-from mlx_gemma4.errors import CheckpointError, unbroken
+from mlx_gemma4.errors import CheckpointError, a, shown, unbroken
 from mlx_gemma4.messages import Part, check_messages, check_tools, media_parts, without_sources
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_length
+from mlx_gemma4.reply import CHANNEL_CLOSE, CHANNEL_OPEN, Controls, ReplyParser
+from mlx_gemma4.tools import argument_schemas, template_tools
+
+logger = logging.getLogger("mlx_gemma4")
 
 # What the published processor_config.json and tokenizer_config.json say, for conversions that lack them.
 IMAGE_BUDGET = 280  # soft tokens an image: image_processor.max_soft_tokens
@@ -27,6 +31,8 @@ BOS_TOKEN = "<bos>"
 
 PACKAGED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")  # as published on 2026-07-09
 OLD_TEMPLATE_BYTES = 17466  # of its predecessor, which leaks thoughts and loops on tools
+
+REPLY_ANCHORS = ("<|turn>model\n", "<tool_response|>")  # a reply begins behind the last of them
 
 # The config's ids that each kind of media is written with: begin, soft token, end. A video is a row of images.
 RUN_KEYS = {
@@ -64,6 +70,7 @@ class Loaded:
     values: np.ndarray
     positions: np.ndarray | None
     caption: str = ""  # text in front of it: a frame's time
+    note: str = ""  # what its user should know
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +79,7 @@ class ControlText:
 
     ids: dict[str, int]  # of each control token
     plain: Tokenizer  # takes control tokens for text
+    spelled: dict[int, list[int]]  # of a control token's id: those of its characters
     split: re.Pattern[str]  # matches a control token, in a group, so that re.split keeps it
     starts: re.Pattern[str]  # matches each character that a control token begins with
 
@@ -86,30 +94,44 @@ class ControlText:
         plain.add_tokens(list(added.values()))
         plain.encode_special_tokens = True
         ids = {token.content: index for index, token in added.items() if token.special}
+        spelled = {
+            index: [part for character in text for part in plain.encode(character, add_special_tokens=False).ids]
+            for text, index in ids.items()
+        }
         longest_first = sorted(ids, key=len, reverse=True)  # as the tokenizer matches them
         return cls(
             ids=ids,
             plain=plain,
+            spelled=spelled,
             split=re.compile(f"({'|'.join(map(re.escape, longest_first))})"),
             starts=re.compile("|".join(sorted({re.escape(token[0]) for token in ids}))),
         )
 
     def encode(self, text: str) -> list[int]:
         """The ids of text in which nothing is a control token."""
-        return self.plain.encode(text, add_special_tokens=False).ids if text else []
+        found: list[int] = self.plain.encode(text, add_special_tokens=False).ids if text else []
+        if self.spelled.keys().isdisjoint(found):
+            return found
+        # A model that looks for whole words first (`ignore_merges`) finds control tokens in its vocabulary.
+        return [part for index in found for part in self.spelled.get(index, [index])]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Processor:
     """Turns chat messages into prompts; made by `load_processor`."""
 
     tokenizer: Tokenizer
     config: ModelConfig
     template: Template
+    joins_turns: bool  # of the template: see chat.joins_turns
     bos_token: str
     control: ControlText
     settings: MediaSettings
     runs: dict[str, Run]  # by kind of media, of those that the checkpoint takes
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(["text", *self.runs])
+        return f"Processor({self.config.text.vocab_size} tokens, {self.settings.image_budget} an image; {kinds})"
 
     def __call__(
         self,
@@ -117,28 +139,63 @@ class Processor:
         tools: list[dict[str, Any]] | None = None,
         thinking: bool = False,
         image_budget: int | None = None,
+        preserve_thinking: bool = False,
     ) -> Prompt:
         """The prompt that asks for the reply to `messages`, media read and their placeholders expanded.
 
-        messages and tools are in Hugging Face's or OpenAI's spelling. `image_budget`: the most soft tokens for each
-        image, None for the checkpoint's own. A control token typed in any message or tool stays text.
+        messages and tools are in Hugging Face's or OpenAI's spelling, or tools in Anthropic's. `image_budget`: the most
+        soft tokens for each image, None for the checkpoint's own. preserve_thinking: the thoughts before earlier calls
+        are kept, as the template's option of this name does. A control token typed in any message or tool stays text.
         Raises ValueError, in one line, if the request, its media or the prompt's length is wrong.
         """
         checked, functions = check_messages(messages), check_tools(tools)
+        if not isinstance(thinking, bool):
+            raise ValueError(f"thinking is {shown(thinking)}; expected True or False")
         budget = self.image_budget(image_budget)
-        media = media_parts(checked)
+        turns = template_turns(checked, self.joins_turns)
+        media = media_parts(turns)
         for part in media:
             if part["type"] not in self.runs:
                 takes = ", ".join(["text", *self.runs])
                 raise ValueError(f"this checkpoint takes no {part['type']}; it takes {takes}")
-        shown = without_sources(checked)
-        mark = unused_character([shown, functions])
-        shown, functions = (shield(value, self.control.starts, mark) for value in (shown, functions))
-        text = render(self.template, shown, functions, thinking, self.bos_token)
+        text, mark = render_shielded(
+            self.template,
+            without_sources(turns),
+            template_tools(functions),
+            self.control.starts,
+            thinking,
+            preserve_thinking,
+            self.bos_token,
+        )
         self.check_placeholders(text, media)
-        prompt = self.assemble(text, mark, [(part["type"], self.read(part, budget)) for part in media])
+        loaded = [(part["type"], self.read(part, budget)) for part in media]
+        prompt = replace(self.assemble(text, mark, loaded), tools=tuple(functions))
         check_length(prompt, self.config)
         return prompt
+
+    def parse_response(self, text: str, tools: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """The assistant message that a reply's text, control tokens and all, amounts to, whoever wrote it.
+
+        {"role": "assistant", "content": str, "reasoning": str or None, "tool_calls": list}. text: one reply, to its
+        first end; what comes before it in a conversation is skipped. With the tools, calls that are nearly right are
+        read by their schemas. A call that is not understood stays in the content.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text is {a(text)}; expected the text of a reply")
+        start = max(text.rfind(anchor) + len(anchor) if anchor in text else 0 for anchor in REPLY_ANCHORS)
+        schemas = argument_schemas(check_tools(tools))
+        parser = ReplyParser(self.tokenizer, Controls.from_tokenizer(self.tokenizer), (), schemas)
+        pieces = self.control.split.split(text[start:])
+        channels = [piece for piece in pieces[1::2] if piece in (CHANNEL_OPEN, CHANNEL_CLOSE)]
+        if channels[:1] == [CHANNEL_CLOSE]:  # the prompt opened the thought
+            parser.think()
+        for index, piece in enumerate(pieces):
+            token = self.control.ids[piece] if index % 2 else None
+            if token is not None and parser.would_end(token):
+                break
+            parser.feed([piece if token is None else token])
+        parser.finish()
+        return {"reasoning": None, "tool_calls": []} | parser.message
 
     def image_budget(self, asked: int | None) -> int:
         if asked is None:
@@ -146,7 +203,7 @@ class Processor:
         from mlx_gemma4.image import check_budget  # here: it imports Pillow, which a text prompt does not need
 
         check_budget(asked)
-        return asked
+        return int(asked)
 
     def check_placeholders(self, text: str, media: list[Part]) -> None:
         for kind, run in self.runs.items():
@@ -158,10 +215,11 @@ class Processor:
         """The soft tokens of a media part, one entry for each run."""
         size = self.runs[part["type"]].size
         if part["type"] == "audio":  # the imports are here: Pillow and soundfile are of no use to a text prompt
-            from mlx_gemma4.audio import audio_frames, read_audio
+            from mlx_gemma4.audio import audio_frames, length_note, read_audio
 
-            samples = read_audio(part["audio"], self.settings.sampling_rate)
-            return [Loaded(audio_frames(samples, size), None)]
+            rate = self.settings.sampling_rate
+            samples = read_audio(part["audio"], rate)
+            return [Loaded(audio_frames(samples, size), None, note=length_note(part["audio"], samples, rate))]
         from mlx_gemma4.image import cut, fitted, image_patches, read_image
 
         if part["type"] == "image":
@@ -202,7 +260,8 @@ class Processor:
                 ids += [run.begin, *[run.token] * len(loaded.values), run.end]
             else:
                 ids.append(self.control.ids[piece])
-        return Prompt(ids, tuple(soft_tokens))
+        notes = tuple(loaded.note for _, part in media for loaded in part if loaded.note)
+        return Prompt(ids, tuple(soft_tokens), notes)
 
 
 def iter_runs(media: list[tuple[str, list[Loaded]]], wanted: str) -> Iterator[Loaded]:
@@ -226,10 +285,12 @@ def load_processor(folder: Path, config: ModelConfig) -> Processor:
     control = ControlText.from_tokenizer(tokenizer)
     if bos_token not in control.ids:
         raise CheckpointError(f"{folder / 'tokenizer.json'} has no token {bos_token!r}; expected Gemma 4's tokenizer")
+    template = read_template(folder, names)
     return Processor(
         tokenizer=tokenizer,
         config=config,
-        template=read_template(folder, names),
+        template=template,
+        joins_turns=joins_turns(template),
         bos_token=bos_token,
         control=control,
         settings=read_settings(folder),
@@ -295,13 +356,14 @@ def read_template(folder: Path, names: dict[str, Any]) -> Template:
     """The checkpoint's chat template, or else the packaged one, compiled."""
     source, origin = find_template(folder, names)
     if source is None:
-        warnings.warn(f"{folder} has no chat template; the packaged one of 2026-07-09 is used", stacklevel=3)
+        logger.warning("%s has no chat template; the packaged one of 2026-07-09 is used", folder)
         source, origin = PACKAGED_TEMPLATE.read_text(encoding="utf-8"), PACKAGED_TEMPLATE
     elif len(source.encode()) == OLD_TEMPLATE_BYTES:
-        warnings.warn(
-            f"{origin} holds the old chat template, which leaks thoughts and loops on tools; "
-            f"replace it with the chat_template.jinja of google/gemma-4-12B-it, or with {PACKAGED_TEMPLATE}",
-            stacklevel=3,
+        logger.warning(
+            "%s holds the old chat template, which leaks thoughts and loops on tools; "
+            "replace it with the chat_template.jinja of google/gemma-4-12B-it, or with %s",
+            origin,
+            PACKAGED_TEMPLATE,
         )
     try:
         return compile_template(source)

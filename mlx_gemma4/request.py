@@ -3,14 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 from mlx_gemma4.controller import check_draft_length
-from mlx_gemma4.errors import shown
+from mlx_gemma4.errors import a, shown
 from mlx_gemma4.messages import request_messages
 from mlx_gemma4.processor import Processor
-from mlx_gemma4.prompt import Prompt
+from mlx_gemma4.prompt import Prompt, is_whole
 from mlx_gemma4.sampling import Sampling
 
 
@@ -23,7 +22,7 @@ class Options:
     draft_length: int | str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_tokens, Integral) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
+        if not is_whole(self.max_tokens) or not 1 <= self.max_tokens < 2**63:
             raise ValueError(f"max_tokens is {shown(self.max_tokens)}; expected a whole number, 1 or more")
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling is {shown(self.sampling)}; expected Sampling(…)")
@@ -50,15 +49,19 @@ class Request:
 
     def prompt(self, processor: Processor) -> Prompt:
         """ValueError if any of it is wrong."""
-        content = self.content
+        content, media = self.content, (self.images, self.audios, self.videos)
+        if not isinstance(processor, Processor):
+            raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
         if isinstance(content, str):
             content = request_messages(content, self.images, self.audios, self.videos, self.system)
-        elif self.images or self.audios or self.videos or self.system is not None:
+        elif not isinstance(content, (list, tuple, Prompt)):
+            raise ValueError(f"request is {a(content)}; expected a string, a list of messages or a Prompt")
+        elif self.system is not None or not all(isinstance(given, (list, tuple)) and not given for given in media):
             raise ValueError(
                 "images, audios, videos and system go with a request that is a string; put them in the messages"
             )
         if isinstance(content, Prompt):
-            if self.tools or self.thinking or self.image_budget is not None:
+            if self.tools or self.thinking is not False or self.image_budget is not None:
                 raise ValueError("tools, thinking and image_budget go with messages; a Prompt is taken as it stands")
             return content
         return processor(content, tools=self.tools, thinking=self.thinking, image_budget=self.image_budget)

@@ -1,7 +1,6 @@
 """One request in work: what its tokens so far come to, and why and where they end."""
 
 import time
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from mlx_gemma4.processor import Processor
 from mlx_gemma4.prompt import Prompt
 from mlx_gemma4.reply import Controls, Piece, ReplyParser, Stats
 from mlx_gemma4.speculate import NOT_FINITE
+from mlx_gemma4.tools import argument_schemas
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Tally:
 class Row:
     """Takes the tokens of a request as they come."""
 
-    def __init__(self, processor: Processor, prompt: Prompt, limit: int, prepared: float):
-        """limit: tokens of the reply at most. prepared: seconds that making the prompt took, which count for the time
-        to first token."""
-        self.prompt, self.limit, self.prepared = prompt, limit, prepared
-        self.stops: Collection[int] = processor.config.generation.eos_token_ids
-        self.parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), prompt.token_ids)
+    def __init__(self, processor: Processor, prompt: Prompt, stops: Collection[int], limit: int, prepared: float):
+        """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
+        which count for the time to first token."""
+        self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
+        controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
+        self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes)
         self.count = 0
         self.cached = 0  # tokens of the prompt that need not be read
         self.finish_reason: str | None = None
@@ -60,13 +60,16 @@ class Row:
         self.last_at = time.perf_counter()
         if drafted is None:
             self.first_at = self.last_at
-        return Piece(*self.parser.feed(ids), ids)
+        return Piece(*self.parser.feed(ids), ids, notes=self.parser.take_notes())
 
     def finish(self) -> Piece:
         """The last piece."""
-        if self.finish_reason == "length" and self.parser.in_thought:
-            warnings.warn(f"the {self.count} tokens ran out inside the thought; raise max_tokens", stacklevel=2)
-        return Piece(*self.parser.finish(), [], self.finish_reason, self.parser.tool_calls, self.stats())
+        parser, notes = self.parser, list[str]()
+        if self.finish_reason == "length" and parser.in_thought:
+            notes.append(f"the {self.count} tokens ran out inside the thought; raise max_tokens")
+        rest = parser.finish(self.finish_reason or "stop")
+        notes += parser.take_notes()
+        return Piece(*rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message)
 
     def stats(self) -> Stats:
         length, tally = len(self.prompt), self.tally

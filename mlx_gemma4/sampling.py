@@ -7,7 +7,12 @@ from numbers import Integral, Real
 import mlx.core as mx
 
 from mlx_gemma4.config import GenerationConfig
+from mlx_gemma4.errors import shown
 
+# The law is computed in float32: beyond these bounds it would divide by zero or multiply infinities.
+HOTTEST = 1e6
+SMALLEST = 1e-30  # top_p: less is 0 there, and would let nothing through
+LARGEST_PENALTY = 1e3
 COLDEST = 1e-6  # colder, float32 logits of 30 differ by nothing or by so much that the largest alone is drawn
 
 
@@ -27,22 +32,22 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check("temperature", self.temperature, 0, math.inf, "0 or more, and finite")
-        check("top_p", self.top_p, 0, 1, "above 0 and at most 1", above=True)
-        check("top_k", self.top_k, 0, math.inf, "0 or more", whole=True)
-        check("min_p", self.min_p, 0, 1, "from 0 to 1")
-        check("repetition_penalty", self.repetition_penalty, 0, math.inf, "above 0", above=True)
-        check("seed", self.seed, 0, 2**64 - 1, "from 0 to 2**64 - 1", whole=True)
+        self.check("temperature", 0, HOTTEST, "0 or more, and at most 1e6")
+        self.check("top_p", SMALLEST, 1, "above 0 and at most 1")
+        self.check("top_k", 0, 2**31 - 1, "a whole number, 0 or more and below 2**31", whole=True)
+        self.check("min_p", 0, 1, "from 0 to 1")
+        self.check("repetition_penalty", 1 / LARGEST_PENALTY, LARGEST_PENALTY, "above 0, from 1e-3 to 1e3")
+        self.check("seed", 0, 2**64 - 1, "a whole number, from 0 to 2**64 - 1", whole=True)
 
-
-def check(
-    name: str, value: float | None, low: float, high: float, expected: str, *, whole: bool = False, above: bool = False
-) -> None:
-    if value is None:
-        return
-    numeric = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not numeric or not math.isfinite(value) or not low <= value <= high or (above and value == low):
-        raise ValueError(f"{name} is {value!r}; expected {'a whole number, ' if whole else ''}{expected}")
+    def check(self, name: str, low: float, high: float, expected: str, *, whole: bool = False) -> None:
+        """ValueError for a field that is out of bounds; numpy's numbers and fractions become Python's."""
+        value = vars(self)[name]
+        if value is None:
+            return
+        numeric = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        if not numeric or not low <= value <= high:  # NaN is in no bounds
+            raise ValueError(f"{name} is {shown(value)}; expected {expected}")
+        object.__setattr__(self, name, int(value) if whole else float(value))
 
 
 def settled(sampling: Sampling, defaults: GenerationConfig) -> GenerationConfig:

@@ -68,7 +68,9 @@ class Tensor:
 
     def values(self, start: int, stop: int, shape: Shape) -> mx.array:
         width = nbytes(self.shape[1:], self.dtype)
-        return read_bytes(self.file, self.offset + start * width, stop - start, width).view(self.dtype).reshape(shape)
+        found = read_bytes(self.file, self.offset + start * width, stop - start, width).view(self.dtype).reshape(shape)
+        mx.eval(found)  # a view, but another thread could not make it
+        return found
 
 
 def read_bytes(file: Path, offset: int, rows: int, width: int) -> mx.array:

@@ -33,6 +33,7 @@ def run(app: typer.Typer) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
     news = logging.StreamHandler(sys.stderr)
+    news.setFormatter(Line())
     logger.addHandler(news)
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -48,6 +49,14 @@ def run(app: typer.Typer) -> int:
     finally:
         logger.setLevel(level)
         logger.removeHandler(news)
+
+
+class Line(logging.Formatter):
+    """What the package logs, in one line: a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        warning = "warning: " if record.levelno >= logging.WARNING else ""
+        return warning + unbroken(record.getMessage())
 
 
 def show_warning(message: Warning | str) -> None:

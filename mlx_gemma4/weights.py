@@ -1,7 +1,6 @@
 """From a folder to a model: which tensors there are, whether they fit, and their values."""
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,11 @@ from mlx.utils import tree_flatten
 from mlx_gemma4.arrange import arrange
 from mlx_gemma4.config import ModelConfig, Quantization, read_config
 from mlx_gemma4.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.errors import CheckpointError, a, one_line
 from mlx_gemma4.memory import Footprint, check_memory, footprint
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor, load_processor
+from mlx_gemma4.source import SHOWN_CHARACTERS
 from mlx_gemma4.tensors import Tensor, list_tensors, module_path
 
 logger = logging.getLogger("mlx_gemma4")
@@ -65,7 +65,7 @@ def check_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise CheckpointError(f"{tensors[path].name} has shape {list(tensors[path].shape)}; expected {list(shape)}")
     if unknown := sorted(tensors[path].name for path in tensors.keys() - expected.keys()):
         names = ", ".join(unknown[:NAMED]) + (f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else "")
-        warnings.warn(f"the model has no place for {len(unknown)} tensors, left out: {names}", stacklevel=2)
+        logger.warning("the model has no place for %d tensors, left out: %s", len(unknown), names)
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -81,7 +81,10 @@ def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = Non
     "demo" is the small model inside this package (a folder of that name is ./demo). patterns: of a hub id's files, the
     names of those that are wanted; None: all that this package reads.
     """
+    if not isinstance(path_or_hub_id, str | Path):
+        raise CheckpointError(f"path_or_hub_id is {a(path_or_hub_id)}; expected a model folder or a hub id")
     text = str(path_or_hub_id)
+    name = repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
     if text == "demo":
         return DEMO
     try:
@@ -91,9 +94,11 @@ def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = Non
         if folder.is_file():
             raise CheckpointError(f"{folder} is a file; expected a model folder or a hub id")
     except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, a `~user` who does not exist
-        raise CheckpointError(f"{text!r} cannot be read: {error}; expected a model folder or a hub id") from None
+        raise CheckpointError(
+            f"{name} cannot be read: {one_line(error)}; expected a model folder or a hub id"
+        ) from None
     if text.count("/") != 1 or text.startswith(("/", ".", "~")) or text.endswith("/"):
-        raise CheckpointError(f"{text!r} is no folder; expected a model folder or a hub id such as owner/name")
+        raise CheckpointError(f"{name} is no folder; expected a model folder or a hub id such as owner/name")
     from mlx_gemma4.hub import PATTERNS, download  # here: a folder needs no HTTP client
 
     try:
@@ -121,6 +126,8 @@ def find_drafter(
     """
     if drafter is None:
         return None
+    if not isinstance(drafter, str | Path):
+        raise CheckpointError(f"drafter is {a(drafter)}; expected 'auto', a folder, a hub id or None")
     if drafter != "auto":
         return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
     own = folder / "drafter"

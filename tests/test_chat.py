@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma4.chat import compile_template, render, shield, unused_character
+from mlx_gemma4.chat import (
+    compile_template,
+    joins_turns,
+    render,
+    render_shielded,
+    shield,
+    template_turns,
+    unused_character,
+)
 from mlx_gemma4.messages import (
     check_messages,
     check_tools,
@@ -104,6 +112,15 @@ def test_templates_have_what_transformers_gives_them() -> None:
             {"type": "input_audio", "input_audio": {"data": "AAEC", "format": "wav"}},
             {"type": "audio", "audio": b"\0\1\2"},
         ),
+        ({"type": "input_text", "text": "x"}, {"type": "text", "text": "x"}),
+        ({"type": "output_text", "text": "x", "annotations": []}, {"type": "text", "text": "x"}),
+        ({"type": "input_image", "image_url": "a.png", "detail": "auto"}, IMAGE),
+        ({"type": "input_image", "image_url": {"url": "a.png"}}, IMAGE),
+        (
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAEC"}},
+            {"type": "image", "image": b"\0\1\2"},
+        ),
+        ({"type": "image", "source": {"type": "url", "url": "a.png"}}, IMAGE),
         ({"type": "video", "video": ["a", "b"], "fps": 2}, {"type": "video", "video": ["a", "b"], "fps": 2}),
     ],
 )
@@ -130,7 +147,7 @@ def test_arguments_may_be_json_text(arguments: Any) -> None:
 
 
 def test_absent_arguments_are_none() -> None:
-    for function in ({"name": "f"}, {"name": "f", "arguments": None}):
+    for function in ({"name": "f"}, *({"name": "f", "arguments": nothing} for nothing in (None, "", " \n"))):
         checked = check_messages([{"role": "assistant", "tool_calls": [{"function": function}]}])
         assert checked[0]["tool_calls"][0]["function"]["arguments"] == {}
 
@@ -160,26 +177,137 @@ def test_bare_tools_are_wrapped_and_need_no_description() -> None:
     assert check_tools([{"name": "f", "parameters": {"type": "object"}}]) == wrapped
     assert check_tools([{"type": "function", "function": function | {"description": None}}]) == wrapped
     assert check_tools(None) == check_tools([]) == []
+    for key in ("input_schema", "inputSchema"):  # Anthropic's and MCP's names for it
+        assert check_tools([{"name": "f", key: {"type": "object"}}]) == wrapped
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "",
-        " x ",
+        "x",
         "<|channel>thought\nhm<channel|>x",
-        "a<channel|>b",
-        "a<|channel>b",
-        "<|chan<channel|>nel>x",
-        "<|channel>a<|channel>b<channel|>c<channel|>d",
+        "<|channel>just thinking<channel|>x",
+        "\n<|channel>thought\nhm<channel|><|channel>\nhm<channel|>\nx",
+        "<|channel>thought\nunfinished",
     ],
 )
-def test_thoughts_are_dropped_as_the_template_drops_them(text: str) -> None:
+def test_thoughts_that_a_content_begins_with_are_dropped_as_the_template_drops_them(text: str) -> None:
     message = {"role": "assistant", "content": text}
     assert render(TEMPLATE, [message], [], False, "") == (
         f"<|turn>model\n{strip_thinking(text)}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
     )
     assert check_messages([message])[0]["content"] == strip_thinking(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a<|channel>b",
+        "a<channel|>b",
+        "It opens with <|channel>thought\nand closes with <channel|>.",
+        "<|channel> opens",
+    ],
+)
+def test_text_that_mentions_a_channel_is_not_cut_there(text: str) -> None:
+    assert strip_thinking(text) == check_messages([{"role": "assistant", "content": text}])[0]["content"] == text
+
+
+# --- what the template is given so that it renders right ---
+
+
+def shown(*messages: dict[str, Any], preserve_thinking: bool = False, thinking: bool = False) -> str:
+    """The text of these messages, its mark taken out, behind the first turn's opening."""
+    turns = without_sources(template_turns(check_messages([USER, *messages])))
+    text, mark = render_shielded(TEMPLATE, turns, [], re.compile("<"), thinking, preserve_thinking, "")
+    assert mark not in text.replace(mark, "")
+    return text.replace(mark, "").split("<|turn>model\n", 1)[1]
+
+
+def calls(*names: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": name}} for name in names], **more}
+
+
+def result(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": content, **more}
+
+
+def test_text_before_a_call_is_rendered_before_it() -> None:
+    """The template writes it behind the results, closes the turn and opens none (llama.cpp's pull request 21760)."""
+    call = calls("f", content="Let me check. ", reasoning="hm")
+    written = "Let me check. <|tool_call>call:f{}<tool_call|>"
+    answered = f'{written}<|tool_response>response:f{{value:<|"|>1<|"|>}}<tool_response|>'
+    thought = "<|channel>thought\nhm\n<channel|>"
+    assert shown(call) == f"{thought}{written}<|tool_response>"
+    assert shown(call, result("1")) == f"{thought}{answered}"
+    assert shown(call, result("1"), thinking=True) == f"{thought}{answered}<|channel>thought\n"
+    done = {"role": "assistant", "content": "One."}
+    assert shown(call, result("1"), done, USER).startswith(f"{answered}One.<turn|>\n<|turn>user\n")
+    kept = shown(call, result("1"), done, USER, preserve_thinking=True)
+    assert kept.startswith(f"{thought}{answered}One.<turn|>\n<|turn>user\n")
+
+
+def test_a_template_that_does_not_join_turns_gets_text_and_call_in_one_message() -> None:
+    assert joins_turns(TEMPLATE)
+    strict = "{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{% endfor %}"
+    assert not joins_turns(compile_template(strict))
+    assert not joins_turns(compile_template("{{ raise_exception('roles must alternate') }}"))
+    messages = check_messages([USER, calls("f", content="Let me check.")])
+    assert [turn["content"] for turn in template_turns(messages, joined_turns=False)] == ["x", "Let me check."]
+
+
+def test_text_beside_embedded_responses_is_what_was_said_to_them() -> None:
+    embedded = calls("f", content="One.", tool_responses=[{"name": "f", "response": 1}])
+    assert shown(embedded).startswith("<|tool_call>call:f{}<tool_call|><|tool_response>response:f{value:1}")
+
+
+@pytest.mark.parametrize(
+    ("results", "names"),
+    [
+        ([result("1", name="g"), result("2", name="f")], ["g", "f"]),
+        ([result("1"), result("2")], ["f", "g"]),
+        ([result("1", name="g"), result("2")], ["g", "f"]),
+        ([result("1"), result("2", name="f")], ["g", "f"]),
+        ([result("1", name="other"), result("2")], ["other", "f"]),
+        ([result("1"), result("2"), result("3")], ["f", "g", "unknown"]),
+        ([result("1", tool_call_id="no")], ["f"]),
+    ],
+)
+def test_results_without_ids_go_to_the_call_of_their_name_or_the_next(results: list[Any], names: list[str]) -> None:
+    assert re.findall(r"response:(\w+)", shown(calls("f", "g"), *results)) == names
+
+
+def test_results_with_ids_go_to_their_calls() -> None:
+    made = [{"id": name, "function": {"name": name}} for name in "fg"]
+    text = shown(
+        {"role": "assistant", "tool_calls": made}, result("1", tool_call_id="g"), result("2", tool_call_id="f")
+    )
+    assert re.findall(r"response:(\w+)", text) == ["g", "f"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"b": [1, None], "a": "x"}, 'a:<|"|>x<|"|>,b:[1,null]'),
+        ({}, ""),
+        (["a", {"b": 1}], 'value:[<|"|>a<|"|>,{b:1}]'),
+        ([{"type": "file", "name": "x"}], 'value:[{name:<|"|>x<|"|>,type:<|"|>file<|"|>}]'),
+        (3, "value:3"),
+        (False, "value:false"),
+        ([{"type": "text", "text": "x"}], 'value:<|"|>x<|"|>'),
+    ],
+)
+def test_a_result_may_be_json(content: Any, text: str) -> None:
+    assert shown(calls("f"), result(content)).endswith(f"<|tool_response>response:f{{{text}}}<tool_response|>")
+
+
+def test_keys_that_would_not_be_read_back_are_quoted() -> None:
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"": 1, "a:b": {"c,}": 2}, "d": 3}}}],
+    }
+    assert shown(call).startswith('<|tool_call>call:f{<|"|><|"|>:1,<|"|>a:b<|"|>:{<|"|>c,}<|"|>:2},d:3}<tool_call|>')
+    assert shown(calls("f"), result({"a:b": 1})).endswith('response:f{<|"|>a:b<|"|>:1}<tool_response|>')
 
 
 # --- the order of media ---
@@ -244,6 +372,7 @@ CONTENT = "expected a string or a list of parts"
 TYPES = "expected text, image, audio or video"
 VALUE = "expected one value, under the key"
 IMAGE_VALUE = f"{VALUE} image or url or path or base64"
+BARE_BASE64 = "characters of base64; expected a path or URL, data:…;base64,…, or the key base64"
 ELSEWHERE = "expected that in an assistant message"
 ANSWERS_NOTHING = (
     "messages[1] is a tool message that answers no tool call; "
@@ -263,7 +392,12 @@ ERRORS: list[tuple[Any, str]] = [
     ([{"role": "user"}], f"messages[0].content is None; {CONTENT}"),
     ([{"role": "user", "content": 3}], f"messages[0].content is an int; {CONTENT}"),
     ([{"role": "assistant", "content": None}], f"messages[0].content is None; {CONTENT}"),
-    ([CALL, {"role": "tool", "content": {"x": 1}}], f"messages[1].content is a dict; {CONTENT}"),
+    ([CALL, {"role": "user", "content": {"x": 1}}], f"messages[1].content is a dict; {CONTENT}"),
+    ([CALL, {"role": "tool", "content": {"x": {1}}}], "messages[1].content holds a set; expected what JSON can hold"),
+    (
+        [CALL, {"role": "tool", "content": [{"type": "text"}, {"x": 1}]}],
+        "messages[1].content[0].text is None; expected a string",
+    ),
     # parts
     (user("x"), 'messages[0].content[0] is a str; expected a part such as {"type": "text", "text": …}'),
     (user(IMAGE, {"text": "x"}), f"messages[0].content[1] has the type None; {TYPES}"),
@@ -279,6 +413,16 @@ ERRORS: list[tuple[Any, str]] = [
         'messages[0] has the key images; expected a part {"type": "image", "image": …} in content',
     ),
     (user({"type": "image"}), f"messages[0].content[0] has no value; {IMAGE_VALUE}"),
+    (
+        user({"type": "image", "source": {"type": "file", "file_id": "x"}}),
+        "messages[0].content[0].source has no value; expected one value, under the key data or url",
+    ),
+    (user({"type": "input_image", "file_id": "x"}), f"messages[0].content[0].image_url has no value; {VALUE} url"),
+    (user({"type": "image", "image": "iVBORw0KGgo" * 9000}), f"messages[0].content[0].image is 99000 {BARE_BASE64}"),
+    (
+        user({"type": "image_url", "image_url": {"url": "iVBORw0KGgo" * 9000}}),
+        f"messages[0].content[0].image_url.url is 99000 {BARE_BASE64}",
+    ),
     (user({"type": "image", "image": ""}), f"messages[0].content[0] has no value; {IMAGE_VALUE}"),
     (user(IMAGE | {"url": "b"}), f"messages[0].content[0] has image and url; {IMAGE_VALUE}"),
     (user({"type": "image_url", "image_url": {}}), f"messages[0].content[0].image_url has no value; {VALUE} url"),
@@ -308,6 +452,10 @@ ERRORS: list[tuple[Any, str]] = [
         called(arguments={"x": DEEP}),
         "messages[0].tool_calls[0].arguments is nested too deep; expected at most 100 levels",
     ),
+    (
+        called(arguments='{"x": NaN}'),
+        "messages[0].tool_calls[0].arguments holds nan; expected what JSON can hold",
+    ),
     (called(name=None), f"messages[0].tool_calls[0] has the name None; {FUNCTION}"),
     ([{"role": "assistant", "tool_calls": "f"}], "messages[0].tool_calls is a str; expected a list"),
     (
@@ -335,6 +483,10 @@ TOOL_ERRORS: list[tuple[Any, str]] = [
     ([{"type": "function", "function": {}}], f"tools[0] has the name None; {FUNCTION}"),
     ([{"name": "f"}, {"name": ""}], f"tools[1] has the name ''; {FUNCTION}"),
     ([{"name": "f", "description": 3}], "tools[0].description is an int; expected a string"),
+    (
+        [{"name": "f", "parameters": {}, "input_schema": {}}],
+        "tools[0] has parameters and input_schema; expected one of them",
+    ),
     ([{"name": "f", "parameters": {"x": {1}}}], "tools[0] holds a set; expected what JSON can hold"),
 ]
 

@@ -18,13 +18,12 @@ from toy_checkpoint import TINY, Shape, write_checkpoint, write_drafter
 from mlx_gemma4 import Prompt, Sampling, load
 from mlx_gemma4 import evaluate as evaluate_module
 from mlx_gemma4 import quality as quality_module
-from mlx_gemma4.cache import PromptCache
 from mlx_gemma4.card import CARD, NOT_MEASURED, Figures
 from mlx_gemma4.card import write_card as write_new_card
 from mlx_gemma4.evaluate import BUILT_IN, main, open_subject, read_lines
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
-from mlx_gemma4.quality import Exchange, acceptance, encode, load_drafter, log_probabilities, read_exchanges
+from mlx_gemma4.quality import Exchange, Read, acceptance, encode, load_drafter, log_probabilities, read_exchanges
 from mlx_gemma4.sampling import Sampler
 from mlx_gemma4.tensors import list_tensors
 from mlx_gemma4.weights import DrafterChoice, look_through
@@ -158,7 +157,7 @@ def test_acceptance_is_that_of_single_drafts(planted_folder: Path, planted: Load
     ids = np.random.default_rng(0).integers(110, 500, (2, 50)).tolist()
     exchanges = [Exchange(Prompt(own), start) for own, start in zip(ids, (5, 20), strict=True)]
     reads = read_exchanges(checkpoint, exchanges, lambda done, total: None)
-    load_drafter(checkpoint)
+    load_drafter(checkpoint, reads[0])
     greedy = replace(checkpoint.config.generation, temperature=0.0)
     checkpoint.model.config = replace(checkpoint.config, generation=greedy)
     hits = []
@@ -179,18 +178,18 @@ def test_acceptance_is_what_the_two_distributions_share(tiny_folder: Path, tmp_p
     assert model.drafter is not None
     subject = open_subject(str(tiny_folder), str(own), LINES, None)
     reads = read_exchanges(subject.checkpoint, subject.exchanges, lambda done, total: None)
-    load_drafter(subject.checkpoint)
+    load_drafter(subject.checkpoint, reads[-1])
     sampler = Sampler(Sampling(), model.config.generation, TINY.vocab)
     shared = []
     for exchange in subject.exchanges:
         ids = exchange.prompt.token_ids
         for place in range(exchange.start, len(ids) - 1):
-            cache = PromptCache(model.config.text, place)
-            *_, hidden = model.read(Prompt(ids[:place]), cache)
-            stores = dict(zip(model.config.text.layer_types, cache.stores, strict=True))
-            masks = {kind: mx.ones((1, store.rows()[0].shape[2]), mx.bool_) for kind, store in stores.items()}
+            caches = model.caches(place)
+            *_, hidden = model.read(Prompt(ids[:place]), caches)
+            last = mx.array([place - 1])
             newest = model.language_model.embed(mx.array([[ids[place]]]))
-            logits, _ = model.drafter(newest, hidden[:, -1:], mx.array(place - 1), masks, stores)
+            masks = model.masks(caches, last, 1)
+            logits, _ = model.drafter(newest, hidden[:, -1:], last, masks, caches.last)
             p = sampler.probabilities(model.logits(Prompt(ids[: place + 1]))[0, -1:])
             shared.append(mx.minimum(p, sampler.probabilities(logits[0])).sum().item())
     assert acceptance(subject.checkpoint.model, subject.exchanges, reads) == pytest.approx(np.mean(shared), rel=1e-4)
@@ -201,7 +200,7 @@ def test_a_partner_is_quantized_as_it_is_for_decoding(tmp_path: Path) -> None:
     even = Shape(hidden=128, mlp=128, heads=4, kv_heads=2, head_dim=32, global_head_dim=64)
     folder, own = write_checkpoint(tmp_path / "even", even), write_drafter(tmp_path / "drafter", even)
     checkpoint = look_through(folder, DrafterChoice(own, "partner", quantize=True), list_tensors)
-    load_drafter(checkpoint)
+    load_drafter(checkpoint, Read(mx.zeros((1, 1, 128)), {}, mx.ones((64,))))
     assert checkpoint.model.drafter is not None
     assert isinstance(checkpoint.model.drafter.embed_tokens, nn.QuantizedEmbedding)
 

@@ -1,8 +1,10 @@
 """From a request to a reply: where it ends, what is streamed and counted, thoughts and calls, wrong requests."""
 
 import itertools
+import math
 import subprocess
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -16,14 +18,15 @@ import pytest
 from rounds import GREEDY
 from toy_checkpoint import TINY
 
-from mlx_gemma4 import Prompt, Sampling, generate, generation, load, speculate, stream_generate
-from mlx_gemma4.cache import GROWTH
+from mlx_gemma4 import Prompt, Sampling, collect, generate, generation, load, reading, speculate, stream_generate
+from mlx_gemma4 import cache as cache_module
 from mlx_gemma4.config import ModelConfig
-from mlx_gemma4.controller import Controller
+from mlx_gemma4.controller import MAX_DRAFTS, Controller, RoundClock
 from mlx_gemma4.model import Model
 from mlx_gemma4.processor import Processor
 from mlx_gemma4.reply import Reply
 from mlx_gemma4.sampling import Sampler
+from mlx_gemma4.speculate import learnt_of
 
 Loaded = tuple[Model, Processor]
 
@@ -89,7 +92,7 @@ class Foresight:
     ) -> tuple[mx.array, mx.array]:
         step = 2 + self.calls % self.length  # the newest token is at last + 1
         self.calls += 1
-        return self.logits[last + step][None, None], hidden
+        return self.logits[last + step][None], hidden
 
 
 @pytest.fixture(scope="module")
@@ -223,21 +226,88 @@ def test_a_reply_of_one_token_has_no_rounds(endless: Loaded) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 5])
-def test_a_cache_may_grow_while_tokens_are_generated(endless: Loaded, length: int) -> None:
+def test_a_cache_may_grow_while_tokens_are_generated(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(cache_module, "STEP", 128)
+    monkeypatch.setattr(reading, "AHEAD", 64)
+    monkeypatch.setattr(learnt_of(endless[0]), "rounds", {})
     model, processor = endless
-    count = 3 * GROWTH
+    count, step = 400, 128
     sampling = Sampling(temperature=0, repetition_penalty=1.05)
     reply = generate(
         model, processor, Prompt(IDS[:3]), max_tokens=count, sampling=sampling, draft_length=length
     )  # fmt: skip
+    assert {slots for _, _, slots in learnt_of(model).rounds} == {128, 256, 384, 512}
     grown = [*IDS[:3], *reply.token_ids]
     logits = np.array(model.logits(Prompt(grown)))[0]
     sampler = Sampler(sampling, model.config.generation, TINY.vocab)
-    for n in (*range(2, 40), *range(GROWTH - 20, GROWTH + 20), *range(2 * GROWTH - 9, 2 * GROWTH + 50), count + 1):
+    for n in (*range(2, 40), *range(step - 20, step + 20), *range(2 * step - 9, 2 * step + 50), count + 1):
         seen = mx.array(np.isin(np.arange(TINY.vocab), grown[: n + 1]))[None]
         best = sampler.probabilities(mx.array(logits[n : n + 1]), seen).argmax(axis=1).item()
         assert grown[n + 1] == best, n
     assert len(set(reply.token_ids)) > 30
+
+
+@pytest.mark.parametrize(("length", "most"), [(0, 1), (3, 1), ("auto", 1 + MAX_DRAFTS)])
+def test_a_long_reply_is_traced_once_for_each_draft_length(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch, length: int | str, most: int
+) -> None:
+    """And the next one about as long, with another prompt, not at all."""
+    model, _ = endless
+    made: list[tuple[Any, ...]] = []
+    make_round = speculate.make_round
+    monkeypatch.setattr(learnt_of(model), "rounds", {})
+    monkeypatch.setattr(speculate, "make_round", lambda *args: made.append(args) or make_round(*args))
+    assert len(reply_of(endless, length, 1500).token_ids) == 1500
+    assert 1 <= len(made) <= most
+    if length != "auto":
+        generate(*endless, Prompt(IDS * 3), max_tokens=1400, sampling=GREEDY, draft_length=length)
+        assert len(made) == 1
+
+
+# --- logits that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, "auto"])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("after", [0, 1, 6])
+def test_logits_that_are_not_finite_end_a_reply_with_one_line(
+    planted_folder: Path, length: int | str, wrong: float, after: int
+) -> None:
+    """What was said before is given; wherever it happens, with and without drafts."""
+    loaded = load(planted_folder)
+    model = loaded[0]
+    model.config = replace(model.config, generation=replace(model.config.generation, eos_token_ids=()))
+    said = reply_of(loaded, 0).token_ids
+    after = next(n for n in range(after, 24) if n == 0 or said[n - 1] not in [*IDS, *said[: n - 1]])
+    broken = IDS[-1] if after == 0 else said[after - 1]  # the embedding of the token whose successor is asked for
+    embed = model.language_model.embed
+
+    def spoilt(ids: mx.array) -> mx.array:
+        return mx.where((ids == broken)[..., None], wrong, embed(ids))
+
+    model.language_model.embed = spoilt
+    model.engine = None
+    pieces = stream_generate(*loaded, Prompt(IDS), max_tokens=24, sampling=GREEDY, draft_length=length)
+    got: list[int] = []
+    with pytest.raises(RuntimeError) as caught:
+        for piece in pieces:
+            got += piece.token_ids
+    assert str(caught.value) == (
+        f"the logits after {len(got)} tokens of the reply are not finite; expected sound weights, "
+        "or a wider computing type"
+    )
+    assert got == said[: len(got)] and len(got) <= after  # a round that is spoilt in its middle gives nothing
+    assert after - len(got) <= (7 if length else 0)
+
+
+def test_sampled_replies_end_so_too(planted_folder: Path) -> None:
+    loaded = load(planted_folder)
+    loaded[0].language_model.norm.weight = loaded[0].language_model.norm.weight * math.nan
+    for length in (0, 3):
+        with pytest.raises(RuntimeError, match=r"^the logits after 0 tokens of the reply are not finite; expected "):
+            reply_of(loaded, length, sampling=Sampling(temperature=1.0, seed=3))
 
 
 # --- the machine is left as it was -------------------------------------------------------------
@@ -328,17 +398,17 @@ def test_the_rounds_used_last_are_kept(endless: Loaded, monkeypatch: pytest.Monk
     """Each is compiled for a length and for the caches' slots, of which a long day brings many."""
     model, processor = endless
     monkeypatch.setattr(speculate, "KEPT_ROUNDS", 3)
-    monkeypatch.setattr(model.learnt, "rounds", {})
+    monkeypatch.setattr(learnt_of(model), "rounds", {})
 
     def kept(prompt_length: int) -> list[Any]:
         prompt = Prompt([IDS[-1]] * prompt_length)
         generate(model, processor, prompt, max_tokens=4, sampling=GREEDY, draft_length=1)
-        return list(model.learnt.rounds.values())
+        return list(learnt_of(model).rounds.values())
 
     one = kept(20)
     assert kept(30) == one  # not compiled again
-    assert kept(300) == [*one, *kept(310)[-1:]]
-    assert len(kept(600)) == len(kept(900)) == 3
+    assert kept(1300) == [*one, *kept(1310)[-1:]]
+    assert len(kept(2600)) == len(kept(3900)) == 3
     assert kept(20)[-1] is not one[0]
 
 
@@ -348,8 +418,8 @@ def test_a_round_is_timed_unless_the_caller_takes_longer(
 ) -> None:
     """It reads every 0.1 s and the caller keeps each piece for a part of that."""
     now = 0.0
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: now)
-    clock = generation.RoundClock()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = RoundClock()
     times = []
     for _ in range(4):
         clock.launched(2, False)
@@ -370,7 +440,7 @@ def test_what_was_measured_before_does_not_change_what_a_seed_gives(
     replies = []
     for best in (0, 2, 7):
         times = {0: deque([1.0] * 3), 2: deque([1.0] * 2), best: deque([1.0] * 3)}
-        monkeypatch.setattr(model.learnt, "controller", Controller(times=times, best=best))
+        monkeypatch.setattr(learnt_of(model), "controller", Controller(times=times, best=best))
         replies.append(reply_of(endless, "auto", 30, sampling).token_ids)
     assert replies[0] == replies[1] == replies[2]
 
@@ -427,6 +497,21 @@ def test_thought_answer_and_calls_are_told_apart(say: Say, seed: int) -> None:
     assert reply.message["content"] == "héllo you"
 
 
+def test_a_stream_ends_with_the_message_of_the_reply(planted: Loaded) -> None:
+    pieces = list(stream_generate(*planted, Prompt([5, 6]), max_tokens=5, sampling=GREEDY, draft_length=0))
+    reply = generate(*planted, Prompt([5, 6]), max_tokens=5, sampling=GREEDY, draft_length=0)
+    whole = collect(pieces)
+    assert replace(whole, stats=reply.stats) == reply
+    assert [piece.message for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].message == reply.message
+
+
+def test_what_a_prompt_notes_comes_with_the_first_piece(planted: Loaded) -> None:
+    prompt = Prompt([5, 6], notes=("long",))
+    first, *rest = stream_generate(*planted, prompt, max_tokens=3, sampling=GREEDY, draft_length=0)
+    assert first.notes[:1] == ["long"] and not any("long" in piece.notes for piece in rest)
+
+
 def test_a_reply_need_not_think_or_call(say: Say) -> None:
     reply = say("yes<turn|>")
     assert (reply.thinking, reply.text, reply.tool_calls, reply.finish_reason) == (None, "yes", [], "stop")
@@ -444,13 +529,14 @@ def test_a_reply_may_begin_inside_the_thought(say: Say) -> None:
 
 
 def test_a_thought_that_runs_out_of_tokens_is_said(say: Say) -> None:
-    with pytest.warns(UserWarning, match=r"^the 9 tokens ran out inside the thought; raise max_tokens$"):
-        reply = say("<|channel>thought\nhm, the quick one goes on", max_tokens=9)
+    reply = say("<|channel>thought\nhm, the quick one goes on", max_tokens=9)
+    assert reply.notes == ["the 9 tokens ran out inside the thought; raise max_tokens"]
     assert reply.text == "" and reply.thinking and reply.finish_reason == "length"
 
 
 def test_an_answer_that_runs_out_of_tokens_is_not_warned_of(say: Say) -> None:
-    assert say("<|channel>thought\nhm<channel|>and the quick one", max_tokens=14).finish_reason == "length"
+    reply = say("<|channel>thought\nhm<channel|>and the quick one", max_tokens=14)
+    assert (reply.finish_reason, reply.notes) == ("length", [])
 
 
 # --- wrong requests ----------------------------------------------------------------------------

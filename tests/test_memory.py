@@ -10,8 +10,7 @@ from conftest import WIDE
 from toy_checkpoint import write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load, stream_generate
-from mlx_gemma4 import model as model_module
-from mlx_gemma4.cache import Cache, PromptCache, capacity_for
+from mlx_gemma4.cache import AHEAD, ROUND, capacity, sliding_slots
 from mlx_gemma4.config import FULL, SLIDING
 from mlx_gemma4.controller import MAX_DRAFTS
 from mlx_gemma4.convert import convert
@@ -19,7 +18,6 @@ from mlx_gemma4.memory import (
     Footprint,
     check_memory,
     footprint,
-    grown,
     longest,
     memory_limit,
     predict,
@@ -87,53 +85,43 @@ def test_the_peak_is_predicted_within_a_twentieth(case: Case, request: pytest.Fi
     assert predict(predicted, case.prompt_tokens, case.reply_tokens).peak == pytest.approx(peak, rel=0.05)
 
 
-def test_the_last_chunk_of_a_long_prompt_is_predicted(wide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_chunk_of_a_long_prompt_is_predicted(wide_folder: Path) -> None:
     """Where scores are largest; the rows before it are zeros, which take as much memory and no time."""
     predicted, model = footprint_of(wide_folder, None), load(wide_folder, None)[0]
     prompt = Prompt([200 + i % 100 for i in range(16384)])
-    (start, end) = list(chunks(prompt, CHUNK))[-1]
-    monkeypatch.setattr(model_module, "chunks", lambda *_: [(start, end)])
-    text, peak = model.config.text, 0
+    (start, end) = list(chunks(prompt, 0, CHUNK))[-1]
+    peak = 0
     for _ in range(3):  # on a busy machine MLX hands over less at once, and takes less
-        cache = PromptCache(text, capacity_for(len(prompt), 1))
-        for kind, store in zip(text.layer_types, cache.stores, strict=True):
-            size = text.attention[kind]
-            store.update(*[mx.zeros((1, size.num_key_value_heads, start, size.head_dim))] * 2)
-        mx.eval(cache.arrays())
+        caches = model.caches(len(prompt))
+        caches.length = start
+        mx.eval(caches.arrays)
         mx.clear_cache()
-        before = mx.get_active_memory() - predicted.row_bytes(SLIDING) * WIDE.window
+        before = mx.get_active_memory() - predicted.row_bytes(SLIDING) * sliding_slots(WIDE.window)
         mx.reset_peak_memory()
-        list(model.read(prompt, cache))
+        list(model.read(prompt, caches))
         peak = max(peak, mx.get_peak_memory() - before)
-        del cache, store
+        del caches
     assert reading_bytes(predicted, start, end) == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize(("prompt_tokens", "reply_tokens"), [(700, 600), (768, 256)])
+@pytest.mark.parametrize(("prompt_tokens", "reply_tokens"), [(700, 600), (768, 256), (100, 5000), (9000, 8200)])
 def test_caches_are_predicted_exactly(wide_folder: Path, prompt_tokens: int, reply_tokens: int) -> None:
-    text = load(wide_folder, None)[0].config.text
-    stores = PromptCache(text, capacity_for(prompt_tokens, reply_tokens))
-    for kind, store in zip(text.layer_types, stores.stores, strict=True):
-        own = text.attention[kind]
-        store.update(*[mx.zeros((1, own.num_key_value_heads, prompt_tokens, own.head_dim))] * 2)
-    stores.length = prompt_tokens
-    cache = Cache(stores, 8)
-    for position in range(prompt_tokens, prompt_tokens + reply_tokens):
-        cache.reserve(position, position + 8)
+    """As `decode` reserves them, round by round."""
+    model = load(wide_folder, None)[0]
+    caches = model.caches(prompt_tokens + min(reply_tokens, AHEAD) + ROUND)
+    for count in range(1, reply_tokens, 8):
+        caches.reserve(prompt_tokens + count - 1 + ROUND + ROUND)
     found = predict(footprint_of(wide_folder, "auto"), prompt_tokens, reply_tokens)
-    assert sum(keys.nbytes + values.nbytes for keys, values in cache.layers) == found.sliding + found.full
-
-
-def test_a_cache_that_is_large_enough_does_not_grow() -> None:
-    assert grown(1024, 1024) == (1024, 0)
-    assert grown(1024, 1025) == (1280, 1024)
-    assert grown(8192, 8193) == (9216, 8192)
+    assert sum(array.nbytes for arrays in caches.arrays for array in arrays) == found.sliding + found.full
 
 
 def test_a_layer_that_grows_is_there_twice(wide_folder: Path) -> None:
     model = footprint_of(wide_folder, None)
-    before = grown(capacity_for(10, 3000), 3009)[1]
-    assert predict(model, 10, 3000).workspace > before * model.row_bytes(FULL)  # there is one full layer
+    before, short, long = (capacity(10 + tokens) for tokens in (AHEAD + ROUND, 4000, 6000))
+    assert predict(model, 10, 4000).full == short * model.row_bytes(FULL) == before * model.row_bytes(FULL)
+    found = predict(model, 10, 6000)
+    assert found.full == long * model.row_bytes(FULL) > before * model.row_bytes(FULL)
+    assert found.workspace > found.full  # there is one full layer
 
 
 def test_the_longest_is_the_last_that_fits() -> None:

@@ -16,6 +16,7 @@ from toy_checkpoint import TINY, Shape, config, media_ids, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4 import model as model_module
+from mlx_gemma4.cache import ROUND
 from mlx_gemma4.config import SLIDING, GenerationConfig, parse_config
 from mlx_gemma4.model import Model, chunks
 from mlx_gemma4.processor import Processor
@@ -299,18 +300,14 @@ def test_reading_the_end_of_a_long_prompt_takes_little_memory(
     if multiplies_slowly():
         pytest.skip("takes a minute with MLX's own BLAS; run with LD_PRELOAD=libopenblas.so.0")
     prompt = Prompt([110 + i % 300 for i in range(16384)])  # scores unsplit: 16 heads, 512 · 16384, 512 MB
-    start, end = list(chunks(prompt, model_module.CHUNK))[-1]
-    monkeypatch.setattr(model_module, "chunks", lambda *_: [(start, end)])
-    text = wide_model.config.text
-    cache = PromptCache(text, len(prompt))
-    for kind, store in zip(text.layer_types, cache.stores, strict=True):
-        size = text.attention[kind]
-        store.update(*[mx.zeros((1, size.num_key_value_heads, start, size.head_dim))] * 2)
-    mx.eval(cache.arrays())
+    start, end = list(chunks(prompt, 0, model_module.CHUNK))[-1]
+    caches = wide_model.caches(len(prompt))
+    caches.length = start
+    mx.eval(caches.arrays)
     mx.clear_cache()
     before = mx.get_active_memory()  # weights and caches; these are as long as they get
     mx.reset_peak_memory()
-    assert [hidden.shape[1] for hidden in wide_model.read(prompt, cache)] == [end - start]
+    assert [hidden.shape[1] for hidden in wide_model.read(prompt, caches)] == [end - start]
     assert mx.get_peak_memory() - before < 512 * 10**6
 
 
@@ -318,9 +315,9 @@ def test_nothing_is_kept_of_a_prompt_but_caches_of_bounded_length(tiny: Loaded) 
     model, _ = tiny
     prompt = Prompt([110 + i % 300 for i in range(1000)])
     before = mx.get_active_memory()
-    cache = PromptCache(model.config.text, len(prompt))
-    assert sum(hidden.shape[1] for hidden in model.read(prompt, cache, 500)) == len(prompt)
-    kept = sum(array.nbytes for array in cache.arrays())
-    rows = 5 * TINY.window * TINY.kv_heads * TINY.head_dim + len(prompt) * TINY.global_kv_heads * TINY.global_head_dim
-    assert kept == 2 * rows * 4
+    caches = model.caches(len(prompt))
+    assert sum(hidden.shape[1] for hidden in model.read(prompt, caches, 500)) == len(prompt)
+    kept = sum(array.nbytes for arrays in caches.arrays for array in arrays)
+    sliding = 5 * (TINY.window + ROUND) * 2 * TINY.kv_heads * TINY.head_dim
+    assert kept == 4 * (sliding + 1024 * TINY.global_kv_heads * (32 + 8))  # 8 of 32 dimensions turn
     assert mx.get_active_memory() - before - kept < 100_000  # views of whole chunks would be 640,000

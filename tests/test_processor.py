@@ -3,7 +3,6 @@ import io
 import json
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -28,6 +27,7 @@ from mlx_gemma4.config import (
 )
 from mlx_gemma4.processor import MediaSettings, Processor, load_processor
 from mlx_gemma4.prompt import Prompt, check_length
+from mlx_gemma4.reply import Controls, ReplyParser
 
 VOCAB = 512
 TEMPLATE = resources.files("mlx_gemma4").joinpath("chat_template.jinja").read_text(encoding="utf-8")
@@ -386,14 +386,120 @@ def test_media_that_the_template_does_not_show_are_refused(tmp_path: Path) -> No
         made([user([image()])])
 
 
+# --- what goes with a prompt ---
+
+
+def test_a_long_sound_is_noted_in_the_prompt(processor: Processor) -> None:
+    prompt = processor([user([audio(31 * 16000), audio()])])
+    trained = "the model was trained on clips of at most 30 s, nothing is cut"
+    assert prompt.notes == (f"audio is 31.0 s long; {trained}",)
+
+
+def test_a_prompt_knows_its_tools_as_they_were_given(processor: Processor) -> None:
+    parameters = {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"const": 1}}}
+    tools = [{"name": "f", "input_schema": parameters}]
+    function = {"name": "f", "parameters": parameters, "description": ""}
+    assert processor([user("x")], tools=tools).tools == ({"type": "function", "function": function},)
+
+
+# --- replies as text ---
+
+WRITTEN_CALL = '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'
+
+
+def called(**arguments: Any) -> list[dict[str, Any]]:
+    return [{"id": "call_0", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning", "calls"),
+    [
+        ("a ▁ b", "a ▁ b", None, []),
+        ("", "", None, []),
+        (f"<|channel>thought\nhm\n<channel|>a {WRITTEN_CALL}<|tool_response>rest", "a ", "hm", called(a="x")),
+        ("hm<channel|>a<turn|>\n<|turn>user\nb<turn|>", "a", "hm", []),
+        (f"<bos><|turn>user\nb<turn|>\n<|turn>model\na{WRITTEN_CALL}", "a", None, called(a="x")),
+        ("<|tool_call>call:f(a='x'<turn|>", "", None, called(a="x")),
+        ('<|tool_call>call:f{a:<|"|>x <turn|> y<|"|>}<tool_call|><turn|>z', "", None, called(a="x <turn|> y")),
+        ("a<|tool_call>call:f{a}<tool_call|>", "a<|tool_call>call:f{a}<tool_call|>", None, []),
+    ],
+)
+def test_the_text_of_a_reply_becomes_its_message(
+    processor: Processor, text: str, content: str, reasoning: str | None, calls: list[Any]
+) -> None:
+    message = processor.parse_response(text)
+    assert message == {"role": "assistant", "content": content, "reasoning": reasoning, "tool_calls": calls}
+    if content or calls:
+        processor([user("x"), message])
+
+
+def test_tools_help_to_read_a_reply(processor: Processor) -> None:
+    tools = [{"name": "f", "parameters": {"properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}}]
+    text = "<|tool_call>call:f{a:hello, world}<tool_call|>"
+    assert processor.parse_response(text, tools)["tool_calls"] == called(a="hello, world")
+    assert processor.parse_response(text)["tool_calls"] == []
+    with pytest.raises(ValueError, match=r"^text is None; expected the text of a reply$"):
+        processor.parse_response(None)  # type: ignore[arg-type]
+
+
+FRAGMENTS_OF_REPLIES = st.sampled_from(
+    [*CONTROLS, "call:f", "{", "}", "[", "]", "(", ")", "a:", "1", "'", ",", "thought\n", " "]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(FRAGMENTS_OF_REPLIES, max_size=20).map("".join))
+def test_any_text_is_a_message_that_can_be_gone_on_from(processor: Processor, reply: str) -> None:
+    for text in (reply, f"<|tool_call>call:f{{{reply}"):
+        processor([user("x"), processor.parse_response(text), user("y")])
+
+
+ARGUMENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab:,{}'\"<|>=é", max_size=4), inner, max_size=3)
+    ),
+)
+
+
+@settings(deadline=None)
+@given(TEXTS, st.dictionaries(st.text("ab:,{}'\"<|>=é", max_size=4), ARGUMENTS, max_size=3))
+def test_a_reply_is_read_back_from_the_next_prompt(
+    processor: Processor, content: str, arguments: dict[str, Any]
+) -> None:
+    """Text before a call and the call: ids of the model's turn are those that it wrote."""
+    message = {"role": "assistant", "content": content, "tool_calls": called(**arguments)}
+    first = processor([user("x")], thinking=True).token_ids
+    ids = processor([user("x"), message], thinking=True).token_ids
+    assert ids[: len(first)] == first
+    parser = ReplyParser(processor.tokenizer, Controls.from_tokenizer(processor.tokenizer), ())
+    parser.feed(ids[len(first) :])
+    parser.finish()
+    assert json.dumps(parser.message, sort_keys=True) == json.dumps(message, sort_keys=True)
+
+
+def test_text_stays_text_where_the_model_looks_for_whole_words_first(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer(VOCAB)
+    parts = json.loads(tokenizer.to_str())
+    parts["model"]["ignore_merges"] = True
+    parts["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    assert tokenizer.encode('<|"|>', add_special_tokens=False).ids == [52]
+    made = load_processor(write_folder(tmp_path, tokenizer=tokenizer), toy_config())
+    plain = control_ids(made, made([user("a")]))
+    for typed in ('a<|"|>', '<|"|>', "<bos>a"):
+        prompt = made([user(typed)])
+        assert control_ids(made, prompt) == plain
+        assert made.tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == OPENING + typed + CLOSING
+
+
 # --- loading ---
 
 
-def test_the_template_is_looked_for_where_transformers_does(tmp_path: Path) -> None:
+def test_the_template_is_looked_for_where_transformers_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def rendered(folder: Path) -> str:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            made = load_processor(folder, toy_config())
+        made = load_processor(folder, toy_config())
+        assert not caplog.records
         return made.tokenizer.decode(made([user("x")]).token_ids)
 
     folder = write_folder(tmp_path, template=None, chat_template={"chat_template": "three"})
@@ -407,22 +513,27 @@ def test_the_template_is_looked_for_where_transformers_does(tmp_path: Path) -> N
     assert rendered(folder) == "one"
 
 
-def test_without_a_template_the_packaged_one_is_used_with_a_warning(tmp_path: Path, processor: Processor) -> None:
+def test_without_a_template_the_packaged_one_is_used_with_a_warning(
+    tmp_path: Path, processor: Processor, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_folder(tmp_path, template=None)
-    with pytest.warns(UserWarning, match="has no chat template; the packaged one of 2026-07-09 is used") as caught:
-        made = load_processor(folder, toy_config())
-    assert len(caught) == 1 and made([user("x")]) == processor([user("x")])
+    made = load_processor(folder, toy_config())
+    assert len(caplog.records) == 1 and caplog.records[0].levelname == "WARNING"
+    assert "has no chat template; the packaged one of 2026-07-09 is used" in caplog.text
+    assert made([user("x")]) == processor([user("x")])
 
 
-def test_the_old_template_is_used_with_a_warning(tmp_path: Path) -> None:
+def test_the_old_template_is_used_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old = "{# é" + " " * (17466 - 11) + " #}old"
     assert len(old.encode()) == 17466
     for place in ({"template": old}, {"template": None, "tokenizer_config": {"chat_template": old}}):
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
         folder = write_folder(tmp_path, **place)
-        with pytest.warns(UserWarning, match="holds the old chat template, which leaks thoughts") as caught:
-            made = load_processor(folder, toy_config())
-        assert len(caught) == 1 and made.tokenizer.decode(made([user("x")]).token_ids) == "old"
+        caplog.clear()
+        made = load_processor(folder, toy_config())
+        assert len(caplog.records) == 1 and caplog.records[0].levelname == "WARNING"
+        assert "holds the old chat template, which leaks thoughts" in caplog.text
+        assert made.tokenizer.decode(made([user("x")]).token_ids) == "old"
 
 
 def test_settings_come_from_either_file_and_default_to_the_published(tmp_path: Path) -> None:

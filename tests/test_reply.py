@@ -1,4 +1,3 @@
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ CONTROLS = Controls.from_tokenizer(TOKENIZER)
 CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END, EOS = 100, 101, 105, 106, 48, 49, 1
 STATS = Stats(1, 1.0, 1, 1.0, 0.1, 1, 0, 0, 0, [], 1.0)
 
+RESPONSE, QUOTE = 50, 52
 Outcome = tuple[str, str, list[dict[str, Any]]]
 
 
@@ -32,15 +32,22 @@ def byte_ids(data: bytes) -> list[int]:
 
 def parse(reply: Sequence[int], prompt: Sequence[int] = (), cuts: Sequence[int] = ()) -> Outcome:
     """The joined text, the joined thinking and the calls, the reply being fed in parts cut at `cuts`."""
+    return parse_with_notes(reply, prompt, cuts)[:3]
+
+
+def parse_with_notes(
+    reply: Sequence[int], prompt: Sequence[int] = (), cuts: Sequence[int] = (), finish_reason: str = "stop"
+) -> tuple[str, str, list[dict[str, Any]], list[str]]:
     parser = ReplyParser(TOKENIZER, CONTROLS, prompt)
     ends = [*sorted(cut for cut in cuts if cut < len(reply)), len(reply)]
     parts = [parser.feed(reply[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-    parts.append(parser.finish())
-    return "".join(text for text, _ in parts), "".join(thinking for _, thinking in parts), parser.tool_calls
+    parts.append(parser.finish(finish_reason))
+    text, thinking = ("".join(column) for column in zip(*parts, strict=True))
+    return text, thinking, parser.tool_calls, parser.take_notes()
 
 
 def test_controls_have_the_published_ids():
-    assert Controls(CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END) == CONTROLS
+    assert Controls(CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END, RESPONSE, EOS, QUOTE) == CONTROLS
 
 
 def test_a_tokenizer_may_lack_the_control_tokens():
@@ -96,8 +103,9 @@ def test_a_replacement_character_that_was_meant_is_kept():
 def test_long_runs_of_invalid_bytes_take_linear_time():  # DecodeStream would take ten minutes
     run = byte_ids(b"\x80" * 50_000)
     assert parse(run) == ("�" * 50_000, "", [])
-    with pytest.warns(UserWarning, match="the reply ends inside it"):
-        assert parse([CALL, *run])[0] == "<|tool_call>" + "�" * 50_000
+    text, _, _, notes = parse_with_notes([CALL, *run])
+    assert text == "<|tool_call>" + "�" * 50_000
+    assert notes == ["a tool call is kept as text: the reply ends inside it"]
 
 
 def test_ids_outside_the_vocabulary_add_nothing():
@@ -149,9 +157,7 @@ def test_in_thought_follows_the_channel():
     parser = ReplyParser(TOKENIZER, CONTROLS, ())
     states = []
     for token in [*ids("a"), CHANNEL, *ids("thought"), LINE_BREAK, CHANNEL_END, CALL, CALL_END]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parser.feed([token])
+        parser.feed([token])
         states.append(parser.in_thought)
     assert states == [False, True, True, True, False, False, False]
 
@@ -216,22 +222,104 @@ def test_tool_calls_are_parsed_and_leave_no_text():
 
 @pytest.mark.parametrize(
     "call",
-    ["<|tool_call>call:f{a}<tool_call|>", "<|tool_call><tool_call|>", "<|tool_call>call:f{", "<|tool_call>call:f{}"],
+    ["<|tool_call>call:f{a}<tool_call|>", "<|tool_call><tool_call|>", "<|tool_call>call:f{", "<|tool_call>call:f{a:{"],
 )
 def test_a_malformed_or_unfinished_call_stays_in_the_text(call: str):
-    with pytest.warns(UserWarning, match="a tool call is kept as text") as caught:
-        assert parse([*ids("a "), *ids(call)]) == ("a " + call, "", [])
-    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    text, thinking, calls, notes = parse_with_notes([*ids("a "), *ids(call)])
+    assert (text, thinking, calls) == ("a " + call, "", [])
+    assert len(notes) == 1 and notes[0].startswith("a tool call is kept as text: ") and "\n" not in notes[0]
 
 
 def test_text_goes_on_behind_a_malformed_call():
-    with pytest.warns(UserWarning):
-        call, tail = '<|tool_call>call:f{a:<|"|>}<tool_call|>', "the quick"
-        assert parse(ids(call + tail)) == (call + tail, "", [])
+    call, tail = "<|tool_call>call:f{a:}<tool_call|>", "the quick"
+    assert parse(ids(call + tail)) == (call + tail, "", [])
 
 
-def test_a_call_inside_a_thought_is_only_thought_of():
-    assert parse([CHANNEL, *ids("thought\n"), *ids("<|tool_call>call:f{}<tool_call|>")]) == ("", "call:f{}", [])
+def test_a_call_inside_a_thought_is_only_thought_of_if_the_thought_closes():
+    thought = [CHANNEL, *ids("thought\na "), *ids("<|tool_call>call:f{}<tool_call|>"), *ids("b")]
+    assert parse([*thought, CHANNEL_END, *ids("c")]) == ("c", "a call:f{}b", [])
+    assert parse(thought) == ("", "a b", [{"name": "f", "arguments": {}}])
+    assert parse(thought[2:], prompt=thought[:2]) == ("", "a b", [{"name": "f", "arguments": {}}])
+    assert parse_with_notes(thought, finish_reason="length") == ("", "a call:f{}b", [], [])  # it may have closed yet
+
+
+CALL_F = {"name": "f", "arguments": {}}
+
+
+def test_a_call_without_its_end_token_counts_if_the_reply_was_not_cut_off():
+    for tail, arguments in (("call:f{}", {}), ("call:f{a:1", {"a": 1}), ('call:f{a:<|"|>x', {"a": "x"})):
+        reply = [CALL, *ids(tail)]
+        assert parse(reply) == ("", "", [{"name": "f", "arguments": arguments}])
+        cut = parse_with_notes(reply, finish_reason="length")
+        if tail == "call:f{}":  # it lacks nothing else
+            assert cut == ("", "", [CALL_F], [])
+        else:
+            assert cut == ("<|tool_call>" + tail, "", [], ["a tool call is kept as text: the reply ends inside it"])
+
+
+@pytest.mark.parametrize("end", [RESPONSE, TURN_END, EOS, CALL, CHANNEL, CHANNEL_END])
+def test_other_control_tokens_end_a_call_too(end: int):
+    assert parse([CALL, *ids("call:f{"), *ids("}"), end, *ids("call:g{}"), CALL_END])[2][0] == CALL_F
+    assert parse([CALL, *ids('call:f{a:<|"|>x<|"|>}'), CALL, *ids("call:f{}"), CALL_END])[2][1:] == [CALL_F]
+
+
+def test_an_end_token_inside_a_string_is_part_of_it():
+    string = "a <tool_call|> b <turn|> <|tool_call>call:g{}<tool_call|>"
+    reply = ids(f'<|tool_call>call:f{{a:<|"|>{string}<|"|>}}<tool_call|>x')
+    assert parse(reply, cuts=range(len(reply))) == ("x", "", [{"name": "f", "arguments": {"a": string}}])
+
+
+def test_a_string_without_its_mark_ends_with_its_call():
+    reply = ids('<|tool_call>call:f{a:<|"|>ls}<tool_call|>x <|tool_call>call:f{}<tool_call|>y')
+    calls = [{"name": "f", "arguments": {"a": "ls"}}, CALL_F]
+    assert parse(reply, cuts=range(len(reply))) == ("x y", "", calls)
+    again = ids('<|tool_call>call:f{a:<|"|>ls}<tool_call|><|tool_call>call:f{a:<|"|>ls}<tool_call|>x')
+    assert parse(again) == ("x", "", [calls[0], calls[0]])
+
+
+def test_the_text_of_a_mark_inside_a_string_is_text():
+    mark = letters('<|"|>')
+    assert QUOTE not in mark
+    reply = [CALL, *ids("call:f{a:"), QUOTE, *ids("x "), *mark, *ids(",b:"), *mark, QUOTE, *ids("}"), CALL_END]
+    assert parse(reply) == ("", "", [{"name": "f", "arguments": {"a": 'x <|"|>,b:<|"|>'}}])
+
+
+def test_many_strings_without_end_take_linear_time():  # quadratic time would be minutes
+    call = ids('<|tool_call>call:f{a:<|"|>ls}<tool_call|>')
+    assert len(parse(call * 3000)[2]) == 3000
+    assert len(parse([*call[:-1], *[CALL_END, TURN_END] * 30_000])[2]) == 1
+
+
+def test_schemas_help_with_calls_that_are_nearly_right():
+    reply = ids("<|tool_call>call:f{a:hello, world,b:1}<tool_call|>")
+    schemas = {"f": {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}}
+    parser = ReplyParser(TOKENIZER, CONTROLS, (), schemas)
+    parser.feed(reply)
+    assert parser.finish() == ("", "")
+    assert parser.tool_calls == [{"name": "f", "arguments": {"a": "hello, world", "b": 1}}]
+    assert parse(reply)[2] == []
+
+
+def test_a_thought_without_its_name_keeps_its_first_line():
+    for first in ("hm\n", "thoughtful\n", "a\n", "tho\n"):
+        assert parse([CHANNEL, *ids(first), *ids("b"), CHANNEL_END, *ids("c")]) == ("c", first + "b", [])
+
+
+def test_notes_come_once_and_those_of_the_prompt_first():
+    parser = ReplyParser(TOKENIZER, CONTROLS, (), notes=["long"])
+    parser.feed(ids("<|tool_call>call:f{a}<tool_call|>"))
+    first, *rest = parser.take_notes()
+    assert first == "long" and len(rest) == 1 and rest[0].startswith("a tool call is kept as text: ")
+    assert parser.take_notes() == []
+
+
+def test_the_message_of_a_parser_is_that_of_the_reply():
+    reply = ids("<|channel>thought\nhm\n<channel|>a <|tool_call>call:f{}<tool_call|>")
+    parser = ReplyParser(TOKENIZER, CONTROLS, ())
+    pieces = [Piece(*parser.feed([token]), [token]) for token in reply]
+    last = Piece(*parser.finish(), [], "stop", parser.tool_calls, STATS, ["n"], parser.message)
+    whole = collect([*pieces, last])
+    assert whole.message == last.message and last.message["reasoning"] == "hm" and whole.notes == ["n"]
 
 
 # --- any ids at all ----------------------------------------------------------------------------------
@@ -244,14 +332,12 @@ sequences = st.lists(chunks, max_size=25).map(lambda lists: [token for part in l
 
 @settings(deadline=None)
 @given(sequences, sequences, st.lists(st.integers(0, 100)))
-@pytest.mark.filterwarnings("ignore:a tool call is kept")
 def test_how_a_reply_is_split_never_matters(prompt: list[int], reply: list[int], cuts: list[int]):
     whole = parse(reply, prompt)
     assert parse(reply, prompt, cuts) == whole
     assert parse(reply, prompt, range(len(reply))) == whole
 
 
-@pytest.mark.filterwarnings("ignore:a tool call is kept")
 def test_finish_leaves_nothing_behind():
     for reply in ([*ids("a"), CHANNEL, *ids("hm")], [CALL, *ids("call")], byte_ids(b"\xe6")):
         parser = ReplyParser(TOKENIZER, CONTROLS, ())

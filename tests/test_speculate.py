@@ -24,6 +24,7 @@ from rounds import (
 from toy_checkpoint import OTHER, TINY, Shape, config, drafter_config, drafter_tensors, tensors, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, cache, generate, generation, load, speculate
+from mlx_gemma4.arrange import arrange
 from mlx_gemma4.config import FULL, SLIDING, GenerationConfig, parse_config
 from mlx_gemma4.controller import MAX_DRAFTS
 from mlx_gemma4.drafter import Drafter, parse_drafter
@@ -464,9 +465,10 @@ def small() -> Iterator[Model]:
         own |= {re.sub(r"layers\.[35]\.", "layers.1.", name): mx.array(weights[name]) for name in full_layer(weights)}
         module.load_weights([(module_path(name), value) for name, value in own.items()])
     model.drafter = drafter
+    arrange(model)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SLACK", "GROWTH"):  # each sample has a cache of its own
-            patch.setattr(cache, name, 8)
+        patch.setattr(cache, "STEP", 8)  # each sample has a cache of its own
+        patch.setattr(cache, "ROUND", 4)
         yield model
 
 
@@ -500,20 +502,19 @@ def vmappable(monkeypatch: pytest.MonkeyPatch) -> None:
 def sample_three(model: Model, sampler: Sampler, length: int) -> tuple[np.ndarray, list[int]]:
     """The first three tokens of rounds from one state with different keys, [SAMPLES, 3], and what goes before them."""
     rounds = Rounds(model, sampler, Prompt(PROMPT), longest=length, room=4 + 2 * length)
-    rounds.cache.reserve(len(PROMPT), len(PROMPT) + 2 * length)
     round_ = speculate.make_round(model, sampler, length)
     names = sorted(rounds.state.keys() - {"offset"})
-    start = mx.array(rounds.cache.start)
+    counts = [len(own) for own in rounds.caches.arrays]
 
     def one(offset: mx.array, *arrays: mx.array) -> list[mx.array]:
         state = dict(zip(names, arrays[: len(names)], strict=True)) | {"offset": offset}
-        rows = arrays[len(names) :]
-        tokens, state, layers = round_(state, start, list(zip(rows[::2], rows[1::2], strict=True)))
+        rest = iter(arrays[len(names) :])
+        tokens, state, layers = round_(state, [tuple(itertools.islice(rest, count)) for count in counts])
         return [tokens, *(state[name] for name in names), *itertools.chain(*layers)]
 
     def finish(offset: int, known: np.ndarray, arrays: list[mx.array], axes: list[int | None]) -> Iterator[np.ndarray]:
         """Rounds of a batch of states at one offset, of which the `known` [n, m] tokens came so far."""
-        tokens, *after = mx.vmap(one, in_axes=(None, *axes))(mx.array(offset), *arrays)
+        tokens, *after = mx.vmap(one, in_axes=(None, *axes))(mx.array([offset]), *arrays)
         mx.eval(tokens)
         found = np.array(tokens)
         for count in range(1, length + 2):  # those that gave as many tokens are at one offset
@@ -527,12 +528,12 @@ def sample_three(model: Model, sampler: Sampler, length: int) -> tuple[np.ndarra
                 members = [array[mx.array(group)] for array in after]
                 yield from finish(offset + count, so_far, members, [0] * len(members))
 
-    layers = list(itertools.chain(*rounds.cache.layers))
+    layers = list(itertools.chain(*rounds.caches.arrays))
     # `seen` goes in once a sample: MLX 0.32's vmap of a | b is wrong where only b is mapped
-    axes = [0 if name in ("key", "seen") else None for name in names] + [None] * len(layers)
+    axes = [0 if name in ("random", "seen") else None for name in names] + [None] * len(layers)
     found: list[np.ndarray] = []
     for keys in mx.split(mx.random.split(mx.random.key(1), SAMPLES), PASSES):
-        mapped = {"key": keys}
+        mapped = {"random": keys}
         if "seen" in names:
             mapped["seen"] = mx.repeat(rounds.state["seen"][None], len(keys), axis=0)
         state = rounds.state | mapped
