@@ -17,7 +17,7 @@ from .judge import check as must
 from .mutate import NUMBERS, hurt
 from .surface import DEMO, run_command
 
-SHARE = 8
+SHARE = 4
 HIDDEN, MLP, HEADS, VOCABULARY = 256, 768, 4, 1856  # the demo's
 KINDS = library.GGMLQuantizationType
 

@@ -26,10 +26,9 @@ from .judge import plain
 from .limits import MOST_BYTES, SECONDS, SILENT_SECONDS
 from .worker import receive, send
 
-FORKING = ("commands", "gguf")  # from a process in which MLX has computed nothing: its threads do not survive a fork
 KINDS = (
-    *FORKING, "messages", "tools", "calls", "replies", "images", "sounds", "films", "tokenizers", "templates",
-    "arguments", "configs", "weights", "checkpoints",
+    "messages", "tools", "calls", "replies", "arguments", "commands", "images", "sounds", "films", "gguf", "weights",
+    "configs", "tokenizers", "templates", "checkpoints",
 )  # fmt: skip
 TESTS = Path(__file__).parents[1]
 GROWTH, AGE = 3 * 10**8, 1000  # bytes more than at first, and inputs, after which a worker is replaced
@@ -96,8 +95,6 @@ class Worker:
         return status
 
     def attempt(self, kind: str, value: Any) -> Result:
-        if kind in FORKING and self.process is not None and not self.prepared <= set(FORKING):
-            self.stop()
         if self.process is None:
             self.start()
         if kind not in self.prepared:
