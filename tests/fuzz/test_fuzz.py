@@ -11,7 +11,14 @@ from . import inputs
 from .harness import KINDS, Worker, hunt
 
 SEED = 18
-OPEN: dict[str, str] = {}  # kinds with faults that are known and not yet mended: name -> what
+# Kinds with faults that are known and not yet mended, and what these are; each line goes with the last of them.
+OPEN: dict[str, str] = {
+    "images": "libtiff prints on standard error",
+    "sounds": "libmpg123, inside libsndfile, prints on standard error; many channels end the process",
+    "calls": "keys of white space, or with some at an end, are written without quotes",
+    "checkpoints": "a file name of 5,000 characters in the index raises OSError",
+    "arguments": "Prompt(mx.array(1)), media of wrong form, draft lengths that are no numbers",
+}
 
 
 @pytest.fixture(scope="module")
