@@ -197,11 +197,14 @@ class Tally:
         self.outcomes[result.outcome] += 1
         if result.outcome == "fault":
             self.seen[result.where] += 1
-            best = self.faults.get(result.where)
-            if best is None or len(inputs.pack(value)) <= len(
-                inputs.pack(best[0])
-            ):  # of one length the later is simpler
+            if result.where not in self.faults or size(value) < size(self.faults[result.where][0]):
                 self.faults[result.where] = value, result
+
+
+def size(value: Any) -> tuple[int, bytes]:
+    """For inputs: the shorter is the simpler, of one length that which comes first."""
+    data = inputs.pack(value)
+    return len(data), data
 
 
 @dataclass(frozen=True)
