@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from mlx_gemma4.errors import Kind, kind, unbroken
-from mlx_gemma4.weights import logger
+from mlx_gemma4.weights.load import logger
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
