@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from toy_checkpoint import Shape, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
-from mlx_gemma4.controller import MAX_DRAFTS
-from mlx_gemma4.convert import convert
-from mlx_gemma4.memory import footprint, predict
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.convert.command import convert
+from mlx_gemma4.decoding.controller import MAX_DRAFTS
+from mlx_gemma4.planner import footprint, predict
+from mlx_gemma4.weights.load import parameters
 
 REPEATS = 2  # on a busy machine MLX hands over less at once, and takes less
 
@@ -100,7 +101,7 @@ def measure(case: Case) -> tuple[int, int]:
             draft_length=MAX_DRAFTS if case.drafter else 0,
         )  # fmt: skip
         peak = max(peak, reply.stats.peak_memory - others)
-    return peak, predict(footprint(model.config.text, parameters(model)), case.prompt, case.reply).peak
+    return peak, predict(footprint(model.config, parameters(model)), case.prompt, case.reply).peak
 
 
 def main(
@@ -112,7 +113,7 @@ def main(
     if one is not None:
         print(json.dumps(measure(Case(**json.loads(one)))))
         return
-    print(f"{platform.processor() or platform.machine()}, MLX {mx.__version__}")
+    print(f"{platform.processor() or platform.machine()}, MLX {version('mlx')}")
     print(f"{'prompt':>7} {'reply':>6} {'drafter':>8} {'measured':>10} {'predicted':>10} {'ratio':>6}")
     results: list[dict[str, Any]] = []
     for case in LONG if long else CASES:

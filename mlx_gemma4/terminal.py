@@ -9,18 +9,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
 
 from mlx_gemma4.errors import Kind, kind, unbroken
-from mlx_gemma4.weights import logger
+from mlx_gemma4.weights.load import logger
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
+]
 
 WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 
@@ -94,6 +100,17 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r}; expected a number") from None
+
+
+def check_name(path: Path, option: str) -> None:
+    """ValueError for a name to write to that no disk takes, or that is not UTF-8."""
+    try:
+        size = len(str(path).encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is not UTF-8; expected a name that is, for {option}") from None
+    longest, whole = os.pathconf("/", "PC_NAME_MAX"), os.pathconf("/", "PC_PATH_MAX")
+    if size >= whole or any(len(part.encode()) > longest for part in path.parts):
+        raise ValueError(f"{str(path)[:80]!r}… has {size} bytes; expected names of at most {longest}, for {option}")
 
 
 def whole_number(text: str) -> int:
