@@ -28,6 +28,11 @@ DType = Annotated[
     typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
 ]
 
+KvBits = Annotated[
+    int | None,
+    typer.Option("--kv-bits", metavar="N", help="Keep full layers' keys and values in 8 or 4 bits; else as computed."),
+]
+
 WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 
 

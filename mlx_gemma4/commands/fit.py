@@ -10,11 +10,11 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import Quantization, computing_type
+from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
-from mlx_gemma4.terminal import FAILED, Debug, DType, ctrl_c_at_once, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, ctrl_c_at_once, run, size_text, whole_above_0
 from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
 from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
 
@@ -50,12 +50,13 @@ def fit(
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
     dtype: DType = None,
+    kv_bits: KvBits = None,
     debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     computing = computing_type(dtype)
     with ctrl_c_at_once():
-        checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing)
+        checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
     most = checkpoint.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
@@ -112,11 +113,24 @@ def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int
         yield f"a context of {longest_context} tokens"
     if own.drafter and fits(replace(own, drafter=0), tokens, room):
         yield "no drafter (--drafter none)"
+    for bits in (8, 4) if own.text.attention[FULL].kv_bits is None else ():
+        packed = replace(own, text=with_kv_bits(own.text, bits))
+        if can_be_packed(packed) and fits(packed, tokens, room):
+            yield f"caches in {bits} bits (--kv-bits {bits})"
+            break
     for bits in sorted(BITS["affine"], reverse=True):
         weights = at_bits(checkpoint, bits)
         if fits(replace(own, weights=weights), tokens, room):
             yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
             return
+
+
+def can_be_packed(model: Footprint) -> bool:
+    try:
+        model.row_bytes(FULL)
+    except ValueError:  # the sizes of its heads
+        return False
+    return True
 
 
 def at_bits(checkpoint: Checkpoint, bits: int) -> int:
@@ -129,7 +143,9 @@ def at_bits(checkpoint: Checkpoint, bits: int) -> int:
 # --- what is in a folder or on the hub ---------------------------------------------------------
 
 
-def open_anywhere(path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None) -> Checkpoint:
+def open_anywhere(
+    path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
+) -> Checkpoint:
     """A checkpoint, looked through; of a hub's only the configurations are downloaded, and its files' headers read."""
     settings = ["*config.json", f"*{INDEX}"]
     folder = find_folder(path_or_hub_id, settings)
@@ -144,7 +160,7 @@ def open_anywhere(path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | No
     def tensors_of(own: Path) -> dict[str, Tensor]:
         return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
 
-    return look_through(folder, choice, tensors_of, dtype)
+    return look_through(folder, choice, tensors_of, dtype, kv_bits)
 
 
 def is_folder(path_or_hub_id: str) -> bool:

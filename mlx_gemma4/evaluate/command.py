@@ -30,7 +30,7 @@ from mlx_gemma4.evaluate.quality import (
     unpack,
 )
 from mlx_gemma4.prompt.processor import load_processor
-from mlx_gemma4.terminal import Bar, Debug, DType, check_name, ctrl_c_at_once, run, whole_above_0
+from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, check_name, ctrl_c_at_once, run, whole_above_0
 from mlx_gemma4.weights.load import Checkpoint, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.tensors import list_tensors
 
@@ -65,6 +65,7 @@ def evaluate(
         bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
     ] = False,
     dtype: DType = None,
+    kv_bits: KvBits = None,
     debug: Debug = False,
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits."""
@@ -82,7 +83,8 @@ def evaluate(
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing)
     subjects = [
-        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing) for name in names
+        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing, kv_bits)
+        for name in names
     ]
     for subject in subjects:
         check_same(subject, reference_of)
@@ -150,11 +152,12 @@ def open_subject(
     lines: Sequence[dict[str, Any]],
     max_tokens: int | None,
     dtype: mx.Dtype | None = None,
+    kv_bits: int | None = None,
 ) -> Subject:
     with ctrl_c_at_once():
         folder = find_folder(name)
         choice = find_drafter(name, folder, drafter)
-    checkpoint = look_through(folder, choice, list_tensors, dtype)
+    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):
