@@ -13,9 +13,9 @@ import mlx_gemma4
 from mlx_gemma4 import Prompt, Sampling, generate, load, stream_generate
 from mlx_gemma4.config import ModelConfig, read_config
 from mlx_gemma4.errors import CheckpointError, FetchError, MediaError
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor, load_processor
-from mlx_gemma4.reply import Controls, ReplyParser
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.reply.reply import Controls, ReplyParser
 
 __all__ = [
     "CheckpointError", "FetchError", "MediaError", "Model", "ModelConfig", "Processor", "Prompt", "ReplyParser",
