@@ -28,11 +28,6 @@ DType = Annotated[
     typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
 ]
 
-KvBits = Annotated[
-    int | None,
-    typer.Option("--kv-bits", metavar="N", help="Keep full layers' keys and values in 8 or 4 bits; else as computed."),
-]
-
 WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 
 
@@ -123,6 +118,17 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r}; expected a whole number") from None
+
+
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        parser=whole_number,
+        metavar="N",
+        help="Keep full layers' keys and values in 8 or 4 bits; else as computed.",
+    ),
+]
 
 
 def whole_above_0(text: str) -> int:

@@ -3,6 +3,8 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,8 +12,11 @@ import typer
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, generation_events
 from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.session import STORE_FOLDER, Saved, Session, Settings, is_session, read_saved
+from mlx_gemma4.errors import shown
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import Message, media_parts, request_messages
@@ -21,6 +26,7 @@ from mlx_gemma4.terminal import (
     Bar,
     Debug,
     DType,
+    KvBits,
     SizeBar,
     ctrl_c_at_once,
     number,
@@ -73,26 +79,63 @@ def generate(
     ] = "auto",
     draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
     dtype: DType = None,
+    kv_bits: KvBits = None,
+    session: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
+    ] = None,
+    repetition_detection: Annotated[
+        str, typer.Option(metavar="MODE", help="auto ends a reply that only repeats itself; off.")
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     length = parse_draft_length(draft_length)
     computing = computing_type(dtype)
-    messages = request_messages(read_prompt(prompt), image, audio, video, system)
-    check_media(messages, image_budget)
+    options = Options(
+        max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection
+    )
+    saved = None if session is None or not is_session(session) else read_saved(session)
+    turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
+    check_media(turn, image_budget)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     with ctrl_c_at_once():
         folder = find_folder(model)
         choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(folder, choice, computing)
+    checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
     processor = load_processor(checkpoint.folder, checkpoint.config)
-    request, prepared = Request(content=messages, thinking=thinking, image_budget=image_budget).timed_prompt(processor)
-    options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=length)
-    events = generation_events(checkpoint.model, processor, request, options, prepared)
-    check_memory(checkpoint.footprint, len(request), max_tokens)
+    if session is None:
+        request = Request(content=turn, thinking=thinking, image_budget=image_budget)
+        asked, prepared = request.timed_prompt(processor)
+        events = generation_events(checkpoint.model, processor, asked, options, prepared)
+    else:
+        conversation = Session(checkpoint.model, processor, store=PromptStore(folder=session / STORE_FOLDER))
+        go_on(conversation, saved, system, thinking, image_budget)
+        asked, prepared = conversation.prompt(turn)
+        events = conversation.events(turn, asked, prepared, options)
+    check_memory(checkpoint.footprint, len(asked), max_tokens)
     load_shown(checkpoint)
+    if saved is not None:
+        saved.check_model(checkpoint.model)
     print_reply(events)
+    if session is not None:
+        conversation.save(session)
+
+
+def go_on(
+    conversation: Session, saved: Saved | None, system: str | None, thinking: bool, image_budget: int | None
+) -> None:
+    """Take up what was saved, if anything; ValueError for options that it contradicts. Thinking stays on."""
+    if saved is None:
+        conversation.settings = Settings(thinking=thinking, image_budget=image_budget)
+        return
+    first = saved.messages[0] if saved.messages else {}
+    own = first.get("content") if first.get("role") == "system" else None
+    for name, given, known in (("system", system, own), ("image_budget", image_budget, saved.settings.image_budget)):
+        if given is not None and given != known:
+            raise ValueError(f"{name} is {shown(given)} and {shown(known)} in the session; expected the same, or none")
+    conversation.messages = saved.messages
+    conversation.settings = replace(saved.settings, thinking=thinking or saved.settings.thinking)
 
 
 def read_prompt(prompt: str) -> str:
@@ -170,11 +213,15 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
 
 def stats_line(stats: Stats) -> str:
     return (
-        f"prompt {stats.prompt_tokens} tokens, {stats.prompt_tps:.1f} tokens/s; "
+        f"prompt {stats.prompt_tokens} tokens, {cached(stats)}{stats.prompt_tps:.1f} tokens/s; "
         f"reply {stats.generation_tokens} tokens, {stats.generation_tps:.1f} tokens/s; "
         f"first token after {stats.time_to_first_token:.2f} s; peak memory {stats.peak_memory / 1e9:.2f} GB"
         + drafting(stats)
     )
+
+
+def cached(stats: Stats) -> str:
+    return f"{stats.cached_tokens} of them not read again, " if stats.cached_tokens else ""
 
 
 def drafting(stats: Stats) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import check_memory, footprint
 from mlx_gemma4.prompt.messages import MEDIA, check_messages, request_messages
 from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import parameters
 
@@ -67,13 +68,16 @@ class Session:
         max_tokens: int = 1024,
         sampling: Sampling = Sampling(),
         draft_length: int | str = "auto",
+        repetition_detection: str | Mapping[str, int] = "auto",
     ) -> Reply:
         """The reply to a user turn, the media before its text; both are then in `messages`.
 
         text None, and no media: to the messages as they are, for instance after a tool's answer has been appended.
         ValueError if any of it is wrong, and the messages stay as they were.
         """
-        return collect(self.stream(text, images, audios, videos, max_tokens, sampling, draft_length))
+        return collect(
+            self.stream(text, images, audios, videos, max_tokens, sampling, draft_length, repetition_detection)
+        )
 
     def stream(
         self,
@@ -84,6 +88,7 @@ class Session:
         max_tokens: int = 1024,
         sampling: Sampling = Sampling(),
         draft_length: int | str = "auto",
+        repetition_detection: str | Mapping[str, int] = "auto",
     ) -> Iterator[Piece]:
         """As `send`, piece by piece. A reply that is left before its end leaves the messages as they were."""
         turn = (
@@ -91,16 +96,32 @@ class Session:
             if text is None and not (images or audios or videos)
             else request_messages(text or "", images, audios, videos)
         )
-        options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=draft_length)
-        events = self.events(turn, options)
-        check_memory(footprint(self.model.config, parameters(self.model)))
+        options = Options(
+            max_tokens=max_tokens,
+            sampling=sampling,
+            draft_length=draft_length,
+            repetition_detection=repetition_detection,
+        )
+        prompt, prepared = self.prompt(turn)
+        events = self.events(turn, prompt, prepared, options)
+        check_memory(footprint(self.model.config, parameters(self.model)), len(prompt), max_tokens)
         return (event for event in events if isinstance(event, Piece))
 
-    def events(self, turn: list[dict[str, Any]], options: Options) -> Iterator[Reading | Piece]:
-        """What happens when these messages are added: how far the prompt is read, then the pieces of the reply."""
-        messages, own = [*self.messages, *turn], self.settings
-        request = Request(content=messages, tools=own.tools, thinking=own.thinking, image_budget=own.image_budget)
-        prompt, prepared = request.timed_prompt(self.processor)
+    def prompt(self, turn: list[dict[str, Any]]) -> tuple[Prompt, float]:
+        """What the model reads with these messages added, and the seconds that making it took."""
+        own = self.settings
+        request = Request(
+            content=[*self.messages, *turn],
+            tools=own.tools,
+            thinking=own.thinking,
+            image_budget=own.image_budget,
+        )
+        return request.timed_prompt(self.processor)
+
+    def events(
+        self, turn: list[dict[str, Any]], prompt: Prompt, prepared: float, options: Options
+    ) -> Iterator[Reading | Piece]:
+        """What happens when these messages are added: how far their prompt is read, then the pieces of the reply."""
         events = generation_events(self.model, self.processor, prompt, options, prepared, self.store)
         return self.recorded(turn, events)
 
@@ -163,6 +184,20 @@ class Saved:
     def check_model(self, model: Model) -> None:
         if self.weights != fingerprint_of(model).hex():
             raise ValueError(f"{str(self.folder)!r} holds a session with other weights; expected those it began with")
+
+
+def is_session(folder: Path) -> bool:
+    """Whether a folder holds one, whole or not; ValueError if it is no folder, or one of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"session is {str(folder)!r}, a file; expected a folder")
+    parts = [name for name in (ABOUT, MESSAGES) if (folder / name).exists()]
+    if (
+        not parts
+        and folder.is_dir()
+        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) for entry in folder.iterdir())
+    ):
+        raise ValueError(f"session is {str(folder)!r}, which holds other files; expected a session, or a new folder")
+    return bool(parts)
 
 
 def read_saved(folder: str | Path) -> Saved:
