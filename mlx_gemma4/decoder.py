@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from mlx import nn
 from mlx_gemma4.attention import Projections, QueryAttention, SelfAttention
 from mlx_gemma4.cache import LayerCache, Offset
 from mlx_gemma4.config import TextConfig
+from mlx_gemma4.embed import stream_dtype
 from mlx_gemma4.mask import Mask
 
 
@@ -21,6 +23,24 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return (0.5 * wide * (1 + mx.tanh(inner)) * up).astype(gate.dtype)
 
 
+@partial(mx.compile, shapeless=True)
+def ranged_geglu(gate: mx.array, up: mx.array, grow: mx.array, factor: mx.array) -> mx.array:
+    """The same of a gate that is to be times `grow`, times `factor`."""
+    wide = gate.astype(mx.float32) * grow
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (0.5 * wide * (1 + mx.tanh(inner)) * up * factor).astype(gate.dtype)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What keeps an MLP's product within float16: `float16.py`."""
+
+    floor: float  # `up` is divided by √(mean(up²) + floor)
+    # [intermediate] each, one number: a scalar would become a part of the kernel, which would be another in each layer
+    gate: mx.array
+    product: mx.array
+
+
 class MLP(nn.Module):
     inputs: Projections  # of gate_proj and up_proj: `arrange.py`
 
@@ -29,9 +49,21 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.ranges: Ranges | None = None  # in float16
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(*self.inputs(x)))
+        gate, up = self.inputs(x)
+        if self.ranges is None:
+            return self.down_proj(geglu(gate, up))
+        up = mx.fast.rms_norm(up, None, self.ranges.floor)
+        return self.down_proj(ranged_geglu(gate, up, self.ranges.gate, self.ranges.product))
+
+
+class StreamNorm(nn.RMSNorm):
+    """Of the residual stream, which is wider than float16."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x.astype(self.weight.dtype), self.weight, self.eps)
 
 
 class Layer(nn.Module):
@@ -40,9 +72,9 @@ class Layer(nn.Module):
         self.kind = kind
         self.self_attn = attention
         self.mlp = MLP(text.hidden_size, text.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.input_layernorm = StreamNorm(text.hidden_size, text.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
-        self.pre_feedforward_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.pre_feedforward_layernorm = StreamNorm(text.hidden_size, text.rms_norm_eps)
         self.post_feedforward_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.layer_scalar = mx.ones((1,))
 
@@ -59,8 +91,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config, kind, SelfAttention(config, kind)) for kind in config.layer_types]
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = StreamNorm(config.hidden_size, config.rms_norm_eps)
         self.softcap = config.final_logit_softcapping
+        # powers of two, other than 1 in float16 alone: what the residual stream is times, and what the head's are to be
+        self.unit, self.grow = 1.0, 1.0
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -69,8 +103,8 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: mx.array) -> mx.array:
         """[B, L] ids -> [B, L, hidden], times √hidden in the embedding's own type: 62.0 in bf16, 61.97 in float32."""
-        rows = self.embed_tokens(token_ids).astype(self.dtype)
-        return rows * mx.array(rows.shape[-1] ** 0.5, self.dtype)
+        rows = self.embed_tokens(token_ids).astype(stream_dtype(self.dtype))
+        return rows * (mx.array(rows.shape[-1] ** 0.5, rows.dtype) * self.unit)
 
     def __call__(
         self, h: mx.array, offset: Offset, masks: Mapping[str, Mask], caches: Sequence[LayerCache]
@@ -83,4 +117,6 @@ class Decoder(nn.Module):
     def head(self, hidden: mx.array) -> mx.array:
         """[B, L, hidden] -> logits [B, L, vocab], float32, soft-capped."""
         logits = self.embed_tokens.as_linear(hidden).astype(mx.float32)
+        if self.grow != 1:
+            logits = logits * self.grow
         return logits if self.softcap is None else mx.tanh(logits / self.softcap) * self.softcap

@@ -11,7 +11,7 @@ from mlx_gemma4.cache import Caches, Offset, capacity
 from mlx_gemma4.config import FULL, ModelConfig
 from mlx_gemma4.decoder import Decoder
 from mlx_gemma4.drafter import Drafter
-from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder
+from mlx_gemma4.embed import MultimodalProjection, VisionEmbedder, stream_dtype
 from mlx_gemma4.mask import Mask, causal_mask, whole_mask
 from mlx_gemma4.prompt import Prompt, SoftTokens, check_vocabulary
 
@@ -115,6 +115,8 @@ class Model(nn.Module):
             first, last = max(run.start, start), min(run.start + len(run), end)
             if first < last:
                 rows = self.soft_tokens(run, first - run.start, last - run.start)
+                if self.language_model.unit != 1:
+                    rows = rows * self.language_model.unit
                 h[:, first - start : last - start] = rows.astype(h.dtype)
         return h
 
@@ -122,7 +124,7 @@ class Model(nn.Module):
         """Rows first … last of one run, [last - first, hidden]; they are not scaled as token embeddings are."""
         values = mx.array(run.values[first:last])
         if run.positions is None:
-            return self.embed_audio(values.astype(self.language_model.dtype))
+            return self.embed_audio(values.astype(stream_dtype(self.language_model.dtype)))
         return self.embed_vision(self.vision_embedder(values, mx.array(run.positions[first:last])))
 
 
