@@ -24,21 +24,23 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
-def ranged_geglu(gate: mx.array, up: mx.array, grow: mx.array, factor: mx.array) -> mx.array:
-    """The same of a gate that is to be times `grow`, times `factor`."""
+def ranged_geglu(gate: mx.array, normed_gate: mx.array, up: mx.array, grow: mx.array, factor: mx.array) -> mx.array:
+    """The same, times `factor`, of a gate that is to be times `grow` to be itself, and both once more, normed."""
     wide = gate.astype(mx.float32) * grow
     inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (0.5 * wide * (1 + mx.tanh(inner)) * up * factor).astype(gate.dtype)
+    return (0.5 * (1 + mx.tanh(inner)) * normed_gate * up * factor).astype(gate.dtype)
 
 
 @dataclass(frozen=True)
 class Ranges:
     """What keeps an MLP's product within float16: `float16.py`."""
 
-    floor: float  # `up` is divided by √(mean(up²) + floor)
-    # [intermediate] each, one number: a scalar would become a part of the kernel, which would be another in each layer
-    gate: mx.array
-    product: mx.array
+    floor: float  # gate and up are divided by √(the mean of both their squares + floor)
+    # One number each, as many times as there are columns: a scalar would become a part of the kernel, which would be
+    # another in each layer
+    weight: mx.array  # [2 · intermediate], what they are then times
+    gate: mx.array  # [intermediate]
+    product: mx.array  # [intermediate]
 
 
 class MLP(nn.Module):
@@ -52,11 +54,12 @@ class MLP(nn.Module):
         self.ranges: Ranges | None = None  # in float16
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = self.inputs(x)
         if self.ranges is None:
-            return self.down_proj(geglu(gate, up))
-        up = mx.fast.rms_norm(up, None, self.ranges.floor)
-        return self.down_proj(ranged_geglu(gate, up, self.ranges.gate, self.ranges.product))
+            return self.down_proj(geglu(*self.inputs(x)))
+        own, both = self.ranges, self.inputs.whole(x)
+        gate, _ = mx.split(both, 2, axis=-1)
+        normed_gate, up = mx.split(mx.fast.rms_norm(both, own.weight, own.floor), 2, axis=-1)
+        return self.down_proj(ranged_geglu(gate, normed_gate, up, own.gate, own.product))
 
 
 class StreamNorm(nn.RMSNorm):

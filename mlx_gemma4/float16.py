@@ -19,8 +19,8 @@ from mlx_gemma4.model import Model
 
 LIMIT = 2.0**15  # half of what float16 holds: bounds are of exact numbers, and rounded ones are a little larger
 BLOCK = 2**22  # numbers of a matrix that are looked at at once
-USUAL = 2.0**4  # what a usual row is lifted to before `up` is divided by more than its own size
-SMALLEST_SHARE = 2.0**-6  # of what `up` is divided by, its usual size: then eps is right to 1 / 4096 in usual rows
+LOWEST = 2.0**-8  # what a usual product may be lowered to, so that much smaller ones have all their bits
+SMALLEST_SHARE = 2.0**-6  # of what an MLP's row is divided by, its usual size: eps is then right to 1 / 4096
 
 
 def float16_is_safe(model: Model) -> str | None:
@@ -123,9 +123,9 @@ def settle_attention(layer: Layer, unit: float) -> None:
 
 
 def settle_mlp(layer: Layer, unit: float) -> None:
-    """Of the product gelu(gate) · up: `up` is divided by the root of mean(up²) + floor², so that the sums of down_proj
-    have a bound; the floor is as far above what is usual as there is room, so that a usual row is divided by the floor
-    alone, which the last norm's eps can follow."""
+    """Of the product gelu(gate) · up: both are divided by ρ, ρ² = mean((gate² + up²) / 2) + floor, so that all products
+    of a row together are at most `inner`, and what is usual has room beside any of them. ρ is a row's own, which no eps
+    can follow: so the floor is as far above what is usual as there is room, and usual rows are divided by it alone."""
     mlp, weight = layer.mlp, wide(layer.pre_feedforward_layernorm.weight)
     root, inner = len(weight) ** 0.5, total_columns(mlp.down_proj)
     gate, up = row_norms(mlp.gate_proj, weight), row_norms(mlp.up_proj, weight)
@@ -133,14 +133,21 @@ def settle_mlp(layer: Layer, unit: float) -> None:
     layer.pre_feedforward_layernorm.weight = scaled(weight, shrink)
     layer.pre_feedforward_layernorm.eps *= unit**2
 
-    sums = max(largest_row(mlp.down_proj, gate), norm_of(gate)) * root * inner**0.5
-    factor = power(sums)
-    usual_up, usual_gate = usual(up) * shrink, usual(gate)  # a normed vector's products have their rows' norms, usually
-    room = factor * usual_gate * min(1.0, usual(row_norms(mlp.down_proj))) * USUAL
-    floor = usual_up * min(max(room, 1.0), 1 / SMALLEST_SHARE) if usual_up > 0 else 1.0
-    mlp.ranges = Ranges(floor**2, mx.full((inner,), 1 / shrink), mx.full((inner,), factor))
-    mx.eval(mlp.ranges.gate, mlp.ranges.product)
-    layer.post_feedforward_layernorm.eps *= (shrink * factor) ** 2 / (usual_up**2 + floor**2)
+    factor = power(inner * max(1.0, largest_value(mlp.down_proj)))  # what products are times
+    lift = power((2 * inner) ** 0.5)  # so that small ones are not rounded away before they meet
+    one, other = usual(gate) * shrink, usual(up) * shrink  # a normed vector's products have their rows' norms, usually
+    size = (one**2 + other**2) / 2
+    least = median(gate) * median(up) * min(1.0, usual(row_norms(mlp.down_proj)))
+    room = factor * shrink**2 * least / LOWEST
+    floor = min(max(room, size), size / SMALLEST_SHARE**2) if size > 0 else 1.0
+    mlp.ranges = Ranges(
+        floor,
+        mx.full((2 * inner,), lift, mx.float16),
+        mx.full((inner,), 1 / shrink),
+        mx.full((inner,), factor / lift**2),
+    )
+    mx.eval(mlp.ranges.weight, mlp.ranges.gate, mlp.ranges.product)
+    layer.post_feedforward_layernorm.eps *= (shrink**2 * factor / (size + floor)) ** 2
     layer.post_feedforward_layernorm.weight = scaled(layer.post_feedforward_layernorm.weight, unit)
 
 
@@ -186,6 +193,10 @@ def norm_of(norms: mx.array) -> float:
 
 def usual(norms: mx.array) -> float:
     return cast(float, mx.sqrt(mx.square(norms).mean()).item())
+
+
+def median(norms: mx.array) -> float:
+    return cast(float, mx.sort(norms)[len(norms) // 2].item())
 
 
 def largest_row(module: nn.Module, columns: mx.array | None = None) -> float:
