@@ -9,7 +9,6 @@ every run has its full length. The last line of standard output is JSON.
 import json
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,9 +25,9 @@ from rich.table import Table
 
 from mlx_gemma4 import Prompt, Sampling, load, stream_generate
 from mlx_gemma4.errors import unbroken
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor
-from mlx_gemma4.reply import Stats
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.reply.reply import Stats
 
 
 def main(
@@ -155,8 +154,6 @@ def report(
 
 def run_script(command: Any) -> None:
     """Run a benchmark's `main`; an error is one line on standard error."""
-    # random weights open thoughts and tool calls that they never close
-    warnings.filterwarnings("ignore", message=".*(inside the thought|kept as text)")
     try:
         typer.run(command)
     except (ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:

@@ -3,6 +3,8 @@
 import reprlib
 from enum import Enum
 
+LONGEST = 200  # characters of what a library says
+
 
 class CheckpointError(ValueError):
     """A model folder that is incomplete, damaged or of another kind; the message is one line for its user."""
@@ -32,7 +34,8 @@ def one_line(error: Exception) -> str:
     """What an error of a library says, without the number and the file name of the operating system's."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return unbroken(error) or type(error).__name__
+    text = unbroken(error) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def unbroken(text: object) -> str:

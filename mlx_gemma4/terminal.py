@@ -9,18 +9,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from typer.exceptions import TyperException
 
 from mlx_gemma4.errors import Kind, kind, unbroken
-from mlx_gemma4.weights import logger
+from mlx_gemma4.weights.load import logger
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
+]
 
 WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
 
@@ -33,6 +39,7 @@ def run(app: typer.Typer) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
     news = logging.StreamHandler(sys.stderr)
+    news.setFormatter(Line())
     logger.addHandler(news)
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -48,6 +55,14 @@ def run(app: typer.Typer) -> int:
     finally:
         logger.setLevel(level)
         logger.removeHandler(news)
+
+
+class Line(logging.Formatter):
+    """What the package logs, in one line: a warning says that it is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        warning = "warning: " if record.levelno >= logging.WARNING else ""
+        return warning + unbroken(record.getMessage())
 
 
 def show_warning(message: Warning | str) -> None:
@@ -87,11 +102,33 @@ def number(text: str) -> float:
         raise typer.BadParameter(f"{text!r}; expected a number") from None
 
 
+def check_name(path: Path, option: str) -> None:
+    """ValueError for a name to write to that no disk takes, or that is not UTF-8."""
+    try:
+        size = len(str(path).encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is not UTF-8; expected a name that is, for {option}") from None
+    longest, whole = os.pathconf("/", "PC_NAME_MAX"), os.pathconf("/", "PC_PATH_MAX")
+    if size >= whole or any(len(part.encode()) > longest for part in path.parts):
+        raise ValueError(f"{str(path)[:80]!r}… has {size} bytes; expected names of at most {longest}, for {option}")
+
+
 def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r}; expected a whole number") from None
+
+
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        parser=whole_number,
+        metavar="N",
+        help="Keep full layers' keys and values in 8 or 4 bits; else as computed.",
+    ),
+]
 
 
 def whole_above_0(text: str) -> int:

@@ -71,7 +71,6 @@ UNSUPPORTED = {
     "use_double_wide_mlp": True,
     "attention_bias": True,
     "attention_k_eq_v": False,
-    "tie_word_embeddings": False,
     "use_bidirectional_attention": "all",
     "hidden_activation": "silu",
 }
@@ -139,10 +138,47 @@ def test_a_quantization_that_is_none_is_refused(own: dict[str, Any], message: st
         parse_config(config(TINY) | {"quantization": own}, PLAIN)
 
 
-def test_a_quantization_of_another_library_is_refused() -> None:
-    raw = config(TINY) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(CheckpointError, match=r"^quantization has the keys \['bits', 'quant_method'\]; expected "):
-        parse_config(raw, PLAIN)
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},  # MLX's keys among them
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+        {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
+    ],
+    ids=lambda own: own["quant_method"],
+)
+def test_a_quantization_of_another_library_is_named(own: dict[str, Any]) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"^the weights are quantized by '{own['quant_method']}', which MLX does"
+    ):
+        parse_config(config(TINY) | {"quantization_config": own}, PLAIN)
+
+
+def test_a_module_of_its_own_takes_nothing_of_the_default() -> None:
+    """As MLX hands the entry to the module: what is left out is the mode's usual value, and the mode is affine."""
+    raw = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    raw |= {"a": {"group_size": 64, "bits": 8}, "b": {"bits": 6}, "c": {"mode": "nvfp4"}}
+    found = parse_config(config(TINY) | {"quantization": raw}, PLAIN)
+    assert found.quantization == Quantization(32, 8, "mxfp8")
+    assert found.quantization_overrides == {
+        "a": Quantization(64, 8, "affine"),
+        "b": Quantization(64, 6, "affine"),
+        "c": Quantization(16, 4, "nvfp4"),
+    }
+
+
+@pytest.mark.parametrize(("top", "text", "expected"), [
+    (None, None, True), (None, False, False), (False, True, False), (True, False, True), (False, None, False),
+])  # fmt: skip
+def test_the_top_of_the_file_says_whether_the_head_is_tied(top: bool | None, text: bool | None, expected: bool) -> None:
+    raw = config(TINY)
+    for holder, value in ((raw, top), (raw["text_config"], text)):
+        holder.pop("tie_word_embeddings")
+        if value is not None:
+            holder["tie_word_embeddings"] = value
+    assert parse_config(raw, PLAIN).text.tie_word_embeddings is expected
 
 
 def test_generation_defaults_come_from_their_own_file(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import typer
 from mlx import nn
 
 from mlx_gemma4.config import read_config
-from mlx_gemma4.drafter import Drafter, read_drafter_config
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import load_processor
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.model.drafter import Drafter, read_drafter_config
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.weights.load import parameters
 from training.forward import (
     after_attention,
     attend,
@@ -49,7 +49,9 @@ def propose(
     h = drafter.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
     for layer in drafter.layers:
         attention, x = layer.self_attn, norm(layer.input_layernorm, h)
-        q = attention.q_proj(x).reshape(*x.shape[:2], attention.heads, attention.head_dim)
+        q = attention.q_proj(x).reshape(
+            *x.shape[:2], attention.q_proj.weight.shape[0] // attention.head_dim, attention.head_dim
+        )
         q = turn(heads_first(norm(attention.q_norm, q)), *turns[layer.kind])
         out = attention.o_proj(attend(q, *keys[layer.kind], mask))
         h = after_attention(layer, h, out)
@@ -64,7 +66,9 @@ def loss(drafter: Drafter, target: Model, one: Batch) -> tuple[mx.array, mx.arra
     learnt = one.learnt[one.answers].tolist()
     choices = mx.argmax(learnt_logits(target, hidden, early, one), axis=-1)[mx.array(np.flatnonzero(one.answers))]
     turns = turns_of(target, mx.array(one.positions))
-    mask = for_heads(one.full, drafter.layers[0].self_attn.heads)
+    mask = for_heads(
+        one.full, drafter.layers[0].self_attn.q_proj.weight.shape[0] // drafter.layers[0].self_attn.head_dim
+    )
     positions = {place: index for index, place in enumerate(learnt)}
     total, hits = mx.array(0.0), []
     for ahead in range(1, PROPOSALS + 1):

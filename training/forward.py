@@ -8,9 +8,10 @@ import numpy as np
 from mlx import nn
 
 from mlx_gemma4.config import FULL, SLIDING
-from mlx_gemma4.decoder import Layer, SelfAttention
-from mlx_gemma4.embed import VisionEmbedder
-from mlx_gemma4.model import Model
+from mlx_gemma4.model.attention import SelfAttention
+from mlx_gemma4.model.decoder import Layer
+from mlx_gemma4.model.embed import VisionEmbedder
+from mlx_gemma4.model.model import Model
 from training.rows import Batch
 
 HINT_LAYERS = 4  # of six: what soft tokens say after these, the last two can still carry to where it is asked for
@@ -101,9 +102,9 @@ def self_attention(
     def heads(y: mx.array, count: int) -> mx.array:
         return y.reshape(rows, length, count, dims)
 
-    q = heads_first(norm(module.q_norm, heads(module.q_proj(x), module.heads)))
-    keys = heads(module.k_proj(x), module.kv_heads)
-    values = keys if module.is_full else heads(module.v_proj(x), module.kv_heads)
+    q = heads_first(norm(module.q_norm, heads(module.q_proj(x), module.q_proj.weight.shape[0] // module.head_dim)))
+    keys = heads(module.k_proj(x), module.k_proj.weight.shape[0] // module.head_dim)
+    values = keys if module.is_full else heads(module.v_proj(x), module.k_proj.weight.shape[0] // module.head_dim)
     k = turn(heads_first(norm(module.k_norm, keys)), *turns)
     v = heads_first(cast(mx.array, rms_norm(values, mx.ones((dims,)), mx.array(module.eps))))
     return module.o_proj(attend(turn(q, *turns), k, v, mask)), k, v
@@ -182,9 +183,11 @@ def turns_of(model: Model, positions: mx.array) -> dict[str, tuple[mx.array, mx.
     found = {}
     for layer in model.language_model.layers:
         if layer.kind not in found:
-            angles = positions[..., None] * mx.array(1 / np.array(layer.self_attn.rope.periods))  # 0: not turned
+            turns = 1 / np.array(layer.self_attn.rope.periods)
+            still = layer.self_attn.head_dim // 2 - len(turns)  # of full layers RoPE knows those that turn alone
+            angles = positions[..., None] * mx.array(np.pad(turns, (0, still)))  # 0: not turned
             both = mx.concatenate([angles, angles], axis=-1)
-            heads = layer.self_attn.heads
+            heads = layer.self_attn.q_proj.weight.shape[0] // layer.self_attn.head_dim
             found[layer.kind] = (for_heads(mx.cos(both), heads), for_heads(mx.sin(both), heads))
     return found
 
@@ -195,7 +198,8 @@ def hidden_states(model: Model, batch: Batch) -> tuple[mx.array, mx.array, dict[
     Then the last keys and values of each kind of layer.
     """
     h = embed(model, batch)
-    heads = model.language_model.layers[0].self_attn.heads
+    first = model.language_model.layers[0].self_attn
+    heads = first.q_proj.weight.shape[0] // first.head_dim
     masks = {FULL: for_heads(batch.full, heads), SLIDING: for_heads(batch.sliding, heads)}
     turns = turns_of(model, mx.array(batch.positions))
     last, early = {}, h

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_gemma4.decoder import SelfAttention
-from mlx_gemma4.drafter import Drafter
-from mlx_gemma4.model import Model
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.model.attention import SelfAttention
+from mlx_gemma4.model.drafter import Drafter
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.weights.load import parameters
 from training.material import RATE
 
 LOOKING_BACK = 2  # first layers with heads that look back
@@ -74,14 +74,18 @@ def initialise(model: Model, seed: int) -> None:
 
 def start_attention(attention: SelfAttention, common: np.ndarray | None) -> None:
     """Queries like keys, outputs like values; with `common`, the first group's heads look 1, 2, … tokens back."""
-    dims, groups, width = attention.head_dim, attention.kv_heads, attention.q_proj.weight.shape[1]
-    per = attention.heads // groups
+    dims, groups, width = (
+        attention.head_dim,
+        attention.k_proj.weight.shape[0] // attention.head_dim,
+        attention.q_proj.weight.shape[1],
+    )
+    per = attention.q_proj.weight.shape[0] // attention.head_dim // groups
     q = np.array(attention.q_proj.weight).reshape(groups, per, dims, width)
     k = np.array(attention.k_proj.weight).reshape(groups, 1, dims, width)
     v = k if attention.is_full else np.array(attention.v_proj.weight).reshape(groups, 1, dims, width)
     out = np.array(attention.o_proj.weight).reshape(width, groups, per, dims)
     q = LIKE_KEYS * k + math.sqrt(1 - LIKE_KEYS**2) * q
-    copied = np.moveaxis(v, -1, 0) * math.sqrt(width / (attention.heads * dims))
+    copied = np.moveaxis(v, -1, 0) * math.sqrt(width / (attention.q_proj.weight.shape[0] // attention.head_dim * dims))
     signs = np.where(np.arange(per) % 2, -1, 1)[:, None]  # every other head takes away what it sees
     out = LIKE_VALUES * signs * copied + math.sqrt(1 - LIKE_VALUES**2) * out
     if common is not None:

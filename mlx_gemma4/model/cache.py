@@ -1,0 +1,274 @@
+"""Keys and values that the layers keep, and at which positions they are.
+
+One class for each kind of layer, for reading a prompt and for rounds alike. While a prompt is read, the host knows
+where a pass begins: `offset` is an int, and a pass attends to what there is. In a round only the device knows: `offset`
+is an array [B], everything has a fixed shape, so that a round is traced once, and what counts is told by position
+alone. So rejected entries are forgotten by not counting them.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import gcd, prod
+from typing import NamedTuple, Protocol, cast
+
+import mlx.core as mx
+
+from mlx_gemma4.config import AttentionConfig, TextConfig
+
+Offset = int | mx.array  # the position of a pass's first entry
+Arrays = tuple[mx.array, ...]  # each [B, heads, S, …]
+
+
+class Packed(NamedTuple):
+    """Quantized entries, as `mx.quantize` makes them."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    group_size: int
+    bits: int
+
+
+Entry = mx.array | Packed  # [B, heads, S, dims]
+
+# Positions that a round may write, the newest token's and its drafts': what a ring has beyond its window, so that
+# rejected ones do not hide committed ones.
+ROUND = 8
+# Evaluated: a trace would make it anew for each layer, and all that comes of it, two kernels a layer.
+FIRST = mx.arange(ROUND)
+mx.eval(FIRST)
+# Slots of full layers come in steps of an eighth, at least this many, so that replies share few traces. Empty ones are
+# read too: 1024 are 0.25 % of what a round of the 12B at 4 bits reads.
+STEP = 1024
+AHEAD = 4096  # of a reply, what is reserved at first
+
+
+def slots_of(entry: Entry) -> int:
+    return (entry.weight if isinstance(entry, Packed) else entry).shape[2]
+
+
+class LayerCache(Protocol):
+    """What one attention layer keeps."""
+
+    arrays: Arrays
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All slots."""
+        ...
+
+    def positions(self, offset: Offset, length: int) -> mx.array:
+        """Where the entries are that a pass of `length` at `offset` attends to, [B or 1, S]."""
+        ...
+
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        """Take the entries of a pass, each [B, heads, L, dims]; give all that it attends to."""
+        ...
+
+
+def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
+    """Write entries [B, heads, L, dims] into `slots` [B or 1, L]."""
+    where = slots[:, None, :, None]
+    return tuple(mx.put_along_axis(array, where, rows, axis=2) for array, rows in zip(arrays, entries, strict=True))
+
+
+def steps(offset: mx.array, length: int) -> mx.array:
+    """The positions of a round's pass, [B, L]."""
+    return offset[:, None] + FIRST[:length]
+
+
+class FullCache:
+    """All entries, in the order of their positions, in `slots` slots.
+
+    A full layer's value is the normed output of k_proj, and its key the same, of which `rotated_dims` are weighted and
+    turned. So it keeps two entries: keys, and of values what their keys have turned (`attention.py`). With `bits` each
+    is quantized as it comes, and read as it is kept.
+    """
+
+    def __init__(self, arrays: Arrays, bits: int | None = None):
+        self.arrays, self.bits = arrays, bits
+
+    @property
+    def slots(self) -> int:
+        return self.arrays[0].shape[2]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.seen(self.arrays)
+
+    def seen(self, arrays: Arrays) -> tuple[Entry, ...]:
+        if self.bits is None:
+            return arrays
+        return tuple(
+            Packed(weight, scales, biases, weight.shape[-1] * 32 // self.bits // scales.shape[-1], self.bits)
+            for weight, scales, biases in zip(*[iter(arrays)] * 3, strict=True)
+        )
+
+    def positions(self, offset: Offset, length: int) -> mx.array:
+        return mx.arange(offset + length if isinstance(offset, int) else self.slots)[None]
+
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        length = entries[0].shape[2]
+        if self.bits is not None:
+            group = group_size([rows.shape[-1] for rows in entries])
+            entries = tuple(part for rows in entries for part in mx.quantize(rows, group, self.bits))
+        if not isinstance(offset, int):
+            self.arrays = place(self.arrays, entries, steps(offset, length))
+            return self.entries
+        self.arrays = tuple(
+            mx.slice_update(array, rows, mx.array(offset), axes=(2,))
+            for array, rows in zip(self.arrays, entries, strict=True)
+        )
+        return self.seen(tuple(array[:, :, : offset + length] for array in self.arrays))
+
+    def grow(self, slots: int) -> None:
+        if slots > self.slots:
+            more = [(0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
+            self.arrays = tuple(mx.pad(array, more) for array in self.arrays)
+
+
+class SlidingCache:
+    """The last keys and values, in a ring: position p lies in slot p mod slots."""
+
+    def __init__(self, arrays: Arrays):
+        self.arrays = arrays
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return self.arrays
+
+    @property
+    def slots(self) -> int:
+        return self.arrays[0].shape[2]
+
+    def positions(self, offset: Offset, length: int) -> mx.array:
+        if isinstance(offset, int):
+            chunk = mx.arange(offset, offset + length)
+            return (mx.concatenate([self.ring(mx.array(offset - 1)), chunk]) if offset else chunk)[None]
+        return self.ring(offset[:, None] + length - 1)
+
+    def ring(self, newest: mx.array) -> mx.array:
+        """The positions of all slots, if the newest written is `newest`; negative: never written."""
+        return newest - (newest - mx.arange(self.slots)) % self.slots
+
+    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        length = entries[0].shape[2]
+        if not isinstance(offset, int):
+            self.arrays = place(self.arrays, entries, steps(offset, length) % self.slots)
+            return self.arrays
+        seen = entries
+        if offset:
+            seen = tuple(mx.concatenate([*pair], axis=2) for pair in zip(self.arrays, entries, strict=True))
+        kept = min(length, self.slots)
+        slots = (mx.arange(offset + length - kept, offset + length) % self.slots)[None]
+        before = self.arrays
+        if offset:  # joined before they are written to, or writing would copy them
+            before = tuple(cast(list[mx.array], mx.depends(list(before), list(seen))))
+        self.arrays = place(before, tuple(rows[:, :, length - kept :] for rows in entries), slots)
+        # written before they are attended to: the chunk's own entries would live until its last layer
+        return tuple(cast(list[mx.array], mx.depends(list(seen), list(self.arrays))))
+
+
+def entry_shapes(own: AttentionConfig) -> list[tuple[int, int]]:
+    """(heads, dims) of the entries that a layer keeps."""
+    if own.window is not None:
+        return [(own.num_key_value_heads, own.head_dim)] * 2
+    return [(own.num_key_value_heads, own.head_dim), (own.num_key_value_heads, own.rotated_dims)]
+
+
+def group_size(dims: Iterable[int]) -> int:
+    """Of quantized entries: numbers that share a scale. ValueError if MLX has no such groups."""
+    shared = gcd(*dims)
+    if shared % 32:
+        raise ValueError(
+            f"the full layers keep entries of {shared} numbers; expected a multiple of 32 to quantize them"
+        )
+    return 64 if shared % 64 == 0 else 32
+
+
+def array_shapes(own: AttentionConfig, dtype: mx.Dtype) -> list[tuple[tuple[int, int], mx.Dtype]]:
+    """(heads, numbers of a position) and type of the arrays that a layer keeps its entries in."""
+    shapes, bits = entry_shapes(own), own.kv_bits
+    if bits is None:
+        return [(shape, dtype) for shape in shapes]
+    group = group_size(dims for _, dims in shapes)
+    return [
+        array
+        for heads, dims in shapes
+        for array in [((heads, dims * bits // 32), mx.uint32)] + [((heads, dims // group), dtype)] * 2
+    ]
+
+
+def sliding_slots(window: int) -> int:
+    return window + ROUND
+
+
+def capacity(positions: int) -> int:
+    """Slots of a full layer that is to hold so many positions: one of few sizes."""
+    step = max(STEP, 2 ** (positions.bit_length() - 4))
+    return -(-positions // step) * step
+
+
+def entry_bytes(text: TextConfig, kind: str, item_bytes: int) -> int:
+    """What one position takes in all layers of a kind, with numbers of so many bytes where they are not packed."""
+    arrays = array_shapes(text.attention[kind], mx.bfloat16)
+    sizes = [prod(shape) * (item_bytes if own == mx.bfloat16 else own.size) for shape, own in arrays]
+    return text.layer_types.count(kind) * sum(sizes)
+
+
+def empty_cache(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> FullCache | SlidingCache:
+    """Of one layer, for one request."""
+    shapes = array_shapes(own, dtype)
+    return cache_of(own, tuple(mx.zeros((1, heads, slots, dims), type_) for (heads, dims), type_ in shapes))
+
+
+def cache_of(own: AttentionConfig, arrays: Arrays) -> FullCache | SlidingCache:
+    return FullCache(arrays, own.kv_bits) if own.window is None else SlidingCache(arrays)
+
+
+class Caches:
+    """What all layers keep of one request, or of B that go together."""
+
+    def __init__(self, layers: list[FullCache | SlidingCache], kinds: Sequence[str], length: int = 0):
+        self.layers = layers
+        self.kinds = tuple(kinds)
+        self.length = length  # positions read; in rounds the device knows more
+
+    @classmethod
+    def empty(cls, text: TextConfig, dtype: mx.Dtype, slots: int) -> "Caches":
+        """For one request, with so many slots in full layers."""
+        attention = [text.attention[kind] for kind in text.layer_types]
+        counts = [slots if own.window is None else sliding_slots(own.window) for own in attention]
+        layers = [empty_cache(own, dtype, count) for own, count in zip(attention, counts, strict=True)]
+        return cls(layers, text.layer_types)
+
+    @property
+    def last(self) -> dict[str, FullCache | SlidingCache]:
+        """The last layer of each kind, which a drafter reads."""
+        return dict(zip(self.kinds, self.layers, strict=True))
+
+    @property
+    def arrays(self) -> list[Arrays]:
+        return [layer.arrays for layer in self.layers]
+
+    @property
+    def slots(self) -> int:
+        """Of full layers: what a round is compiled for; 0 if there are none."""
+        return next((layer.slots for layer in self.layers if isinstance(layer, FullCache)), 0)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for so many in full layers."""
+        if positions > self.slots:
+            for layer in self.layers:
+                if isinstance(layer, FullCache):
+                    layer.grow(capacity(positions))
+
+    def take(self, arrays: list[Arrays]) -> None:
+        """Go on with what a round has made of the arrays."""
+        for layer, own in zip(self.layers, arrays, strict=True):
+            layer.arrays = own
+
+
+def traced(arrays: list[Arrays], text: TextConfig) -> Caches:
+    """Caches over the arrays of a trace."""
+    pairs = zip(text.layer_types, arrays, strict=True)
+    return Caches([cache_of(text.attention[kind], own) for kind, own in pairs], text.layer_types)
