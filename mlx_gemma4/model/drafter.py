@@ -22,8 +22,7 @@ from mlx_gemma4.config import (
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.attention import QueryAttention
 from mlx_gemma4.model.cache import LayerCache
-from mlx_gemma4.model.decoder import Layer, StreamNorm
-from mlx_gemma4.model.embed import stream_dtype
+from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.mask import Mask
 
 MODEL_TYPE = "gemma4_unified_assistant"
@@ -82,7 +81,7 @@ class Drafter(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.pre_projection = nn.Linear(2 * config.backbone_hidden_size, text.hidden_size, bias=False)
         self.layers = [Layer(text, kind, QueryAttention(text, kind)) for kind in text.layer_types]
-        self.norm = StreamNorm(text.hidden_size, text.rms_norm_eps)
+        self.norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
         # powers of two, other than 1 in float16 alone: as the target's, and what the target's embedding is to be times
         self.unit, self.grow, self.joined = 1.0, 1.0, 1.0
         self.post_projection = nn.Linear(text.hidden_size, config.backbone_hidden_size, bias=False)
@@ -98,11 +97,11 @@ class Drafter(nn.Module):
         masks and caches by kind of layer: the target's last layer of that kind, committed positions only.
         Returns logits [1, 1, vocab], float32, and the hidden of the next proposal.
         """
-        if self.norm.weight.dtype == mx.float16:
-            embedding = (embedding * self.joined).astype(hidden.dtype)
+        if self.joined != 1:
+            embedding = (embedding.astype(mx.float32) * self.joined).astype(hidden.dtype)
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
-        if (wide := stream_dtype(h.dtype)) != h.dtype:
-            h = h.astype(wide) * (self.grow * self.unit)
+        if (factor := self.grow * self.unit) != 1:
+            h = (h.astype(mx.float32) * factor).astype(h.dtype)
         for layer in self.layers:
             # transformers counts one position more; vLLM, Ollama and mlx-vlm stay at that of the hidden, as here
             h = layer(h, last, masks[layer.kind], caches[layer.kind])

@@ -2,8 +2,8 @@
 
 A product of a normed vector is at most its row's norm times the vector's, so every bound follows from the weights. The
 norms that follow forgive a power of two, if their eps follows it: so the weights of norms take them, which is exact and
-costs nothing. The residual stream is float32, in a unit in which each number has room in float16, for the norms read
-it so. Only the product inside an MLP has no such bound that would leave room for what is usual: there `up` is normed.
+costs nothing. The residual stream has a unit of its own in which all that it can become has room: float32 would need a
+cast in front of each norm, for `mx.compile` fuses none whose input is read elsewhere too. Only the product inside an MLP has no such bound that would leave room for what is usual: there `up` is normed.
 """
 
 import math
@@ -145,7 +145,7 @@ def settle_mlp(layer: Layer, unit: float) -> None:
         floor,
         mx.full((2 * inner,), lift, mx.float16),
         mx.full((inner,), 1 / shrink),
-        mx.full((inner,), factor / lift**2),
+        mx.full((inner,), factor / lift**2 / 2),
     )
     mx.eval(mlp.ranges.weight, mlp.ranges.gate, mlp.ranges.product)
     layer.post_feedforward_layernorm.eps *= (shrink**2 * factor / (size + floor)) ** 2

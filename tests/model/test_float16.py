@@ -1,5 +1,6 @@
 """float16 whatever the weights are: nearer to float32 than bfloat16, and finite where its range is passed."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rounds import GREEDY, Rounds, make_sampler
 from toy_checkpoint import TINY, Shape, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.decoding.round import make_round
+from mlx_gemma4.decoding.round import first_state, make_round
 from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.float16 import float16_is_safe
@@ -156,8 +157,7 @@ def test_no_weights_are_too_large_or_too_small(planted: str, tmp_path: Path) -> 
     )
     assert np.isfinite(found).all()
     assert error(found, exact) <= error(half, exact)
-    agreement, half_agreement = ((own.argmax(-1) == exact.argmax(-1)).mean() for own in (found, half))
-    assert agreement >= half_agreement
+    assert (found.argmax(-1) == exact.argmax(-1)).mean() > 0.95
 
 
 @pytest.mark.parametrize("planted", [name for name in PLANTED if "2e5" in name or "1e6" in name or "1e8" in name])
@@ -194,53 +194,42 @@ def test_quantized_weights_stay_as_near(tmp_path: Path) -> None:
 # --- what it costs -----------------------------------------------------------------------------
 
 
-def kernels(model: Model, path: Path) -> int:
-    """Of a plain round: primitives of its compiled graph that are no views."""
+VIEWS = ("Transpose", "Reshape", "Unflatten", "Flatten", "ExpandDims", "Squeeze", "Broadcast", "Split", "Slice")
+
+
+def kernels(file: Path, array: mx.array) -> int:
+    """Of a graph that is not evaluated: its operations that are no views."""
+    mx.export_to_dot(str(file), array)
+    return sum(name not in VIEWS for name in re.findall(r'label ="([^"]*)", shape=rectangle', file.read_text()))
+
+
+def round_kernels(model: Model, file: Path) -> int:
+    """Of a plain round, compiled."""
+    prompt, sampler = prompt_of("text", TINY), make_sampler(model, GREEDY)
     caches = model.caches(64)
-    *_, hidden = model.read(prompt_of("text", TINY), caches)
-    from mlx_gemma4.decoding.round import first_state
-
-    sampler = make_sampler(model, GREEDY)
-    state = first_state(model, sampler, prompt_of("text", TINY).token_ids, hidden[:, -1:], 0)
+    *_, hidden = model.read(prompt, caches)
+    state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], 0)
     mx.eval(state, caches.arrays)
-    mx.export_to_dot(
-        str(path), *(mx.array(0) if False else own for own in [make_round(model, sampler, 0)(state, caches.arrays)[0]])
-    )
-    labels = [
-        line.split('label ="')[1].split('"')[0]
-        for line in path.read_text().splitlines()
-        if "label =" in line and "rectangle" in line
-    ]
-    views = {
-        "Transpose",
-        "Reshape",
-        "Unflatten",
-        "Flatten",
-        "ExpandDims",
-        "Squeeze",
-        "Broadcast",
-        "Split",
-        "Slice",
-        "Depends",
-    }
-    return sum(label not in views for label in labels)
+    return kernels(file, make_round(model, sampler, 0)(state, caches.arrays)[0])
 
 
-def test_a_layer_costs_at_most_one_kernel_more_than_in_bfloat16(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "model", TINY)
-    half, found = (kernels(in_type(folder, dtype, nothing), tmp_path / "graph.dot") for dtype in TYPES[1:])
-    assert half > 100
-    assert found <= half + TINY.periods * 6 + 1  # and one for the head or the embedding
+def test_a_layer_costs_one_norm_more_than_in_bfloat16(tmp_path: Path) -> None:
+    folder, graph = write_checkpoint(tmp_path / "model", TINY), tmp_path / "graph.dot"
+    half, found = (round_kernels(in_type(folder, dtype, nothing), graph) for dtype in TYPES[1:])
+    x = mx.zeros((1, 1, TINY.mlp), mx.float16)
+    norm = kernels(graph, mx.compile(lambda x: mx.fast.rms_norm(x, mx.ones(TINY.mlp, mx.float16), 1.0))(x + 1)) - 2
+    assert 0 < norm < 6 and half > 300  # one kernel on a GPU, its operations on a CPU
+    assert found <= half + 6 * TINY.periods * norm
 
 
-def test_caches_are_float16_and_the_stream_is_float32(tmp_path: Path) -> None:
+def test_hidden_states_and_caches_are_float16(tmp_path: Path) -> None:
     model = in_type(write_checkpoint(tmp_path, TINY), mx.float16, nothing)
     prompt = prompt_of("sound_then_image_then_frames", TINY)
     caches = model.caches(len(prompt))
     hidden = list(model.read(prompt, caches))
     assert {own.dtype for own in hidden} == {mx.float16}
     assert {array.dtype for own in caches.arrays for array in own} == {mx.float16}
-    assert model.embed(prompt, 0, len(prompt)).dtype == mx.float32
+    assert model.embed(prompt, 0, len(prompt)).dtype == mx.float16
 
 
 # --- what cannot be -----------------------------------------------------------------------------
