@@ -261,10 +261,17 @@ def test_a_long_reply_is_traced_once_for_each_draft_length(
     make_round = speculate.make_round
     monkeypatch.setattr(learnt_of(model), "rounds", {})
     monkeypatch.setattr(speculate, "make_round", lambda *args: made.append(args) or make_round(*args))
-    assert len(reply_of(endless, length, 1500).token_ids) == 1500
+
+    def write(ids: list[int], tokens: int) -> None:
+        reply = generate(
+            *endless, Prompt(ids), max_tokens=tokens, sampling=GREEDY, draft_length=length, repetition_detection="off"
+        )
+        assert len(reply.token_ids) == tokens
+
+    write(IDS, 1500)
     assert 1 <= len(made) <= most
     if length != "auto":
-        generate(*endless, Prompt(IDS * 3), max_tokens=1400, sampling=GREEDY, draft_length=length)
+        write(IDS * 3, 1400)
         assert len(made) == 1
 
 
