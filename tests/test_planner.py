@@ -9,10 +9,12 @@ import pytest
 from conftest import WIDE
 from toy_checkpoint import write_checkpoint, write_drafter
 
-from mlx_gemma4 import Prompt, Sampling, generate, load, stream_generate
-from mlx_gemma4.config import FULL, SLIDING
+from mlx_gemma4 import Prompt, Sampling, generate, load, planner, stream_generate
+from mlx_gemma4.config import FULL, SLIDING, TextConfig
 from mlx_gemma4.convert.command import convert
 from mlx_gemma4.decoding.controller import MAX_DRAFTS
+from mlx_gemma4.engine import reading
+from mlx_gemma4.model import cache as cache_module
 from mlx_gemma4.model.cache import AHEAD, ROUND, capacity, sliding_slots
 from mlx_gemma4.model.model import CHUNK, Model, chunks
 from mlx_gemma4.planner import (
@@ -53,13 +55,14 @@ class Case:
     drafter: str | None
     prompt_tokens: int
     reply_tokens: int
+    step: int | None = None  # of what is reserved and of how it grows, where it is to grow soon
 
 
 CASES = {
     "short": Case("wide_folder", None, 60, 8),
     "a chunk": Case("wide_folder", None, 512, 8),
     "chunks": Case("wide_folder", None, 1300, 8),
-    "a reply that outgrows the cache": Case("wide_folder", None, 250, 260),
+    "a reply that outgrows the cache": Case("wide_folder", None, 250, 260, step=128),
     "drafts": Case("wide_folder", "auto", 300, 12),
     "bfloat16": Case("bfloat16_folder", None, 100, 8),
     "4 bits with drafts": Case("quantized_folder", "auto", 200, 12),
@@ -67,7 +70,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_the_peak_is_predicted_within_a_twentieth(case: Case, request: pytest.FixtureRequest) -> None:
+def test_the_peak_is_predicted_within_a_twentieth(
+    case: Case, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.step is not None:
+        for module, name in ((cache_module, "STEP"), (planner, "AHEAD"), (reading, "AHEAD")):
+            monkeypatch.setattr(module, name, case.step)
+        assert capacity(case.prompt_tokens + case.step + ROUND) < capacity(case.prompt_tokens + case.reply_tokens + ROUND)
     folder = request.getfixturevalue(case.folder)
     predicted = footprint_of(folder, case.drafter)
     gc.collect()  # models of other tests, which would go while this one is measured
@@ -107,24 +116,38 @@ def test_the_last_chunk_of_a_long_prompt_is_predicted(wide_folder: Path) -> None
     assert reading_bytes(predicted, start, end) == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize(("prompt_tokens", "reply_tokens"), [(700, 600), (768, 256), (100, 5000), (9000, 8200)])
+LONG = 40_000  # a context whose last step of an eighth would be 4096 slots
+
+
+def with_context(text: TextConfig, tokens: int) -> TextConfig:
+    return replace(text, max_position_embeddings=tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "reply_tokens"), [(700, 600), (768, 256), (100, 5000), (9000, 8200), (LONG - 9000, 9000)]
+)
 def test_caches_are_predicted_exactly(wide_folder: Path, prompt_tokens: int, reply_tokens: int) -> None:
     """As `decode` reserves them, round by round."""
     model = load(wide_folder, None)[0]
+    model.config = replace(model.config, text=with_context(model.config.text, LONG))
     caches = model.caches(prompt_tokens + min(reply_tokens, AHEAD) + ROUND)
     for count in range(1, reply_tokens, 8):
         caches.reserve(prompt_tokens + count - 1 + ROUND + ROUND)
-    found = predict(footprint_of(wide_folder, "auto"), prompt_tokens, reply_tokens)
+    own = footprint_of(wide_folder, "auto")
+    found = predict(replace(own, text=with_context(own.text, LONG)), prompt_tokens, reply_tokens)
     assert sum(array.nbytes for arrays in caches.arrays for array in arrays) == found.sliding + found.full
 
 
 def test_a_layer_that_grows_is_there_twice(wide_folder: Path) -> None:
     model = footprint_of(wide_folder, None)
-    before, short, long = (capacity(10 + tokens) for tokens in (AHEAD + ROUND, 4000, 6000))
-    assert predict(model, 10, 4000).full == short * model.row_bytes(FULL) == before * model.row_bytes(FULL)
+    model = replace(model, text=with_context(model.text, LONG))
+    before, short, long = (capacity(10 + tokens + ROUND) for tokens in (AHEAD, 4000, 6000))
+    alone = predict(model, 10, 4000)
+    assert alone.full == short * model.row_bytes(FULL) > alone.workspace  # it has all its slots from the start
+    assert predict(model, 10, AHEAD).full == before * model.row_bytes(FULL)
     found = predict(model, 10, 6000)
     assert found.full == long * model.row_bytes(FULL) > before * model.row_bytes(FULL)
-    assert found.workspace > found.full  # there is one full layer
+    assert found.workspace == alone.workspace + found.full  # there is one full layer
 
 
 def test_the_longest_is_the_last_that_fits() -> None:

@@ -86,11 +86,11 @@ def has_quoted_keys(call: Call, schemas: Mapping[str, Schema]) -> bool:
 
 
 def needs_quotes(key: str) -> bool:
-    """Whether a key has to stand between `<|"|>` for `parse_tool_call` to read it back, white space around it apart."""
+    """Whether a key has to stand between `<|"|>` for `parse_tool_call` to read it back."""
     try:
-        return Reader(f"{key}:", QUOTE_TOKEN).key() != key.strip()
+        return Reader(f"{key}:", QUOTE_TOKEN).key() != key
     except ValueError:
-        return key == "" or not key.isspace()
+        return True
 
 
 def spelled(text: str) -> str:

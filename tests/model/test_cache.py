@@ -154,6 +154,22 @@ def test_capacities_are_few() -> None:
     assert len({capacity(positions) for positions in range(16_385, 262_145)}) == 32
 
 
+@given(context=st.integers(1, 300_000), positions=st.integers(1, 300_000))
+def test_a_whole_context_has_room_for_its_last_round_and_no_eighth_beyond(context: int, positions: int) -> None:
+    slots = capacity(positions, context)
+    assert positions <= slots <= capacity(positions)
+    assert slots < max(positions, context + 2 * ROUND) + STEP
+    assert capacity(slots, context) == slots
+
+
+def test_the_published_context_takes_a_step_more_than_itself() -> None:
+    text = replace(TEXT, max_position_embeddings=262_144, layer_types=(FULL,))
+    caches = Caches.empty(text, mx.bfloat16, STEP)
+    caches.reserve(262_144 + ROUND)
+    assert caches.slots == capacity(262_144, 262_144) + STEP == 262_144 + STEP
+    assert capacity(262_144 + ROUND) == 294_912
+
+
 def test_a_reply_of_4096_tokens_has_one_capacity_from_the_start() -> None:
     for length in (5, 1000, 50_000):
         caches = Caches.empty(TEXT, mx.float32, capacity(length + AHEAD + ROUND))
