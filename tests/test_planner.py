@@ -76,7 +76,9 @@ def test_the_peak_is_predicted_within_a_twentieth(
     if case.step is not None:
         for module, name in ((cache_module, "STEP"), (planner, "AHEAD"), (reading, "AHEAD")):
             monkeypatch.setattr(module, name, case.step)
-        assert capacity(case.prompt_tokens + case.step + ROUND) < capacity(case.prompt_tokens + case.reply_tokens + ROUND)
+        assert capacity(case.prompt_tokens + case.step + ROUND) < capacity(
+            case.prompt_tokens + case.reply_tokens + ROUND
+        )
     folder = request.getfixturevalue(case.folder)
     predicted = footprint_of(folder, case.drafter)
     gc.collect()  # models of other tests, which would go while this one is measured

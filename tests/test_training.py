@@ -1,5 +1,6 @@
 """The demo's training: its items are right, and what it trains is the model that the package runs."""
 
+import copy
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from mlx import nn
 from PIL import ImageFont
 
 from mlx_gemma4.config import read_config
+from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.drafter import Drafter, read_drafter_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor, load_processor
@@ -87,6 +89,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Drafter, Pro
     initialise(model, 0)
     initialise_drafter(drafter, 0)
     return model, drafter, load_processor(folder, config)
+
+
+def arranged(model: Model, drafter: Drafter | None = None) -> Model:
+    """As it is in use: a copy, for training goes on with the checkpoint's names and order."""
+    copied = Model(model.config)
+    copied.load_weights(list(parameters(model).items()))
+    copied.drafter = copy.deepcopy(drafter)
+    arrange(copied)
+    return copied
 
 
 # --- items -------------------------------------------------------------------------------------
@@ -293,12 +304,13 @@ def test_rows_give_what_the_model_gives(small: tuple[Model, Drafter, Processor],
     row = passages(processor, material, 7)
     one = batch([row[:1], row[1:2], row[2:3], row[3:]], 800, 48, 640)
     got = model.language_model.head(hidden_states(model, one)[0])
+    in_use = arranged(model)
     for number, members in enumerate([row[:1], row[1:2], row[2:3], row[3:]]):
         at = 0
         for member in members:
             at += len(member.prefix)
             for segment in member.segments:
-                wanted = model.logits(Prompt(member.prefix + segment.ids, member.media))[0, len(member.prefix) :]
+                wanted = in_use.logits(Prompt(member.prefix + segment.ids, member.media))[0, len(member.prefix) :]
                 here = got[number, at : at + len(segment.ids)]
                 assert mx.max(mx.abs(here - wanted)).item() < 2e-3 * mx.max(mx.abs(wanted)).item()
                 at += len(segment.ids)
@@ -505,10 +517,11 @@ def test_the_drafter_in_training_is_the_drafter_in_use(
     ids = one.prefix + segment.ids
     rows = batch([[Passage(one.prefix, one.media, [segment])]], len(ids), 48, 640)
     hidden, _, keys = hidden_states(model, rows)
-    turns, mask = turns_of(model, mx.array(rows.positions)), for_heads(rows.full, drafter.layers[0].self_attn.heads)
-    model.drafter = drafter
+    queries = drafter.layers[0].self_attn
+    heads = len(queries.q_proj.weight) // queries.head_dim
+    turns, mask = turns_of(model, mx.array(rows.positions)), for_heads(rows.full, heads)
     last = len(ids) - 5
-    wanted = model.draft(Prompt(ids[: last + 2], one.media), 3)
+    wanted = arranged(model, drafter).draft(Prompt(ids[: last + 2], one.media), 3)
     tokens = ids[: last + 2]
     for ahead, proposal in enumerate(wanted, 1):
         padded = np.array([tokens + [0] * (len(ids) + ahead - len(tokens))])[:, ahead : len(ids) + ahead]
@@ -518,7 +531,6 @@ def test_the_drafter_in_training_is_the_drafter_in_use(
         logits[mx.array(suppressed)] = -mx.inf
         assert mx.argmax(logits).item() == proposal
         tokens.append(proposal)
-    model.drafter = None
 
 
 def test_the_drafter_learns_from_answers_alone(small: tuple[Model, Drafter, Processor], material: Material) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
@@ -226,6 +226,9 @@ def control_ids(processor: Processor, prompt: Prompt) -> list[int]:
 def test_no_text_of_the_users_becomes_a_control_token(processor: Processor, fields: dict[str, str]) -> None:
     plain = dict.fromkeys(FIELDS, "x")
     plain["answer part 1"] = plain["answer part 2"] = fields["answer part 1"] = fields["answer part 2"] = "x"
+    for name in ("key", "nested key", "response key", "property"):  # between quotes, or they would not be read back
+        if fields[name] != fields[name].strip() or fields[name].startswith('"'):
+            plain[name] = " x"
     prompt, harmless = (processor(*conversation(texts), thinking=True) for texts in (fields, plain))
     assert control_ids(processor, prompt) == control_ids(processor, harmless)
 
@@ -455,16 +458,17 @@ def test_any_text_is_a_message_that_can_be_gone_on_from(processor: Processor, re
         processor([user("x"), processor.parse_response(text), user("y")])
 
 
+KEYS = st.text("ab \n:,{}'\"<|>=é", max_size=4)
 ARGUMENTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab:,{}'\"<|>=é", max_size=4), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
 )
 
 
 @settings(deadline=None)
-@given(TEXTS, st.dictionaries(st.text("ab:,{}'\"<|>=é", max_size=4), ARGUMENTS, max_size=3))
+@given(TEXTS, st.dictionaries(KEYS, ARGUMENTS, max_size=3))
+@example("", {'"': None, '<"': None})
+@example("", {" ": 1, " a": {"a ": 2, "": 3, "\n": [{"\t b": 4}]}})
 def test_a_reply_is_read_back_from_the_next_prompt(
     processor: Processor, content: str, arguments: dict[str, Any]
 ) -> None:
@@ -589,6 +593,8 @@ def test_ids_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
 
 
 def test_importing_and_a_text_prompt_load_no_media_libraries() -> None:
-    code = "import sys, mlx_gemma4.prompt.processor; print({'PIL', 'soundfile', 'av', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, mlx_gemma4.prompt.processor; print({'PIL', 'soundfile', 'av', 'transformers'} & set(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -255,7 +255,7 @@ def test_calls_in_the_right_form_are_read_as_they_are(name: str, arguments: dict
     assert json.dumps(read_tool_calls(written)) == json.dumps([exact])
 
 
-@given(st.text().filter(lambda key: key == key.strip()), values)
+@given(st.text() | st.text(' \t\n\xa0\u3000"ab:', max_size=4), values)
 def test_a_key_that_needs_quotes_is_read_with_them_and_any_other_without(key: str, value: Any) -> None:
     written = f"{QUOTE_TOKEN}{key}{QUOTE_TOKEN}" if needs_quotes(key) else key
     assert parse_tool_call(f"call:f{{{written}:1}}", QUOTE_TOKEN)["arguments"] == {key: 1}
