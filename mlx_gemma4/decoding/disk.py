@@ -34,7 +34,7 @@ SUFFIX, PART = ".page", ".part"
 FULL, SLIDING = "full", "sliding"  # kinds of pages
 OLD_PART = 3600  # seconds after which somebody's unfinished file is nobody's
 PAGE = 128  # positions of a page
-PAGE_AGE = 0.05  # seconds by which a page counts as older than the one before it
+PAGE_AGE = 1e-6  # seconds by which a page counts as older than the one before it
 FREE = 0.1  # of the disk stays free
 SHARE = 0.1  # of the disk, if no bound is given
 HEADER = 2**20  # bytes of a header at most
@@ -156,8 +156,9 @@ class Disk:
                 best = file, start, last
         return best
 
-    def read(self, file: Path, kind: str, place: Place, units: np.ndarray) -> Page | None:
-        """The page in a file as far as `place` has it; None if it is not what its name says, or gone."""
+    def read(self, file: Path, kind: str, place: Place, units: np.ndarray, now: float) -> Page | None:
+        """The page in a file as far as `place` has it; None if it is not what its name says, or gone.
+        now: when the line is used."""
         try:
             data = file.read_bytes()
         except OSError:
@@ -179,18 +180,18 @@ class Disk:
         last = min(place.last, place.first + common(own, units[place.first :]))
         if not place.first <= start < last or (kind == FULL and (start, last) != (place.first, place.last)):
             return None
-        touch(file, place.number)
+        touch(file, now - place.number * PAGE_AGE)
         return page if last == page.last else page.upto(last)
 
     # --- writing -------------------------------------------------------------------------------
 
-    def write(self, kind: str, before: bytes, own: np.ndarray, page: Page) -> bool:
+    def write(self, kind: str, before: bytes, own: np.ndarray, page: Page, now: float) -> bool:
         """Keep a page; own: the units of its whole place, of which the page has the entries of the last ones or all.
-        False if there is no room, or no writing."""
+        now: when its line was used. False if there is no room, or no writing."""
         name = f"{kind}-{before.hex()}-{named(own)}{SUFFIX}"
-        number = page.first // PAGE
+        used = now - page.first // PAGE * PAGE_AGE
         if os.path.exists(self.folder / name):
-            touch(self.folder / name, number)
+            touch(self.folder / name, used)
             return True
         described, parts = packed(page)
         header = {
@@ -216,7 +217,7 @@ class Disk:
             logger.warning("the store's folder %s cannot be written to: %s", self.folder, one_line(error))
             discard(part)
             return False
-        touch(self.folder / name, number)
+        touch(self.folder / name, used)
         return True
 
     def make_room(self, nbytes: int) -> bool:
@@ -261,11 +262,10 @@ def age_and_size(file: Path) -> tuple[float, int]:
     return found.st_mtime, found.st_size
 
 
-def touch(file: Path, number: int) -> None:
-    """What was used is the last to be deleted, and of one line the first page after those that follow it."""
-    now = time.time() - number * PAGE_AGE
+def touch(file: Path, used: float) -> None:
+    """What was used last is the last to be deleted, and of one line the first page after those that follow it."""
     with suppress(OSError):  # deleted meanwhile, or read-only
-        os.utime(file, (now, now))
+        os.utime(file, (used, used))
 
 
 def discard(file: Path) -> None:

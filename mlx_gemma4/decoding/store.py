@@ -7,6 +7,7 @@ goes on with its arrays, and gives it back longer; it copies only if the line ho
 
 import hashlib
 import itertools
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -300,7 +301,7 @@ class PromptStore:
         self, disk: Disk, space: bytes, own: np.ndarray, prompt: Prompt, text: TextConfig, line: Line | None, cut: int
     ) -> tuple[Line | None, int]:
         """What the folder has, if it is more than what memory has."""
-        window, unfit = window_of(text), set[Path]()
+        window, unfit, now = window_of(text), set[Path](), time.time()
         while True:
             chain = disk.chain(space, own, PAGE, unfit)
             spans = [found.sliding_span for found in chain]
@@ -309,8 +310,10 @@ class PromptStore:
             if found <= cut:
                 return line, cut
             numbers = span(found - window, found) if window else range(0)
-            fulls = [disk.read(entry.full, FULL_PAGE, entry, own) for entry in chain[: span(0, found).stop]]
-            pages = {number: disk.read(chain[number].sliding, SLIDING_PAGE, chain[number], own) for number in numbers}
+            fulls = [disk.read(entry.full, FULL_PAGE, entry, own, now) for entry in chain[: span(0, found).stop]]
+            pages = {
+                number: disk.read(chain[number].sliding, SLIDING_PAGE, chain[number], own, now) for number in numbers
+            }
             unfit |= {entry.full for entry, page in zip(chain, fulls, strict=False) if page is None}
             unfit |= {chain[number].sliding for number, page in pages.items() if page is None}
             whole = [page for page in fulls if page is not None]
@@ -414,19 +417,19 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
     """Write a line's pages that are not there yet, those of sliding layers where they are needed. most: positions of it
     that are to be written, all if None."""
     before, needed = line.space, line.needed()
-    length = len(line) if most is None else most
+    length, now = len(line) if most is None else most, time.time()
     for number in span(0, length):
         own = line.units[number * PAGE : min((number + 1) * PAGE, length)]
         first = number * PAGE
         last = first + len(own)
         arrays = [tuple(array[:, :, first:last] for array in entries) for entries in line.full]
-        if not disk.write(FULL_PAGE, before, own, Page(first, arrays)):
+        if not disk.write(FULL_PAGE, before, own, Page(first, arrays), now):
             return
         page = line.pages.get(number) if number in needed else None
         if (
             page is not None
             and page.first < last <= page.last
-            and not disk.write(SLIDING_PAGE, before, own, page if page.last == last else page.upto(last))
+            and not disk.write(SLIDING_PAGE, before, own, page if page.last == last else page.upto(last), now)
         ):
             return
         before = chained(before, own)

@@ -27,7 +27,7 @@ from mlx_gemma4 import Prompt, load, stream_generate
 from mlx_gemma4.decoding.store import PromptStore, fingerprint, forks
 
 RANDOM = settings(
-    deadline=None, max_examples=8, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -167,8 +167,8 @@ def script(loaded: Loaded, store: PromptStore, seed: int, steps: int, bits: tupl
             store.room = None
         elif what == "new":
             ids, media = words(rng.randrange(3), rng.randint(1, 500)), ()
-        ids = [*ids, *words(rng.randrange(10**6), rng.choice([1, 3, 30, 130, 400]))]
-        if len(ids) > 3000:
+        ids = [*ids, *words(rng.randrange(10**6), rng.choice([1, 3, 30, 130, 300]))]
+        if len(ids) > 1500:
             ids, media = ids[:100], tuple(run for run in media if run.start + len(run) <= 100)
         prompt = Prompt(ids, media)
         draft = 0 if model.drafter is None else rng.choice([0, 3, 7, "auto"])
@@ -180,7 +180,7 @@ def script(loaded: Loaded, store: PromptStore, seed: int, steps: int, bits: tupl
         else:
             logits, _ = stored_logits(loaded, store, prompt)
             assert difference(logits, model.logits(prompt)[0, -1]) < tolerance(model), (seed, step, what)
-            reply = check_reply(loaded, store, prompt, rng.choice([1, 6, 40]), draft_length=draft)
+            reply = check_reply(loaded, store, prompt, rng.choice([1, 6, 12]), draft_length=draft)
             prompt = Prompt([*prompt.token_ids, *reply], media)
         assert not store.held
         assert store.ceiling is None or store.nbytes <= store.ceiling
@@ -191,10 +191,10 @@ def script(loaded: Loaded, store: PromptStore, seed: int, steps: int, bits: tupl
 @RANDOM
 @given(seed=st.integers(0, 10**6), ceiling=st.sampled_from([None, 3_000_000, 800_000, 100_000]))
 def test_no_script_gets_another_reply_than_a_fresh_reading(paged: Loaded, seed: int, ceiling: int | None) -> None:
-    script(paged, PromptStore(max_bytes=ceiling), seed, 8, (None, None, 8))
+    script(paged, PromptStore(max_bytes=ceiling), seed, 5, (None, None, 8))
 
 
 @RANDOM
 @given(seed=st.integers(0, 10**6))
 def test_nor_with_a_drafter(drafting: Loaded, seed: int) -> None:
-    script(drafting, PromptStore(), seed, 6)
+    script(drafting, PromptStore(), seed, 3)
