@@ -48,7 +48,7 @@ def quantizing(model: Model, bits: int | None) -> None:
 def stored_logits(loaded: Loaded, store: PromptStore, prompt: Prompt, scope: str = "") -> tuple[mx.array, int]:
     """Logits [V] behind a prompt that is read with a store, and how many of its positions were not read."""
     model, processor = loaded
-    with opened(store, model, processor, prompt, 8, scope) as reading:
+    with opened(store, model, processor, prompt, 8, 0, scope) as reading:
         cached, run = reading.caches.length, 0
         for hidden in model.read(prompt, reading.caches, reading.chunk):
             reading.keep()

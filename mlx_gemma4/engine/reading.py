@@ -10,7 +10,7 @@ from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
 from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
 from mlx_gemma4.model.model import CHUNK, Model
-from mlx_gemma4.planner import footprint, memory_limit, predict
+from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import TURN_OPEN
@@ -47,16 +47,25 @@ class Opened:
 
 @contextmanager
 def opened(
-    store: PromptStore | None, model: Model, processor: Processor, prompt: Prompt, limit: int, scope: str = ""
+    store: PromptStore | None,
+    model: Model,
+    processor: Processor,
+    prompt: Prompt,
+    limit: int,
+    needed: int,
+    scope: str = "",
 ) -> Iterator[Opened]:
     """Caches for reading a prompt and writing `limit` tokens; what was read goes to the store, if the reply is left in
-    the middle too. scope: whose prompt it is; what others have read is not found."""
+    the middle too.
+
+    needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
+    is not found.
+    """
     slots = len(prompt) + min(limit, AHEAD) + ROUND
     if store is None:
         yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
         return
     text = model.config.text
-    needed = predict(footprint(model.config, parameters(model)), len(prompt), limit).peak
     store.leave(memory_limit() - needed)
     space, turn = space_of(model, scope), processor.tokenizer.token_to_id(TURN_OPEN)
     held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
