@@ -25,9 +25,9 @@ from rich.table import Table
 
 from mlx_gemma4 import Prompt, Sampling, load, stream_generate
 from mlx_gemma4.errors import unbroken
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor
-from mlx_gemma4.reply import Stats
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.reply.reply import Stats
 
 
 def main(

@@ -22,9 +22,9 @@ from rich.progress import track
 from rich.table import Table
 
 from mlx_gemma4 import Sampling, generate, load
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor
-from mlx_gemma4.reply import Reply
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.reply.reply import Reply
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # training stands beside benchmarks
 

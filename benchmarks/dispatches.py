@@ -19,9 +19,9 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4 import Sampling, load
-from mlx_gemma4.model import Model
-from mlx_gemma4.sampling import Sampler
-from mlx_gemma4.speculate import State, make_round
+from mlx_gemma4.decoding.round import State, make_round
+from mlx_gemma4.decoding.sampling import Sampler
+from mlx_gemma4.model.model import Model
 
 VIEWS = {
     "Broadcast", "BroadcastAxes", "Reshape", "Flatten", "Unflatten", "Transpose", "Squeeze", "ExpandDims", "Slice",

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from toy_checkpoint import Shape, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
-from mlx_gemma4.controller import MAX_DRAFTS
-from mlx_gemma4.convert import convert
-from mlx_gemma4.memory import footprint, predict
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.convert.command import convert
+from mlx_gemma4.decoding.controller import MAX_DRAFTS
+from mlx_gemma4.planner import footprint, predict
+from mlx_gemma4.weights.load import parameters
 
 REPEATS = 2  # on a busy machine MLX hands over less at once, and takes less
 

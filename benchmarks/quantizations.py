@@ -29,16 +29,16 @@ from decode import machine, machine_line, measure, random_prompt, run_script
 
 from mlx_gemma4 import Sampling, load
 from mlx_gemma4.config import read_config
-from mlx_gemma4.convert import convert
-from mlx_gemma4.evaluate import BUILT_IN, check_same, open_subject, read_lines, read_reference
-from mlx_gemma4.evaluate import measure as evaluate
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor
-from mlx_gemma4.quality import load_distributions
-from mlx_gemma4.recipes import named_recipe, uniform_recipe
-from mlx_gemma4.reply import Stats
+from mlx_gemma4.convert.command import convert
+from mlx_gemma4.convert.recipes import named_recipe, uniform_recipe
+from mlx_gemma4.evaluate.command import BUILT_IN, check_same, open_subject, read_lines, read_reference
+from mlx_gemma4.evaluate.command import measure as evaluate
+from mlx_gemma4.evaluate.quality import load_distributions
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.reply.reply import Stats
 from mlx_gemma4.terminal import size_text
-from mlx_gemma4.weights import find_folder
+from mlx_gemma4.weights.load import find_folder
 
 NUMBERS = {"--q-bits": "q_bits", "--q-group-size": "q_group_size"}
 Q_OPTIONS = NUMBERS | {"--q-mode": "q_mode"}

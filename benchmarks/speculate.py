@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlx_gemma4 import Sampling, speculate
-from mlx_gemma4.reply import Stats
+from mlx_gemma4 import Sampling
+from mlx_gemma4.decoding import round as speculate
+from mlx_gemma4.reply.reply import Stats
 
 
 def main(

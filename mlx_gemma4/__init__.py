@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_gemma4.generation import generate, stream_generate
-    from mlx_gemma4.prompt import Prompt
-    from mlx_gemma4.reply import collect
-    from mlx_gemma4.sampling import Sampling
-    from mlx_gemma4.weights import load
+    from mlx_gemma4.decoding.sampling import Sampling
+    from mlx_gemma4.engine.generation import generate, stream_generate
+    from mlx_gemma4.prompt.prompt import Prompt
+    from mlx_gemma4.reply.reply import collect
+    from mlx_gemma4.weights.load import load
 
 __version__ = "0.1.0"
 __all__ = ["Prompt", "Sampling", "collect", "generate", "load", "stream_generate"]
 
 # Imported when asked for: a command must be able to answer Ctrl-C before MLX is there.
 HOMES = {
-    "Prompt": "prompt",
-    "Sampling": "sampling",
-    "collect": "reply",
-    "generate": "generation",
-    "load": "weights",
-    "stream_generate": "generation",
+    "Prompt": "prompt.prompt",
+    "Sampling": "decoding.sampling",
+    "collect": "reply.reply",
+    "generate": "engine.generation",
+    "load": "weights.load",
+    "stream_generate": "engine.generation",
 }
 
 

@@ -19,19 +19,19 @@ left_to_do: list[Callable[[], object]] = []
 
 
 def generate() -> int:
-    return enter("mlx_gemma4.command")
+    return enter("mlx_gemma4.commands.generate")
 
 
 def convert() -> int:
-    return enter("mlx_gemma4.convert")
+    return enter("mlx_gemma4.convert.command")
 
 
 def evaluate() -> int:
-    return enter("mlx_gemma4.evaluate")
+    return enter("mlx_gemma4.evaluate.command")
 
 
 def fit() -> int:
-    return enter("mlx_gemma4.fit")
+    return enter("mlx_gemma4.commands.fit")
 
 
 def enter(module: str) -> int:

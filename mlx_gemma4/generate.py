@@ -1,4 +1,4 @@
-"""`python -m mlx_gemma4.generate`; the command itself lives in command.py."""
+"""`python -m mlx_gemma4.generate`; the command itself lives in commands/generate.py."""
 
 import sys
 
@@ -8,6 +8,7 @@ if __name__ == "__main__":
     sys.exit(command())
 else:
     # Importing a submodule puts it into the package under its name: let that be the function, not a module over it.
-    from mlx_gemma4.generation import generate
+    from mlx_gemma4.engine.generation import generate
 
+    generate.generate = generate  # type: ignore[attr-defined]  # from mlx_gemma4.generate import generate
     sys.modules[__name__] = generate  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 import mlx_gemma4
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import Kind, kind, shown, unbroken
-from mlx_gemma4.weights import logger
+from mlx_gemma4.weights.load import logger
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -143,6 +143,17 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"{shown(text)}; expected a whole number") from None
+
+
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        parser=whole_number,
+        metavar="N",
+        help="Keep full layers' keys and values in 8 or 4 bits; else as computed.",
+    ),
+]
 
 
 def whole_above_0(text: str) -> int:

@@ -8,8 +8,8 @@ import pytest
 from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import load
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from toy import toy_tokenizer
 from toy_checkpoint import Shape, config, media_ids, tensors
 
 VERSIONS = {torch: "2.13.0", transformers: "5.23.0"}
-CHAT_TEMPLATE = Path(__file__).parent.parent / "mlx_gemma4" / "chat_template.jinja"
+CHAT_TEMPLATE = Path(__file__).parent.parent / "mlx_gemma4" / "prompt" / "chat_template.jinja"
 LEAST_LEAD = 1e-3  # of a greedy token over the next best: what rounding cannot turn
 
 

@@ -9,11 +9,11 @@ from golden_cases import generator, lay_out
 from toy_checkpoint import Shape
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.cache import ROUND
-from mlx_gemma4.model import Model
-from mlx_gemma4.prompt import SoftTokens
-from mlx_gemma4.sampling import Sampler, Sampling
-from mlx_gemma4.speculate import Round, State, first_state, launch, make_round
+from mlx_gemma4.decoding.round import Round, State, first_state, launch, make_round
+from mlx_gemma4.decoding.sampling import Sampler, Sampling
+from mlx_gemma4.model.cache import ROUND
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.prompt import SoftTokens
 
 GREEDY = Sampling(temperature=0)
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import Run
 
 from mlx_gemma4 import generate, load
-from mlx_gemma4.command import main
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor
-from mlx_gemma4.weights import DEMO
+from mlx_gemma4.commands.generate import main
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.weights.load import DEMO
 from training.items import Question
 from training.rows import messages_of
 from training.texts import HELD_OUT_QUESTIONS, is_good_story, story, sum_question, word_question

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gemma4.weights import DEMO
+from mlx_gemma4.weights.load import DEMO
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -19,7 +19,7 @@ import pyte
 import pytest
 
 import mlx_gemma4
-from mlx_gemma4.weights import DEMO
+from mlx_gemma4.weights.load import DEMO
 
 STORY = ["--model", "demo", "--prompt", "Tell me a story."]
 COMMANDS = ["generate", "convert", "evaluate", "fit"]

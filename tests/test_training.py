@@ -19,12 +19,12 @@ from mlx import nn
 from PIL import ImageFont
 
 from mlx_gemma4.config import read_config
-from mlx_gemma4.drafter import Drafter, read_drafter_config
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor, load_processor
-from mlx_gemma4.prompt import Prompt
-from mlx_gemma4.toolcall import parse_tool_call
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.model.drafter import Drafter, read_drafter_config
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.reply.toolcall import parse_tool_call
+from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.draft import loss as draft_loss
 from training.draft import propose

@@ -42,5 +42,5 @@ def toy_tokenizer(vocab_size: int = 512) -> Tokenizer:
 
 def chat_template() -> Template:
     """The packaged chat template, set up as transformers does."""
-    source = resources.files("mlx_gemma4").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    source = resources.files("mlx_gemma4").joinpath("prompt/chat_template.jinja").read_text(encoding="utf-8")
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)

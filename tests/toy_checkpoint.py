@@ -226,7 +226,7 @@ def write_checkpoint(
     """Write the whole model folder, in float32 if nothing else is asked for, and return it."""
     import mlx.core as mx  # here: make_golden.py needs the rest of this file where there is no MLX
 
-    from mlx_gemma4.processor import PACKAGED_TEMPLATE
+    from mlx_gemma4.prompt.processor import PACKAGED_TEMPLATE
 
     folder.mkdir(parents=True, exist_ok=True)
     ids = media_ids(shape)

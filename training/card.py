@@ -1,6 +1,6 @@
 """The demo's model card: what it was trained on, said by the modules that it was trained with."""
 
-from mlx_gemma4.card import front_matter
+from mlx_gemma4.convert.card import front_matter
 from training.films import FRAMES
 from training.material import ACCENTS, FONTS, HELD_OUT_ACCENTS, HELD_OUT_FONTS, HELD_OUT_VOICES, VOICES
 from training.pictures import GROUNDS, HELD_OUT_GROUNDS, SIZES

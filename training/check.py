@@ -13,8 +13,8 @@ import numpy as np
 import typer
 
 from mlx_gemma4.config import read_config
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import load_processor
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import load_processor
 from training.forward import hidden_states, learnt_logits
 from training.material import load_material
 from training.rows import Batch, batch

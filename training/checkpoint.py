@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma4.processor import PACKAGED_TEMPLATE
+from mlx_gemma4.prompt.processor import PACKAGED_TEMPLATE
 from training.films import FRAMES
 from training.tokens import CONTROL, MEDIA, media_ids, save_tokenizer
 

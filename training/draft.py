@@ -16,10 +16,10 @@ import typer
 from mlx import nn
 
 from mlx_gemma4.config import read_config
-from mlx_gemma4.drafter import Drafter, read_drafter_config
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import load_processor
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.model.drafter import Drafter, read_drafter_config
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.weights.load import parameters
 from training.forward import (
     after_attention,
     attend,

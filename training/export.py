@@ -10,8 +10,8 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.card import CARD
-from mlx_gemma4.weights import DEMO
+from mlx_gemma4.convert.card import CARD
+from mlx_gemma4.weights.load import DEMO
 from training.card import model_card
 from training.checkpoint import write_files
 from training.train import flat, trees_of

@@ -4,7 +4,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-from mlx_gemma4.video import timestamp
+from mlx_gemma4.media.video import timestamp
 from training.items import Hint, Item, Question
 from training.pictures import Shape, draw_shape, ground, hint_of, random_size, tint
 from training.world import COLOURS, DIRECTIONS, SHAPES, ask, choose

@@ -7,11 +7,11 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.attention import SelfAttention
 from mlx_gemma4.config import FULL, SLIDING
-from mlx_gemma4.decoder import Layer
-from mlx_gemma4.embed import VisionEmbedder
-from mlx_gemma4.model import Model
+from mlx_gemma4.model.attention import SelfAttention
+from mlx_gemma4.model.decoder import Layer
+from mlx_gemma4.model.embed import VisionEmbedder
+from mlx_gemma4.model.model import Model
 from training.rows import Batch
 
 HINT_LAYERS = 4  # of six: what soft tokens say after these, the last two can still carry to where it is asked for

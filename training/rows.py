@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma4.chat import render
-from mlx_gemma4.embed import LAYER_NORM_EPS
-from mlx_gemma4.processor import Processor
-from mlx_gemma4.prompt import SoftTokens
-from mlx_gemma4.quality import answer_ids
+from mlx_gemma4.evaluate.quality import answer_ids
+from mlx_gemma4.model.embed import LAYER_NORM_EPS
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import SoftTokens
+from mlx_gemma4.prompt.template import render
 from training.items import Item, Question
 
 MARK = "\ue000"

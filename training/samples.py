@@ -14,7 +14,7 @@ import soundfile
 import soxr
 import typer
 
-from mlx_gemma4.weights import DEMO
+from mlx_gemma4.weights.load import DEMO
 from training.films import film_item, save_film
 from training.items import Item
 from training.material import Material, load_material

@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_gemma4.attention import SelfAttention
-from mlx_gemma4.drafter import Drafter
-from mlx_gemma4.model import Model
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.model.attention import SelfAttention
+from mlx_gemma4.model.drafter import Drafter
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.weights.load import parameters
 from training.material import RATE
 
 LOOKING_BACK = 2  # first layers with heads that look back

@@ -18,9 +18,9 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlx_gemma4.config import read_config
-from mlx_gemma4.model import Model
-from mlx_gemma4.processor import Processor, load_processor
-from mlx_gemma4.weights import parameters
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.forward import loss
 from training.items import Item

@@ -1,0 +1,185 @@
+"""The command `mlx_gemma4.fit`: whether a model fits into a machine's memory, and how long a context with it."""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import mlx.core as mx
+import typer
+
+from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
+from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
+from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
+from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
+
+# The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
+# issues 1826, 1870, 2011 and 3213). Newer systems allow some more.
+METAL_SHARE, LARGE_MAC, SHARE_OF_LARGE = 2 / 3, 36 * 2**30, 3 / 4
+UNITS = {"B": 1, "MB": 2**20, "GB": 2**30, "TB": 2**40}  # of memory, which is sold in powers of two
+REPLY = 1024  # tokens of a context that are written and not read: generate's --max-tokens
+USUAL_CONTEXT = 8192
+SHORTEST = 1024  # a context below it is of little use
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def parse_memory(text: str) -> int:
+    """A Mac's memory, such as 16GB, in bytes."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([MGT]?B)\s*", text, re.IGNORECASE | re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r}; expected a size such as 16GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
+    context: Annotated[
+        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of prompt and reply together; 8192.")
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(parser=parse_memory, metavar="SIZE", help="Of another Mac, such as 16GB.")
+    ] = None,
+    drafter: Annotated[
+        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
+    ] = "auto",
+    dtype: DType = None,
+    kv_bits: KvBits = None,
+    version: Version = False,
+    debug: Debug = False,
+) -> int:
+    """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
+    computing = computing_type(dtype)
+    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
+    most = checkpoint.config.text.max_position_embeddings
+    tokens = min(USUAL_CONTEXT, most) if context is None else context
+    if tokens > most:
+        raise ValueError(f"context is {tokens}; {model} takes at most {most}")
+    if memory is None:
+        room, where = memory_limit(), "this machine lets a model hold"
+    else:
+        share, part = (SHARE_OF_LARGE, "three quarters") if memory > LARGE_MAC else (METAL_SHARE, "two thirds")
+        room, where = int(share * memory), f"a Mac with {memory / 2**30:.3g} GB lets a model hold ({part})"
+    own = checkpoint.footprint
+    found = of_context(own, tokens)
+    print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
+    print("\n".join(lines(found)))
+    longest_context = longest(lambda length: fits(own, length, room), most)
+    if found.peak <= room:
+        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
+        return 0
+    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
+    changes = list(smaller(checkpoint, tokens, longest_context, room))
+    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
+    return FAILED
+
+
+# --- arithmetic --------------------------------------------------------------------------------
+
+
+def of_context(model: Footprint, tokens: int) -> Prediction:
+    """The memory for a context that a reply fills, of generate's usual length or half of it."""
+    reply = min(REPLY, max(1, tokens // 2))
+    return predict(model, max(1, tokens - reply), reply)
+
+
+def fits(model: Footprint, tokens: int, room: int) -> bool:
+    return of_context(model, tokens).peak <= room
+
+
+def lines(found: Prediction) -> Iterator[str]:
+    """The prediction, line by line."""
+    rows = {
+        "weights": found.weights,
+        "drafter": found.drafter,
+        "sliding caches": found.sliding,
+        "full caches": found.full,
+        "workspace": found.workspace,
+        "together": found.peak,
+    }
+    yield from (f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in rows.items() if nbytes)
+
+
+def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int) -> Iterator[str]:
+    """Single changes that make it fit, the smallest first: they cost length, then speed, then quality."""
+    own = checkpoint.footprint
+    if longest_context >= min(SHORTEST, tokens):
+        yield f"a context of {longest_context} tokens"
+    if own.drafter and fits(replace(own, drafter=0), tokens, room):
+        yield "no drafter (--drafter none)"
+    for bits in (8, 4) if own.text.attention[FULL].kv_bits is None else ():
+        packed = replace(own, text=with_kv_bits(own.text, bits))
+        if can_be_packed(packed) and fits(packed, tokens, room):
+            yield f"caches in {bits} bits (--kv-bits {bits})"
+            break
+    for bits in sorted(BITS["affine"], reverse=True):
+        weights = at_bits(checkpoint, bits)
+        if fits(replace(own, weights=weights), tokens, room):
+            yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
+            return
+
+
+def can_be_packed(model: Footprint) -> bool:
+    try:
+        model.row_bytes(FULL)
+    except ValueError:  # the sizes of its heads
+        return False
+    return True
+
+
+def at_bits(checkpoint: Checkpoint, bits: int) -> int:
+    """Bytes of the weights if every matrix had so many bits, and the rest two bytes."""
+    shapes = {path: array.shape for path, array in parameters(Model(checkpoint.config)).items()}
+    chosen = plan(Recipe("", Quantization(GROUP_SIZES["affine"][0], bits, "affine")), shapes, 2)
+    return sum(weights_nbytes(shapes, chosen, 2).values())
+
+
+# --- what is in a folder or on the hub ---------------------------------------------------------
+
+
+def open_anywhere(
+    path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
+) -> Checkpoint:
+    """A checkpoint, looked through; of a hub's only the configurations are downloaded, and its files' headers read."""
+    settings = ["*config.json", f"*{INDEX}"]
+    folder = find_folder(path_or_hub_id, settings)
+    choice = find_drafter(path_or_hub_id, folder, drafter, settings)
+    inner = folder / "drafter"
+    origins: dict[Path, tuple[str, str]] = {}  # of snapshots: the hub id, and the beginning of their files' names there
+    if not is_folder(path_or_hub_id):
+        origins |= {folder: (path_or_hub_id, ""), inner: (path_or_hub_id, "drafter/")}
+    if choice is not None and choice.folder != inner and not is_folder(choice.name):
+        origins[choice.folder] = choice.name, ""
+
+    def tensors_of(own: Path) -> dict[str, Tensor]:
+        return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
+
+    return look_through(folder, choice, tensors_of, dtype, kv_bits)
+
+
+def is_folder(path_or_hub_id: str) -> bool:
+    return Path(path_or_hub_id).expanduser().is_dir()
+
+
+def remote_tensors(snapshot: Path, hub_id: str, inside: str) -> dict[str, Tensor]:
+    """The tensors of a snapshot that may lack its weights: the headers of the files on the hub tell of them."""
+    files = indexed_files(snapshot) if (snapshot / INDEX).exists() else [snapshot / "model.safetensors"]
+    if all(file.exists() for file in files):
+        return list_tensors(snapshot)
+    from mlx_gemma4.weights.hub import read_header
+
+    return by_path(tensor for file in files for tensor in from_header(file, read_header(hub_id, inside + file.name), 0))
+
+
+def main() -> int:
+    return run(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The command `mlx_gemma4.generate`: the answer goes to standard output, everything else to standard error."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_gemma4.config import computing_type
+from mlx_gemma4.decoding.controller import check_draft_length
+from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.decoding.store import PromptStore
+from mlx_gemma4.engine.generation import Reading, generation_events
+from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.session import STORE_FOLDER, Saved, Session, Settings, is_session, read_saved
+from mlx_gemma4.entry import if_stopped
+from mlx_gemma4.errors import shown
+from mlx_gemma4.media.source import local_path
+from mlx_gemma4.planner import check_memory
+from mlx_gemma4.prompt.messages import Message, media_parts, request_messages
+from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.reply.reply import Piece, Stats
+from mlx_gemma4.terminal import (
+    Bar,
+    Debug,
+    DType,
+    KvBits,
+    SizeBar,
+    Version,
+    is_screen,
+    number,
+    run,
+    show_warning,
+    whole_above_0,
+    whole_number,
+)
+from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask; - reads standard input.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
+    ] = DEFAULT_MODEL,
+    image: Annotated[list[str], typer.Option(metavar="FILE", help="An image file or URL; repeatable.")] = [],  # noqa: B006
+    audio: Annotated[list[str], typer.Option(metavar="FILE", help="A sound file or URL; repeatable.")] = [],  # noqa: B006
+    video: Annotated[
+        list[str], typer.Option(metavar="FILE", help="A video file or URL; repeatable. Its sound is not heard.")
+    ] = [],  # noqa: B006
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions for the whole conversation.")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option(parser=whole_above_0, metavar="N", help="The longest reply, in tokens.")
+    ] = 1024,
+    temp: Annotated[float | None, typer.Option(parser=number, metavar="X", help="Temperature; 0 is greedy.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(parser=number, metavar="X", help="Sample from the most likely tokens of this mass.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(parser=whole_number, metavar="N", help="Sample from this many tokens; 0: all.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="X", help="Leave out tokens below this part of the likeliest."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(parser=number, metavar="X", help="Above 1, repeat less.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(parser=whole_number, metavar="N", help="For the same reply again.")
+    ] = None,
+    image_budget: Annotated[
+        int | None, typer.Option(parser=whole_number, metavar="N", help="Tokens an image: 70, 140, 280, 560 or 1120.")
+    ] = None,
+    drafter: Annotated[
+        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
+    ] = "auto",
+    draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
+    dtype: DType = None,
+    kv_bits: KvBits = None,
+    session: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
+    ] = None,
+    repetition_detection: Annotated[
+        str, typer.Option(metavar="MODE", help="auto ends a reply that only repeats itself; off.")
+    ] = "auto",
+    version: Version = False,
+    debug: Debug = False,
+) -> None:
+    """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
+    sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
+    length = parse_draft_length(draft_length)
+    computing = computing_type(dtype)
+    options = Options(
+        max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection
+    )
+    saved = None if session is None or not is_session(session) else read_saved(session)
+    turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
+    check_media(turn, image_budget)
+    # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
+    folder = find_folder(model)
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter)
+    checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
+    processor = load_processor(checkpoint.folder, checkpoint.config)
+    if session is None:
+        request = Request(content=turn, thinking=thinking, image_budget=image_budget)
+        asked, prepared = request.timed_prompt(processor)
+        events = generation_events(checkpoint.model, processor, asked, options, prepared)
+    else:
+        conversation = Session(checkpoint.model, processor, store=PromptStore(folder=session / STORE_FOLDER))
+        go_on(conversation, saved, system, thinking, image_budget)
+        asked, prepared = conversation.prompt(turn)
+        events = conversation.events(turn, asked, prepared, options)
+    check_memory(checkpoint.footprint, len(asked), max_tokens)
+    load_shown(checkpoint)
+    if saved is not None:
+        saved.check_model(checkpoint.model)
+    print_reply(events)
+    if session is not None:
+        conversation.save(session)
+
+
+def go_on(
+    conversation: Session, saved: Saved | None, system: str | None, thinking: bool, image_budget: int | None
+) -> None:
+    """Take up what was saved, if anything; ValueError for options that it contradicts. Thinking stays on."""
+    if saved is None:
+        conversation.settings = Settings(thinking=thinking, image_budget=image_budget)
+        return
+    first = saved.messages[0] if saved.messages else {}
+    own = first.get("content") if first.get("role") == "system" else None
+    for name, given, known in (("system", system, own), ("image_budget", image_budget, saved.settings.image_budget)):
+        if given is not None and given != known:
+            raise ValueError(f"{name} is {shown(given)} and {shown(known)} in the session; expected the same, or none")
+    conversation.messages = saved.messages
+    conversation.settings = replace(saved.settings, thinking=thinking or saved.settings.thinking)
+
+
+def read_prompt(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; expected the prompt there, for --prompt -")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def parse_draft_length(text: str) -> int | str:
+    length = int(text) if text.isdecimal() else text
+    check_draft_length(length)
+    return length
+
+
+def check_media(messages: list[Message], image_budget: int | None) -> None:
+    """What can be said about the media without the checkpoint: whether the files are there and the budget exists."""
+    for part in media_parts(messages):
+        local_path(part[part["type"]], part["type"])
+    if image_budget is not None:
+        from mlx_gemma4.media.image import check_budget  # here: it imports Pillow, which a text prompt does not need
+
+        check_budget(image_budget)
+
+
+def load_shown(checkpoint: Checkpoint) -> None:
+    """Load the weights with a bar."""
+    done = 0
+    with SizeBar("Loading") as bar:
+        for nbytes in load_values(checkpoint):
+            done += nbytes
+            bar.show(done, checkpoint.nbytes)
+
+
+def print_reply(events: Iterator[Reading | Piece]) -> None:
+    """Show how far the prompt is read, then print the pieces as they come; notes wait until the answer is out."""
+    last: Piece | None = None
+    answered = thinking = False  # whether that line is still open
+    notes: list[str] = []
+
+    def end_lines() -> None:
+        for is_open, stream in ((thinking, 2), (answered, 1)):
+            if is_open:
+                os.write(stream, b"\n")
+
+    dim, plain = ("\x1b[2m", "\x1b[22m") if is_screen(sys.stderr) else ("", "")
+    with Bar("Reading") as bar, if_stopped(end_lines):
+        try:
+            for event in events:
+                if isinstance(event, Reading):
+                    bar.show(event.done, event.total)
+                    continue
+                bar.close()
+                last = event
+                notes += event.notes
+                if event.thinking:
+                    thinking = True
+                    print(f"{dim}{event.thinking}{plain}", end="", file=sys.stderr, flush=True)
+                if event.text:
+                    if thinking:
+                        thinking = False
+                        print(file=sys.stderr)
+                    answered = True
+                    print(event.text, end="", flush=True)
+        finally:
+            bar.close()
+            if thinking:
+                print(file=sys.stderr)
+            if answered:
+                print(flush=True)
+            for note in notes:
+                show_warning(note)
+    if last is not None and last.stats is not None:
+        for call in last.tool_calls or ():
+            print(f"tool call: {json.dumps(call, ensure_ascii=False)}", file=sys.stderr)
+        print(stats_line(last.stats), file=sys.stderr)
+
+
+def stats_line(stats: Stats) -> str:
+    return (
+        f"prompt {stats.prompt_tokens} tokens, {cached(stats)}{stats.prompt_tps:.1f} tokens/s; "
+        f"reply {stats.generation_tokens} tokens, {stats.generation_tps:.1f} tokens/s; "
+        f"first token after {stats.time_to_first_token:.2f} s; peak memory {stats.peak_memory / 1e9:.2f} GB"
+        + drafting(stats)
+    )
+
+
+def cached(stats: Stats) -> str:
+    return f"{stats.cached_tokens} of them not read again, " if stats.cached_tokens else ""
+
+
+def drafting(stats: Stats) -> str:
+    if not stats.drafted_tokens:
+        return ""
+    by_position = " ".join(f"{part:.2f}" for part in stats.acceptance_by_position)
+    return (
+        f"; {stats.rounds} rounds, {stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted "
+        f"({by_position}), {stats.tokens_per_round:.2f} tokens a round"
+    )
+
+
+def main() -> int:
+    return run(app)

@@ -1,0 +1,1 @@
+"""A prompt to tokens: the law, the round, and what is kept."""

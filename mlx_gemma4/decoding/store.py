@@ -1,0 +1,467 @@
+"""What has been read of prompts, kept so that it is not read again.
+
+A line is what was read along one conversation: the full layers' entries, which can be cut anywhere, and pages of the
+sliding layers', of which a request needs the last window before the place where it goes on. A request takes a line out,
+goes on with its arrays, and gives it back longer; it copies only if the line holds something else behind that place.
+"""
+
+import atexit
+import hashlib
+import itertools
+import weakref
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from threading import RLock
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4.config import TextConfig
+from mlx_gemma4.decoding.disk import FULL as FULL_PAGE
+from mlx_gemma4.decoding.disk import SLIDING as SLIDING_PAGE
+from mlx_gemma4.decoding.disk import Disk, Page, chained, common
+from mlx_gemma4.errors import shown
+from mlx_gemma4.model.cache import (
+    ROUND,
+    Arrays,
+    Caches,
+    FullCache,
+    SlidingCache,
+    cache_of,
+    empty_cache,
+    place,
+    sliding_slots,
+)
+from mlx_gemma4.prompt.prompt import Prompt, SoftTokens
+
+PAGE = 128  # positions of a page
+VERSION = 1  # of what is kept, and of how keys are made
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+def units(prompt: Prompt) -> np.ndarray:
+    """What each position of a prompt depends on beside those before it, [L, 3] uint64: its id, and of soft tokens 128
+    bits of what the embedder sees."""
+    found = np.zeros((len(prompt), 3), np.uint64)
+    found[:, 0] = prompt.token_ids
+    for run in prompt.media:
+        found[run.start : run.start + len(run), 1:] = digest(run)
+    return found
+
+
+def digest(run: SoftTokens) -> np.ndarray:
+    """[2] uint64, never 0."""
+    made = hashlib.blake2b(digest_size=16)
+    for array in (run.values, run.positions):
+        if array is not None:
+            made.update(repr((run.kind, array.shape, array.dtype.str)).encode())
+            made.update(np.ascontiguousarray(array).data)
+    return np.frombuffer(made.digest(), np.uint64) | np.uint64(1)
+
+
+def fingerprint(arrays: dict[str, mx.array]) -> bytes:
+    """128 bits of a model's parameters, by their values; computed on the device, block by block."""
+    made = hashlib.blake2b(digest_size=16)
+    for path in sorted(arrays):
+        array = arrays[path]
+        flat = array.flatten().view(mx.uint8 if array.nbytes % 4 else mx.uint32)
+        made.update(repr((path, array.shape, str(array.dtype))).encode())
+        for start in range(0, flat.size, BLOCK):
+            made.update(np.asarray(mixed(flat[start : start + BLOCK].astype(mx.uint32))).tobytes())
+    return made.digest()
+
+
+BLOCK = 2**22  # numbers that are mixed at once
+
+
+@mx.compile
+def mixed(words: mx.array) -> mx.array:
+    """[n] uint32 -> [4] uint32: sums, modulo 2**32, of four hashes of each word with its place (after MurmurHash3)."""
+    places = mx.arange(words.size, dtype=mx.uint32)
+    sums = []
+    for seed in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F):
+        x = words ^ (places * mx.array(seed, mx.uint32))
+        for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+            x = (x ^ (x >> mx.array(shift, mx.uint32))) * mx.array(factor, mx.uint32)
+        sums.append((x ^ (x >> mx.array(16, mx.uint32)) ^ mx.array(seed, mx.uint32)).sum())
+    return mx.stack(sums).astype(mx.uint32)
+
+
+# --- one conversation --------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Line:
+    """What was read along one conversation."""
+
+    space: bytes  # what the entries depend on beside the units: weights, types, version, whose it is
+    units: np.ndarray  # [n, 3], of the positions that are held
+    full: list[Arrays]  # of the full layers, [1, KV, slots, …]
+    pages: dict[int, Page]  # of the sliding layers, by their number
+    window: int
+    marks: tuple[int, ...] = ()  # where the last request says that others may part from it
+    used: int = 0  # when, by the store's clock
+    uses: int = 0
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def cut(self, most: int) -> int:
+        """The last place up to `most` where a request can go on: all of a window before it is there."""
+        places = np.arange(most)
+        missing = np.ones(most, np.bool_)
+        for page in self.pages.values():
+            missing[page.first : page.last] = False
+        unbroken = places - np.maximum.accumulate(np.where(missing, places, -1))
+        found = np.flatnonzero(unbroken >= np.minimum(places + 1, self.window))
+        return int(found[-1]) + 1 if len(found) else 0
+
+    def needed(self) -> set[int]:
+        """The pages behind its marks, and those that let its end be cut anywhere within a window."""
+        spans = [(mark - self.window, mark) for mark in self.marks] + [(len(self) - 2 * self.window, len(self))]
+        return {number for first, last in spans for number in range(max(0, first) // PAGE, -(-last // PAGE))}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the full layers' entries; pages may be shared."""
+        return sum(array.nbytes for own in self.full for array in own)
+
+
+def forks(prompt: Prompt, turn: int | None) -> tuple[int, ...]:
+    """Where other prompts may part from this one: after its first turn (the system's and the tools), before the turn
+    that it opens, and 1, 2, 4, 8 … thousand tokens before its end. turn: the token that opens one."""
+    length = len(prompt)
+    turns = [place for place, token in enumerate(prompt.token_ids) if token == turn]
+    found = {*turns[1:2], *turns[-1:], *(length - 1024 * 2**n for n in range(20))}
+    return tuple(sorted({outside(prompt, mark) for mark in found if 0 < mark <= length}))
+
+
+def outside(prompt: Prompt, place: int) -> int:
+    """A place, or the beginning of the image around it: tokens of an image see each other."""
+    for run in prompt.media:
+        if run.positions is not None and run.start < place < run.start + len(run):
+            return run.start
+    return place
+
+
+@dataclass(eq=False)
+class Held:
+    """A line in the hands of a request, and the caches that go on from it."""
+
+    line: Line
+    caches: Caches
+    cached: int  # positions that need not be read
+    prompt: np.ndarray  # the units of the whole prompt
+    kept: int  # positions whose sliding entries are in pages, where they are wanted
+    parted: tuple[int, int, int] | None = None  # where it parts from what was read, and the two ids
+
+
+class PromptStore:
+    """Prompts that have been read, for requests that begin alike.
+
+    max_bytes: the most that it holds in memory; None: what the models leave. folder: what is used twice, evicted, or
+    saved is kept there too, for other processes; disk_bytes: the most that may lie there, None: a tenth of the disk. At
+    least a tenth of the disk stays free. ValueError for a bound that is not above 0 or a folder that cannot be used.
+
+    What lies in the folder says what was read, token by token: it is as private as the conversations themselves. Only
+    its owner may read it. It may be deleted at any time.
+    """
+
+    def __init__(
+        self, max_bytes: int | None = None, folder: str | Path | None = None, disk_bytes: int | None = None
+    ) -> None:
+        for name, value in (("max_bytes", max_bytes), ("disk_bytes", disk_bytes)):
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if value is not None and (not whole or value <= 0):
+                raise ValueError(f"{name} is {shown(value)}; expected a whole number of bytes above 0, or None")
+        if folder is not None and not isinstance(folder, (str, Path)):
+            raise ValueError(f"folder is {shown(folder)}; expected a folder's path, or None")
+        self.max_bytes = max_bytes
+        self.room: int | None = None  # what the planner leaves
+        self.disk = None if folder is None else Disk(Path(folder).expanduser(), disk_bytes)
+        self.lines: list[Line] = []
+        self.held: list[Held] = []
+        self.clock = itertools.count(1)
+        self.lock = RLock()
+        if self.disk is not None:
+            atexit.register(save_at_exit, weakref.ref(self))
+
+    # --- a request's way -----------------------------------------------------------------------
+
+    def take(self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None) -> Held | None:
+        """The line with the longest beginning of a prompt and caches that go on from there; None: there is none.
+
+        At least the prompt's last token is left to read.
+        """
+        own = units(prompt)
+        with self.lock:
+            line, cut = self.best(space, own, prompt)
+            if self.disk is not None:
+                line, cut = self.better_on_disk(space, own, prompt, text, line, cut)
+            if line is None:
+                return None
+            parted = None
+            same = common(line.units, own)
+            if same < min(len(line), len(own)):
+                parted = same, int(line.units[same, 0]), int(own[same, 0])
+            line.uses += 1
+            line.used = next(self.clock)
+            taken = self.taken(line, cut)
+            trim(taken, cut)
+            taken.marks = forks(prompt, turn)
+            held = Held(taken, resumed(taken, text, slots), cut, own, cut, parted)
+            self.held.append(held)
+            return held
+
+    def start(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches, turn: int | None) -> Held:
+        """For a prompt that begins like none."""
+        own = units(prompt)
+        line = Line(space, own[:0], [], {}, window_of(text), forks(prompt, turn), next(self.clock))
+        held = Held(line, caches, 0, own, 0)
+        with self.lock:
+            self.held.append(held)
+        return held
+
+    def keep(self, held: Held, length: int) -> None:
+        """Put aside what the sliding layers have of the positions up to `length`, before it is overwritten."""
+        line, caches = held.line, held.caches
+        sliding = [layer for layer in caches.layers if isinstance(layer, SlidingCache)]
+        if not sliding:
+            return
+        with self.lock:
+            end = len(held.prompt)
+            wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
+            wanted |= set(span(end - 2 * line.window, max(end, length)))
+            first = max(held.kept, length - sliding[0].slots + ROUND)
+            for number in span(first, length):
+                if number not in wanted:
+                    continue
+                start, stop = max(first, number * PAGE), min(length, (number + 1) * PAGE)
+                page = joined(line.pages.get(number), ring_page(sliding, start, stop))
+                if not self.fits(page.nbytes):
+                    continue
+                line.pages[number] = page
+                mx.eval(page.arrays)
+            held.kept = length
+
+    def give(self, held: Held, ids: list[int]) -> None:
+        """Take a line back, with what has been read or written since; ids: those of all its positions."""
+        line, caches = held.line, held.caches
+        with self.lock:
+            known = len(held.prompt)
+            rest = np.zeros((max(0, len(ids) - known), 3), np.uint64)
+            rest[:, 0] = ids[known:]
+            line.units = np.concatenate([held.prompt[: len(ids)], rest])
+            self.keep(held, len(ids))
+            self.held.remove(held)
+            line.full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
+            if not len(line) or (not line.full and not line.pages):
+                return
+            self.lines = [other for other in self.lines if not covers(line, other)]
+            self.lines.append(line)
+            if self.disk is not None and line.uses:
+                save_line(line, self.disk)
+            self.evict(0)
+
+    # --- finding -------------------------------------------------------------------------------
+
+    def best(self, space: bytes, own: np.ndarray, prompt: Prompt) -> tuple[Line | None, int]:
+        found: Line | None = None
+        best = 0
+        for line in self.lines:
+            if line.space == space:
+                cut = usable(line, min(common(line.units, own), len(own) - 1), prompt)
+                if cut > best:
+                    found, best = line, cut
+        return found, best
+
+    def better_on_disk(
+        self, space: bytes, own: np.ndarray, prompt: Prompt, text: TextConfig, line: Line | None, cut: int
+    ) -> tuple[Line | None, int]:
+        """What the folder has, if it is more than what memory has."""
+        disk = cast(Disk, self.disk)
+        fulls: list[Page] = []
+        pages: dict[int, Page] = {}
+        for full, sliding in disk.line(space, own, PAGE, len(own) - 1):
+            fulls.append(full)
+            if sliding is not None:
+                pages[sliding.first // PAGE] = sliding
+        if not fulls:
+            return line, cut
+        read = Line(space, own[: fulls[-1].last], [], pages, window_of(text), uses=1)
+        found = usable(read, len(read), prompt)
+        if found <= cut:
+            return line, cut
+        layers = zip(*(page.arrays for page in fulls), strict=True)
+        read.full = [tuple(mx.concatenate([*parts], axis=2) for parts in zip(*own, strict=True)) for own in layers]
+        mx.eval(read.full)
+        return read, found
+
+    def taken(self, line: Line, cut: int) -> Line:
+        """The line itself if the request is the next one of its conversation, or else a copy of its beginning."""
+        if line not in self.lines:  # from disk
+            return line
+        goes_on = cut >= max((mark for mark in line.marks if mark < len(line)), default=0)
+        if goes_on or not self.fits(line.nbytes * cut // max(1, len(line))) or line not in self.lines:
+            self.lines = [other for other in self.lines if other is not line]
+            return line
+        full = [tuple(mx.contiguous(array[:, :, :cut]) for array in own) for own in line.full]
+        mx.eval(full)
+        return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used)
+
+    # --- bounds --------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory; what a request has in its hands counts with its caches, not here."""
+        lines = [*self.lines, *(held.line for held in self.held)]
+        pages = {id(page): page for line in lines for page in line.pages.values()}
+        return sum(line.nbytes for line in self.lines) + sum(page.nbytes for page in pages.values())
+
+    @property
+    def ceiling(self) -> int | None:
+        bounds = [bound for bound in (self.max_bytes, self.room) if bound is not None]
+        return min(bounds) if bounds else None
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether so many bytes more can be held, what is worth least being given up for them."""
+        self.evict(nbytes)
+        return self.ceiling is None or self.nbytes + nbytes <= self.ceiling
+
+    def leave(self, room: int) -> None:
+        """Hold at most so much from now on, which is what others leave."""
+        with self.lock:
+            self.room = max(0, room)
+            self.evict(0)
+
+    def evict(self, nbytes: int) -> None:
+        """Give up what is worth least until there is room for so many bytes: pages behind marks that newer ones have
+        taken the place of, then whole lines; nothing that a request has in its hands."""
+        if self.ceiling is None:
+            return
+        excess = self.nbytes + nbytes - self.ceiling
+        for line in sorted(self.lines, key=lambda line: line.used):
+            for number in sorted(line.pages.keys() - line.needed()):
+                if excess <= 0:
+                    return
+                del line.pages[number]
+                excess = self.nbytes + nbytes - self.ceiling
+        now = next(self.clock)
+        for line in sorted(self.lines, key=lambda line: len(line) / (now - line.used)):
+            if excess <= 0:
+                return
+            if self.disk is not None:
+                save_line(line, self.disk)
+            self.lines.remove(line)
+            excess = self.nbytes + nbytes - self.ceiling
+
+    # --- disk ----------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path | None = None) -> None:
+        """Write all that is held to the store's own folder, if it has one, or to another."""
+        disk = (
+            self.disk
+            if folder is None or (self.disk and Path(folder) == self.disk.folder)
+            else Disk(Path(folder), None)
+        )
+        with self.lock:
+            for line in self.lines if disk else ():
+                save_line(line, cast(Disk, disk))
+
+
+def save_line(line: Line, disk: Disk) -> None:
+    """Write a line's pages that are not there yet."""
+    before = line.space
+    for number in span(0, len(line)):
+        own = line.units[number * PAGE : (number + 1) * PAGE]
+        first = number * PAGE
+        arrays = [tuple(array[:, :, first : first + len(own)] for array in entries) for entries in line.full]
+        disk.write(FULL_PAGE, before, own, Page(first, arrays))
+        page = line.pages.get(number)
+        if page is not None and page.last == first + len(own):
+            disk.write(SLIDING_PAGE, before, own, page)
+        before = chained(before, own)
+
+
+def save_at_exit(store: "weakref.ref[PromptStore]") -> None:
+    if (own := store()) is not None:
+        own.save()
+
+
+def window_of(text: TextConfig) -> int:
+    """Of the sliding layers; 0 if there are none."""
+    return max((own.window or 0 for own in (text.attention[kind] for kind in text.layer_types)), default=0)
+
+
+def usable(line: Line, same: int, prompt: Prompt) -> int:
+    """The last place up to `same` where a prompt can go on from a line, outside of images."""
+    cut = line.cut(same)
+    while cut and (place := outside(prompt, cut)) < cut:
+        cut = line.cut(place)
+    return cut
+
+
+def covers(line: Line, other: Line) -> bool:
+    """Whether a line has all that another has."""
+    same = line.space == other.space and len(line) >= len(other)
+    return same and common(line.units, other.units) == len(other) and line.pages.keys() >= other.pages.keys()
+
+
+def trim(line: Line, cut: int) -> None:
+    """Forget what lies behind a place."""
+    line.units = line.units[:cut]
+    line.pages = {
+        number: page if page.last <= cut else page.upto(cut) for number, page in line.pages.items() if page.first < cut
+    }
+
+
+def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
+    """Caches that hold the positions of a line, whose full layers they take over."""
+    full = iter(line.full)
+    line.full = []
+    end = len(line)
+    first = max(0, end - line.window)
+    pages = [line.pages[number] for number in span(first, end)]
+    layers: list[FullCache | SlidingCache] = []
+    place_of = 0
+    for kind in text.layer_types:
+        own = text.attention[kind]
+        if own.window is None:
+            layers.append(cache_of(own, next(full)))
+            continue
+        parts = [page.arrays[place_of] for page in pages]
+        rows = tuple(mx.concatenate([*each], axis=2) for each in zip(*parts, strict=True))
+        start = pages[0].first
+        cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
+        kept = tuple(array[:, :, first - start : end - start] for array in rows)
+        cache.arrays = place(cache.arrays, kept, (mx.arange(first, end) % cache.slots)[None])
+        layers.append(cast(SlidingCache, cache))
+        place_of += 1
+        mx.eval(cache.arrays)
+    caches = Caches(layers, text.layer_types, end)
+    caches.reserve(slots)
+    return caches
+
+
+def span(first: int, last: int) -> range:
+    """The pages of positions first … last."""
+    return range(max(0, first) // PAGE, -(-last // PAGE))
+
+
+def ring_page(sliding: list[SlidingCache], first: int, last: int) -> Page:
+    """Positions first … last of rings that hold them."""
+    slots = mx.arange(first, last) % sliding[0].slots
+    return Page(first, [tuple(array[:, :, slots] for array in layer.arrays) for layer in sliding])
+
+
+def joined(before: Page | None, page: Page) -> Page:
+    """A page with what was there of it before, if nothing is missing between."""
+    if before is None or before.last != page.first:
+        return page
+    pairs = zip(before.arrays, page.arrays, strict=True)
+    arrays = [tuple(mx.concatenate([*each], axis=2) for each in zip(one, two, strict=True)) for one, two in pairs]
+    return Page(before.first, arrays)

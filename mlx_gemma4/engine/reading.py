@@ -1,0 +1,91 @@
+"""Reading a prompt from where a store has it, and giving back what was read."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from mlx_gemma4.decoding.round import learnt_of
+from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
+from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
+from mlx_gemma4.model.model import CHUNK, Model
+from mlx_gemma4.planner import footprint, memory_limit, predict
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.reply.reply import TURN_OPEN
+from mlx_gemma4.weights.load import parameters
+
+logger = logging.getLogger("mlx_gemma4")
+
+SHOWN = 8  # tokens that are quoted where two prompts part
+
+
+@dataclass(eq=False)
+class Opened:
+    """The caches of a request, and what is known of their positions."""
+
+    caches: Caches
+    ids: list[int] = field(default_factory=list)  # of the prompt and of what has come of the reply
+    chunk: int = CHUNK
+    store: PromptStore | None = None
+    held: Held | None = None
+
+    def keep(self) -> None:
+        """Put aside what the next chunk overwrites."""
+        if self.store is not None and self.held is not None:
+            self.store.keep(self.held, self.caches.length)
+
+
+@contextmanager
+def opened(
+    store: PromptStore | None, model: Model, processor: Processor, prompt: Prompt, limit: int
+) -> Iterator[Opened]:
+    """Caches for reading a prompt and writing `limit` tokens; whatever happens, what was read goes to the store."""
+    slots = len(prompt) + min(limit, AHEAD) + ROUND
+    if store is None:
+        yield Opened(model.caches(slots), list(prompt.token_ids))
+        return
+    text = model.config.text
+    needed = predict(footprint(model.config, parameters(model)), len(prompt), limit).peak
+    store.leave(memory_limit() - needed)
+    space, turn = space_of(model), processor.tokenizer.token_to_id(TURN_OPEN)
+    held = store.take(space, prompt, text, slots, turn) or store.start(space, prompt, text, model.caches(slots), turn)
+    if held.parted is not None:
+        log_parting(processor, prompt, held)
+    # no more at once than a window, or the ring would have lost what is to be kept
+    chunk = min(CHUNK, window_of(text) or CHUNK)
+    reading = Opened(held.caches, list(prompt.token_ids), chunk, store, held)
+    try:
+        yield reading
+    finally:
+        # of what came of the reply, the newest token has no entries; a reading that was broken off has its own length
+        written = len(reading.ids) - 1 if len(reading.ids) > len(prompt) else held.caches.length
+        store.give(held, reading.ids[:written])
+
+
+def fingerprint_of(model: Model) -> bytes:
+    """128 bits of a model's weights, the drafter's not among them; computed once."""
+    learnt = learnt_of(model)
+    if learnt.fingerprint is None:
+        own = {path: array for path, array in parameters(model).items() if not path.startswith("drafter.")}
+        learnt.fingerprint = fingerprint(own)
+    return learnt.fingerprint
+
+
+def space_of(model: Model) -> bytes:
+    """What entries depend on beside what is read."""
+    config = model.config
+    described = repr((VERSION, str(model.language_model.dtype), config.text, config.vision, config.audio)).encode()
+    return hashlib.blake2b(fingerprint_of(model) + described, digest_size=16).digest()
+
+
+def log_parting(processor: Processor, prompt: Prompt, held: Held) -> None:
+    """Where a prompt stops being what was read, for whoever wonders why it is read again."""
+    place, was, _ = held.parted or (0, 0, 0)
+    before, now = prompt.token_ids[max(0, place - SHOWN) : place], prompt.token_ids[place : place + SHOWN]
+    texts = [processor.tokenizer.decode(ids, skip_special_tokens=False) for ids in (before, [was], now)]
+    logger.debug(
+        "%d of %d tokens are not read again; what was read goes on after token %d, %r, with %r, the prompt with %r",
+        held.cached, len(prompt), place, *texts,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""One request in work: what its tokens so far come to, and why and where they end."""
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from mlx_gemma4.decoding.round import NOT_FINITE
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.prompt.tools import argument_schemas
+from mlx_gemma4.reply.repetition import Repetition, RepetitionSettings
+from mlx_gemma4.reply.reply import Controls, Piece, ReplyParser, Stats
+
+
+@dataclass
+class Tally:
+    """What the rounds did, whole ones, by draft position."""
+
+    rounds: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        missing = drafted - len(self.drafted)
+        self.drafted += [0] * missing
+        self.accepted += [0] * missing
+        for position in range(drafted):
+            self.drafted[position] += 1
+            self.accepted[position] += position < accepted
+
+
+class Row:
+    """Takes the tokens of a request as they come."""
+
+    def __init__(
+        self,
+        processor: Processor,
+        prompt: Prompt,
+        stops: Collection[int],
+        limit: int,
+        repetition: RepetitionSettings | None,
+        prepared: float,
+    ):
+        """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
+        which count for the time to first token."""
+        self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
+        controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
+        self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes)
+        self.repetition = None if repetition is None else Repetition(repetition)
+        self.count = 0
+        self.cached = 0  # tokens of the prompt that need not be read
+        self.finish_reason: str | None = None
+        self.tally = Tally()
+        self.started = self.first_at = self.last_at = time.perf_counter()
+
+    def take(self, tokens: list[int], drafted: int | None = None) -> Piece:
+        """What a round gave; drafted: how many it drafted, None for the first token, which no round gave."""
+        if NOT_FINITE in tokens:
+            raise RuntimeError(
+                f"the logits after {self.count} tokens of the reply are not finite; expected sound weights, "
+                "or a wider computing type"
+            )
+        if drafted is not None:
+            self.tally.add(drafted, len(tokens) - 1)
+        ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
+        repeated = None if self.repetition is None else self.repetition.feed(ids)
+        if repeated is not None:
+            ids, self.finish_reason = ids[:repeated], "repetition"
+        self.count += len(ids)
+        self.last_at = time.perf_counter()
+        if drafted is None:
+            self.first_at = self.last_at
+        return Piece(*self.parser.feed(ids), ids, notes=self.parser.take_notes())
+
+    def finish(self) -> Piece:
+        """The last piece."""
+        parser, notes = self.parser, list[str]()
+        if self.finish_reason == "length" and parser.in_thought:
+            notes.append(f"the {self.count} tokens ran out inside the thought; raise max_tokens")
+        if self.finish_reason == "repetition" and self.repetition is not None:
+            notes.append(self.repetition.note())
+        rest = parser.finish("stop" if self.finish_reason == "stop" else "length")  # a call that was cut is none
+        notes += parser.take_notes()
+        return Piece(*rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message)
+
+    def stats(self) -> Stats:
+        length, tally = len(self.prompt), self.tally
+        return Stats(
+            prompt_tokens=length,
+            cached_tokens=self.cached,
+            prompt_tps=(length - self.cached) / (self.first_at - self.started),
+            generation_tokens=self.count,
+            generation_tps=max(self.count - 1, 0) / max(self.last_at - self.first_at, 1e-9),
+            time_to_first_token=self.prepared + self.first_at - self.started,
+            peak_memory=mx.get_peak_memory(),
+            rounds=tally.rounds,
+            drafted_tokens=sum(tally.drafted),
+            accepted_tokens=sum(tally.accepted),
+            acceptance_by_position=[hits / tries for hits, tries in zip(tally.accepted, tally.drafted, strict=True)],
+            tokens_per_round=1 + sum(tally.accepted) / max(tally.rounds, 1),
+        )
+
+
+def until_stop(ids: list[int], stops: Collection[int], room: int) -> tuple[list[int], str | None]:
+    """The ids before a stop token, `room` at most, and why they end there, if they do."""
+    for index, token in enumerate(ids[:room]):
+        if token in stops:
+            return ids[:index], "stop"
+    return ids[:room], "length" if len(ids) >= room else None

@@ -1,0 +1,324 @@
+"""A conversation that goes on: messages, and a store that keeps what has been read of them."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.decoding.store import PromptStore
+from mlx_gemma4.engine.generation import Reading, generation_events
+from mlx_gemma4.engine.reading import fingerprint_of
+from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.errors import a, one_line, shown
+from mlx_gemma4.media.source import describe, read_source
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.planner import check_memory, footprint
+from mlx_gemma4.prompt.messages import MEDIA, check_messages, request_messages
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.reply.reply import Piece, Reply, collect
+from mlx_gemma4.weights.load import parameters
+
+MESSAGES, ABOUT, MEDIA_FOLDER, STORE_FOLDER = "messages.json", "session.json", "media", "store"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stays the same in a conversation, beside its messages."""
+
+    tools: list[dict[str, Any]] | None = None
+    thinking: bool = False
+    image_budget: int | None = None
+
+
+class Session:
+    """A conversation with a model.
+
+    `messages` is a plain list: edit it, and what is unchanged at its beginning is not read again. store: what has been
+    read, shared with whoever has the same; None: one of its own.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        system: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        thinking: bool = False,
+        image_budget: int | None = None,
+        store: PromptStore | None = None,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.settings = Settings(tools, thinking, image_budget)
+        self.store = PromptStore() if store is None else store
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+
+    def send(
+        self,
+        text: str | None = None,
+        images: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        max_tokens: int = 1024,
+        sampling: Sampling = Sampling(),
+        draft_length: int | str = "auto",
+        repetition_detection: str | Mapping[str, int] = "auto",
+    ) -> Reply:
+        """The reply to a user turn, the media before its text; both are then in `messages`.
+
+        text None, and no media: to the messages as they are, for instance after a tool's answer has been appended.
+        ValueError if any of it is wrong, and the messages stay as they were.
+        """
+        return collect(
+            self.stream(text, images, audios, videos, max_tokens, sampling, draft_length, repetition_detection)
+        )
+
+    def stream(
+        self,
+        text: str | None = None,
+        images: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        max_tokens: int = 1024,
+        sampling: Sampling = Sampling(),
+        draft_length: int | str = "auto",
+        repetition_detection: str | Mapping[str, int] = "auto",
+    ) -> Iterator[Piece]:
+        """As `send`, piece by piece. A reply that is left before its end leaves the messages as they were."""
+        turn = (
+            []
+            if text is None and not (images or audios or videos)
+            else request_messages(text or "", images, audios, videos)
+        )
+        options = Options(
+            max_tokens=max_tokens,
+            sampling=sampling,
+            draft_length=draft_length,
+            repetition_detection=repetition_detection,
+        )
+        prompt, prepared = self.prompt(turn)
+        events = self.events(turn, prompt, prepared, options)
+        check_memory(footprint(self.model.config, parameters(self.model)), len(prompt), max_tokens)
+        return (event for event in events if isinstance(event, Piece))
+
+    def prompt(self, turn: list[dict[str, Any]]) -> tuple[Prompt, float]:
+        """What the model reads with these messages added, and the seconds that making it took."""
+        own = self.settings
+        request = Request(
+            content=[*self.messages, *turn],
+            tools=own.tools,
+            thinking=own.thinking,
+            image_budget=own.image_budget,
+        )
+        return request.timed_prompt(self.processor)
+
+    def events(
+        self, turn: list[dict[str, Any]], prompt: Prompt, prepared: float, options: Options
+    ) -> Iterator[Reading | Piece]:
+        """What happens when these messages are added: how far their prompt is read, then the pieces of the reply."""
+        events = generation_events(self.model, self.processor, prompt, options, prepared, self.store)
+        return self.recorded(turn, events)
+
+    def recorded(self, turn: list[dict[str, Any]], events: Iterator[Reading | Piece]) -> Iterator[Reading | Piece]:
+        pieces: list[Piece] = []
+        for event in events:
+            if isinstance(event, Piece):
+                pieces.append(event)
+                if event.finish_reason is not None:
+                    self.messages += [*turn, collect(pieces).message]
+            yield event
+
+    def fork(self) -> "Session":
+        """Another conversation that begins with the messages so far; what has been read of them serves both."""
+        other = Session(self.model, self.processor, store=self.store)
+        other.settings, other.messages = self.settings, list(self.messages)
+        return other
+
+    # --- folders -------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write the conversation to a folder, made if need be: its messages, copies of its media, and what was read.
+
+        ValueError if messages or media cannot be written as they are; what was saved before is then still there.
+        """
+        folder = Path(folder).expanduser()
+        check_messages(self.messages)
+        try:
+            for made in (folder, folder / MEDIA_FOLDER):
+                made.mkdir(parents=True, exist_ok=True, mode=0o700)
+            messages = [saved_message(message, folder / MEDIA_FOLDER) for message in self.messages]
+            about = {"format": FORMAT, "weights": fingerprint_of(self.model).hex(), "settings": asdict(self.settings)}
+            write_json(folder / ABOUT, about)
+            write_json(folder / MESSAGES, messages)
+            self.store.save(folder / STORE_FOLDER)
+        except OSError as error:
+            raise OSError(f"the session's folder {str(folder)!r} cannot be written: {one_line(error)}") from None
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, model: Model, processor: Processor, store: PromptStore | None = None
+    ) -> "Session":
+        """The conversation that `save` wrote. ValueError if the folder holds none, a torn one, or another model's."""
+        saved = read_saved(folder)
+        saved.check_model(model)
+        own = cls(model, processor, store=PromptStore(folder=saved.folder / STORE_FOLDER) if store is None else store)
+        own.settings, own.messages = saved.settings, saved.messages
+        return own
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A conversation in a folder."""
+
+    folder: Path
+    weights: str
+    settings: Settings
+    messages: list[dict[str, Any]]
+
+    def check_model(self, model: Model) -> None:
+        if self.weights != fingerprint_of(model).hex():
+            raise ValueError(f"{str(self.folder)!r} holds a session with other weights; expected those it began with")
+
+
+def is_session(folder: Path) -> bool:
+    """Whether a folder holds one, whole or not; ValueError if it is no folder, or one of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"session is {str(folder)!r}, a file; expected a folder")
+    parts = [name for name in (ABOUT, MESSAGES) if (folder / name).exists()]
+    if (
+        not parts
+        and folder.is_dir()
+        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) for entry in folder.iterdir())
+    ):
+        raise ValueError(f"session is {str(folder)!r}, which holds other files; expected a session, or a new folder")
+    return bool(parts)
+
+
+def read_saved(folder: str | Path) -> Saved:
+    """ValueError if there is no session in the folder, or not a whole one."""
+    folder = Path(folder).expanduser()
+    about, messages = (read_part(folder, name) for name in (ABOUT, MESSAGES))
+    found = about.get("settings") if isinstance(about, dict) and about.get("format") == FORMAT else None
+    if not isinstance(found, dict) or set(found) != set(asdict(Settings())) or not isinstance(about["weights"], str):
+        raise ValueError(f"{str(folder / ABOUT)!r} is not of this version; expected what Session.save writes")
+    if not isinstance(messages, list):
+        raise ValueError(f"{str(folder / MESSAGES)!r} holds {a(messages)}; expected a list of messages")
+    loaded = [loaded_message(message, folder) for message in messages]
+    if loaded:
+        check_messages(loaded)
+    return Saved(folder, about["weights"], Settings(**found), loaded)
+
+
+def read_part(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r} holds no session: {name}: {one_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{str(folder / name)!r} is damaged: {one_line(error)}; expected what Session.save writes"
+        ) from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write beside and rename: a file is the old one or the new one."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file.name} cannot hold the messages: {one_line(error)}; expected what JSON can hold"
+        ) from None
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
+            opened.write(data)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def saved_message(message: dict[str, Any], media: Path) -> dict[str, Any]:
+    """A message whose media are files in the folder `media`."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return message
+    return message | {"content": [saved_part(part, media) for part in content]}
+
+
+def saved_part(part: Any, media: Path) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in MEDIA or kind not in part:
+        return part  # text; and OpenAI's spellings, whose media are URLs or base64 already
+    source = part[kind]
+    if isinstance(source, (list, tuple)) and kind == "video":
+        return part | {kind: [saved_source(frame, "image", media) for frame in source]}
+    return part | {kind: saved_source(source, kind, media)}
+
+
+def saved_source(source: Any, kind: str, media: Path) -> str:
+    """Where a copy of a medium lies, relative to the session's folder."""
+    data, suffix = media_bytes(source, kind)
+    name = hashlib.blake2b(data, digest_size=16).hexdigest() + suffix
+    if not (media / name).exists():
+        write_bytes(media / name, data)
+    return f"{MEDIA_FOLDER}/{name}"
+
+
+def media_bytes(source: Any, kind: str) -> tuple[bytes, str]:
+    """The bytes of a medium, as they are or, where there are none, in a format that keeps every bit; and a suffix."""
+    if isinstance(source, (str, Path, bytes)):
+        suffix = Path(str(source)[-64:]).suffix if not isinstance(source, bytes) else ""
+        return read_source(source, kind), suffix if suffix[1:].isalnum() else ""
+    made = io.BytesIO()
+    if kind == "image":
+        from PIL import Image
+
+        if isinstance(source, Image.Image):
+            source.save(made, "PNG" if source.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF")
+            return made.getvalue(), ""
+    if kind == "audio" and isinstance(source, tuple) and len(source) == 2:
+        import numpy as np
+        import soundfile
+
+        soundfile.write(made, np.asarray(source[0], np.float32), int(source[1]), format="WAV", subtype="FLOAT")
+        return made.getvalue(), ".wav"
+    raise ValueError(f"the {kind} {shown(source)} cannot be saved; expected a path, a URL, bytes or decoded media")
+
+
+def loaded_message(message: Any, folder: Path) -> Any:
+    """A message whose media lie in the session's folder, wherever that is now."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    return message | {"content": [loaded_part(part, folder) for part in content]}
+
+
+def loaded_part(part: Any, folder: Path) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in MEDIA or kind not in part:
+        return part
+    source = part[kind]
+    return part | {
+        kind: [loaded_source(frame, folder) for frame in source]
+        if isinstance(source, list)
+        else loaded_source(source, folder)
+    }
+
+
+def loaded_source(source: Any, folder: Path) -> str:
+    text = str(source)
+    if not text.startswith(f"{MEDIA_FOLDER}/") or "/" in text.removeprefix(f"{MEDIA_FOLDER}/"):
+        raise ValueError(f"the session in {str(folder)!r} names {describe(text, 'a medium')}; expected one of its own")
+    if not (folder / text).is_file():
+        raise ValueError(f"the session in {str(folder)!r} lacks {text}; expected its media beside it")
+    return str(folder / text)

@@ -1,0 +1,1 @@
+"""What people send: bytes to patches and frames."""

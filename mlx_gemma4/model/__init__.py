@@ -1,0 +1,1 @@
+"""The network, without state or sampling."""

@@ -1,0 +1,1 @@
+"""Messages to what the model reads."""

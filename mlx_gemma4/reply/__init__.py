@@ -1,0 +1,1 @@
+"""What comes out: token ids to text, thought and tool calls."""

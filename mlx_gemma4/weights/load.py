@@ -1,0 +1,474 @@
+"""From a folder to a model: which tensors there are, whether they fit, and their values."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlx_gemma4.config import (
+    QUOTED,
+    ModelConfig,
+    Quantization,
+    TextConfig,
+    computing_type,
+    quoted,
+    read_config,
+    with_kv_bits,
+)
+from mlx_gemma4.errors import CheckpointError, a, one_line
+from mlx_gemma4.media.source import SHOWN_CHARACTERS
+from mlx_gemma4.model.arrange import arrange
+from mlx_gemma4.model.cache import array_shapes
+from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.planner import Footprint, check_memory, footprint
+from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.weights.tensors import (
+    DTYPE_NAMES,
+    EMBEDDING,
+    FLOATING,
+    HEAD,
+    TEXT,
+    Rows,
+    Tensor,
+    block_ranges,
+    conversion_name,
+    element_count,
+    have_same_values,
+    list_tensors,
+    module_path,
+)
+
+logger = logging.getLogger("mlx_gemma4")
+
+DRAFTER_ROOT = "drafter."  # of the paths of its tensors, beside the model's
+DRAFTER_BITS, DRAFTER_GROUP_SIZE = 4, 64  # of a partner in full precision: its acceptance stays, its cost falls
+DEFAULT_MODEL = "mlx-community/gemma-4-12B-it-4bit"
+DEMO = Path(__file__).parents[1] / "demo"
+# Parts a conversion may have left out; the rest of the model is then used without them.
+OPTIONAL_PARTS = {"vision": ("vision_embedder.", "embed_vision."), "audio": ("embed_audio.",)}
+NAMED = 20  # tensors named in one warning
+
+
+def quantize_empty(model: nn.Module, tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> None:
+    """Give an empty model quantized modules where the tensors are; quantization: as `quantization_by_path`."""
+
+    def parameters_of(path: str, module: nn.Module) -> bool | dict[str, int | str]:
+        scales = tensors.get(f"{path}.scales")
+        if scales is None:
+            return False
+        own = quantization_of(path, quantization)
+        if (own.mode == "affine") != (scales.dtype in FLOATING):
+            stored = DTYPE_NAMES[scales.dtype]
+            expected = "BF16, F16 or F32" if own.mode == "affine" else "U8"
+            raise CheckpointError(
+                f"{quoted(scales.name)} is stored as {stored} and config.json says mode {own.mode}; expected {expected}"
+            )
+        return {"group_size": own.group_size, "bits": own.bits, "mode": own.mode}
+
+    try:
+        nn.quantize(model, class_predicate=parameters_of)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"config.json has a quantization that MLX cannot do: {error}") from None
+
+
+def quantization_of(path: str, quantization: Mapping[str, Quantization]) -> Quantization:
+    """Of a quantized module: its own, or the default of the model or drafter that it belongs to."""
+    root = DRAFTER_ROOT if path.startswith(DRAFTER_ROOT) else ""
+    own = quantization.get(path) or quantization.get(root)
+    if own is None:
+        raise CheckpointError(f"{path} is quantized, but config.json has no quantization")
+    return own
+
+
+def quantization_by_path(config: ModelConfig | DrafterConfig, root: str) -> dict[str, Quantization]:
+    """By the path of a module; the default by `root`, which all paths begin with."""
+    default = {root: config.quantization} if config.quantization else {}
+    return default | {root + module_path(name): own for name, own in config.quantization_overrides.items()}
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """CheckpointError for a tensor that is missing, of another shape or kind; a warning for those without a place."""
+    expected = parameters(model)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of {len(expected)} tensors, first {missing[0]}"
+            + foreign_names([tensor.name for tensor in tensors.values()], missing[0])
+        )
+    for path, array in expected.items():
+        own = tensors[path]
+        if own.shape != array.shape:
+            raise CheckpointError(f"{own.name} has shape {quoted(list(own.shape))}; expected {list(array.shape)}")
+        allowed = FLOATING if array.dtype in FLOATING else (array.dtype,)
+        if own.dtype not in allowed:
+            names = " or ".join(DTYPE_NAMES[dtype] for dtype in allowed)
+            raise CheckpointError(f"{own.name} is stored as {DTYPE_NAMES[own.dtype]}; expected {names}")
+    if unknown := sorted(tensors[path].name for path in tensors.keys() - expected.keys()):
+        names = ", ".join(name[:QUOTED] for name in unknown[:NAMED])
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        logger.warning("the model has no place for %d tensors, left out: %s%s", len(unknown), names, more)
+
+
+# What other libraries add to the names of tensors.
+WRAPPERS = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
+FOREIGN_PARTS = {
+    "qweight": "GPTQ's or AWQ's",
+    "weight_packed": "compressed-tensors'",
+    "weight_scale": "compressed-tensors' or fp8's",
+    "weight_scale_inv": "fp8's",
+    "absmax": "bitsandbytes'",
+    "lora_A": "a LoRA adapter's",
+}
+
+
+def foreign_names(names: Sequence[str], path: str) -> str:
+    """What is to be said of a checkpoint whose tensors are named otherwise; `path`: of one that is missing."""
+    ends = tuple(f".{own}" for own in (path, conversion_name(path)))
+    prefixed = next((name for name in names if name.endswith(ends)), None)
+    wrapper = next((own for own in WRAPPERS if any(f".{own}" in f".{name}" for name in names)), None)
+    if wrapper is None and prefixed is not None:
+        wrapper = prefixed[: -len(path)].removesuffix("model.").removesuffix(TEXT)
+    if wrapper:
+        return f"; its names have {quoted(wrapper)} in front, expected them as Google or MLX writes them"
+    parts = [part for name in names for part in name.split(".")[-3:]]
+    foreign = next((FOREIGN_PARTS[part] for part in parts if part in FOREIGN_PARTS), None)
+    return f"; its tensors are {foreign}, expected the original checkpoint or MLX's quantization" if foreign else ""
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """All parameters by their path."""
+    found: dict[str, mx.array] = {}
+    tree_flatten(model.parameters(), destination=found)
+    return found
+
+
+def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = None) -> Path:
+    """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none.
+
+    "demo" is the small model inside this package (a folder of that name is ./demo). patterns: of a hub id's files, the
+    names of those that are wanted; None: all that this package reads.
+    """
+    if not isinstance(path_or_hub_id, str | Path):
+        raise CheckpointError(f"path_or_hub_id is {a(path_or_hub_id)}; expected a model folder or a hub id")
+    text = str(path_or_hub_id)
+    name = repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+    if text == "demo":
+        return DEMO
+    try:
+        folder = Path(path_or_hub_id).expanduser()
+        if text and folder.is_dir():
+            return folder
+        if folder.is_file():
+            raise CheckpointError(f"{folder} is a file; expected a model folder or a hub id")
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, a `~user` who does not exist
+        raise CheckpointError(
+            f"{name} cannot be read: {one_line(error)}; expected a model folder or a hub id"
+        ) from None
+    if text.count("/") != 1 or text.startswith(("/", ".", "~")) or text.endswith("/"):
+        raise CheckpointError(f"{name} is no folder; expected a model folder or a hub id such as owner/name")
+    from mlx_gemma4.weights.hub import PATTERNS, download  # here: a folder needs no HTTP client
+
+    try:
+        return download(text, patterns or PATTERNS)
+    except ConnectionError as error:
+        if text != DEFAULT_MODEL:
+            raise
+        raise ConnectionError(f"{error}; the small model in this package needs no network: --model demo") from None
+
+
+@dataclass(frozen=True)
+class DrafterChoice:
+    folder: Path
+    name: str
+    quantize: bool  # to 4 bits if it is not quantized yet
+
+
+def find_drafter(
+    path_or_hub_id: str | Path, folder: Path, drafter: str | Path | None, patterns: Sequence[str] | None = None
+) -> DrafterChoice | None:
+    """The drafter to use with the model in `folder`, which was asked for as `path_or_hub_id`.
+
+    "auto": its subfolder `drafter/`, else, for a hub id, the published partner; None where there is none. patterns: as
+    in `find_folder`.
+    """
+    if drafter is None:
+        return None
+    if not isinstance(drafter, str | Path):
+        raise CheckpointError(f"drafter is {a(drafter)}; expected 'auto', a folder, a hub id or None")
+    if drafter != "auto":
+        return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
+    own = folder / "drafter"
+    if own.is_dir():
+        return DrafterChoice(own, str(own), quantize=False)
+    if folder == Path(path_or_hub_id).expanduser():
+        return None
+    from mlx_gemma4.weights.hub import PATTERNS, download_partner
+
+    partner = download_partner(str(path_or_hub_id), patterns or PATTERNS)
+    return DrafterChoice(*partner, quantize=True) if partner else None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder that has been looked through: it is whole and fits, and nothing is loaded yet."""
+
+    folder: Path
+    config: ModelConfig
+    tensors: dict[str, Tensor]  # by path; the drafter's begin with `drafter.`
+    model: Model  # shapes only
+    drafter: DrafterChoice | None
+    footprint: Footprint  # once it is loaded
+
+    @property
+    def nbytes(self) -> int:
+        """To read."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(
+    folder: Path, drafter: DrafterChoice | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
+) -> Checkpoint:
+    """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit.
+
+    dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's.
+    """
+    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits)
+    check_memory(checkpoint.footprint)
+    return checkpoint
+
+
+def look_through(
+    folder: Path,
+    drafter: DrafterChoice | None,
+    tensors_of: Callable[[Path], dict[str, Tensor]],
+    dtype: mx.Dtype | None = None,
+    kv_bits: int | None = None,
+) -> Checkpoint:
+    """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
+    config, tensors = settle_parts(read_config(folder), tensors_of(folder))
+    quantization = quantization_by_path(config, "")
+    own = None if drafter is None else read_drafter_config(drafter.folder)
+    if drafter is not None and own is not None:
+        check_fit(own, config.text)
+        own, found = settle_drafter(own, tensors_of(drafter.folder))
+        tensors |= {DRAFTER_ROOT + path: tensor for path, tensor in found.items()}
+        quantization |= quantization_by_path(own, DRAFTER_ROOT)
+    dtype = choose_dtype(tensors, quantization) if dtype is None else dtype
+    config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
+    for attention in config.text.attention.values():
+        array_shapes(attention, dtype)  # that they can be packed
+    model = Model(config)
+    if own is not None:
+        model.drafter = Drafter(own)
+    quantize_empty(model, tensors, quantization)
+    check_tensors(model, tensors)
+    loaded = {path: replace(tensors[path], dtype=loaded_dtype(tensors[path], config)) for path in parameters(model)}
+    size = footprint(config, loaded)
+    if drafter is not None and own is not None and model.drafter is not None and will_quantize(model.drafter, drafter):
+        size = replace(size, drafter=quantized_nbytes(Drafter(own), config.dtype))
+    return Checkpoint(folder, config, tensors, model, drafter, size)
+
+
+def settle_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration as the tensors have it, and those of them that count."""
+    config = without_missing_parts(config, tensors)
+    is_tied = has_tied_head(config.text, tensors)
+    if is_tied:
+        tensors = {path: tensor for path, tensor in tensors.items() if not path.startswith(f"{HEAD}.")}
+    return replace(config, text=replace(config.text, tie_word_embeddings=is_tied)), tensors
+
+
+def has_tied_head(text: TextConfig, tensors: Mapping[str, Rows]) -> bool:
+    """Whether the embedding is the head: there is no other, or one with the same values. The config may be wrong."""
+    own = {path.removeprefix(HEAD): tensor for path, tensor in tensors.items() if path.startswith(f"{HEAD}.")}
+    if not own:
+        if not text.tie_word_embeddings:
+            raise CheckpointError("tie_word_embeddings is False and there is no lm_head.weight; expected it, or True")
+        return True
+    table = {
+        path.removeprefix(EMBEDDING): tensor for path, tensor in tensors.items() if path.startswith(f"{EMBEDDING}.")
+    }
+    if any(isinstance(tensor, Tensor) and not tensor.file.exists() for tensor in own.values()):
+        return text.tie_word_embeddings  # on the hub: the values are not here to compare
+    return own.keys() == table.keys() and all(have_same_values(own[part], table[part]) for part in own)
+
+
+def settle_drafter(config: DrafterConfig, tensors: dict[str, Tensor]) -> tuple[DrafterConfig, dict[str, Tensor]]:
+    """A drafter's embedding is its head and nothing else: a head of its own takes that place."""
+    head = {path: tensor for path, tensor in tensors.items() if path.startswith(f"{HEAD}.")}
+    if not head:
+        if not config.text.tie_word_embeddings:
+            raise CheckpointError("tie_word_embeddings of the drafter is False and there is no lm_head.weight")
+        return config, tensors
+    rest = {path: own for path, own in tensors.items() if not path.startswith((f"{HEAD}.", "embed_tokens."))}
+    overrides = {
+        path: own for path, own in config.quantization_overrides.items() if module_path(path) != "embed_tokens"
+    }
+    overrides = {"embed_tokens" if module_path(path) == HEAD else path: own for path, own in overrides.items()}
+    renamed = {f"embed_tokens{path.removeprefix(HEAD)}": tensor for path, tensor in head.items()}
+    text = replace(config.text, tie_word_embeddings=False)
+    return replace(config, text=text, quantization_overrides=overrides), rest | renamed
+
+
+# --- computing type ----------------------------------------------------------------------------
+
+# GPUs before the M3's have no bfloat16: MLX computes it in float32, and rounds (1.34 times as long for a prompt).
+EMULATED = re.compile(r"applegpu_g1[34]")
+FLOAT16_END = 65520  # what float16 rounds to infinity begins here
+BFLOAT16_ERROR = 2.0**-9 / 3**0.5  # root of the mean square, as a part of what is rounded, at most
+
+
+def emulates_bfloat16() -> bool:
+    return EMULATED.match(str(mx.device_info().get("architecture", ""))) is not None
+
+
+def choose_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> mx.Dtype:
+    """The type to compute in where none is asked for: the checkpoint's own, but float16 where bfloat16 is emulated."""
+    own = own_dtype(tensors, quantization)
+    if own != mx.bfloat16 or not emulates_bfloat16():
+        return own
+    for path, tensor in tensors.items():
+        if not is_table(path, tensor) and tensor.dtype in FLOATING and is_worse_in_float16(tensor):
+            logger.info("computes in bfloat16, which this GPU emulates: float16 would change %s", tensor.name)
+            return own
+    logger.info("computes in float16: this GPU emulates the checkpoint's bfloat16")
+    return mx.float16
+
+
+def own_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> mx.Dtype:
+    """The type of most weights of the decoder's matrices: that of the matrix, or of the scales if these float.
+
+    Norms and the rest count only where no matrix has a type: trainers save some of them as float32.
+    """
+    tables: dict[mx.Dtype, int] = dict.fromkeys(FLOATING, 0)
+    others = dict(tables)
+    for path, tensor in tensors.items():
+        scales = tensors.get(f"{path.removesuffix('.weight')}.scales", tensor)
+        if scales.dtype not in FLOATING or path.startswith(DRAFTER_ROOT):
+            continue
+        if not is_table(path, tensor):
+            others[tensor.dtype] = others.get(tensor.dtype, 0) + element_count(tensor.shape)
+        else:
+            packed = 1 if scales is tensor else 32 // quantization_of(path.removesuffix(".weight"), quantization).bits
+            tables[scales.dtype] += packed * element_count(tensor.shape)
+    votes = tables if any(tables.values()) else others
+    return max(FLOATING, key=lambda dtype: votes[dtype])
+
+
+def is_table(path: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a matrix, quantized or not."""
+    return path.endswith(".weight") and len(tensor.shape) == 2
+
+
+def is_worse_in_float16(tensor: Tensor) -> bool:
+    """Whether float16 rounds a tensor's values more than bfloat16 did, or has no room for one of them."""
+    if not tensor.file.exists():  # on the hub
+        return False
+    lost = least = mx.array(0.0)
+    for start, stop in block_ranges(tensor):
+        values = tensor.rows(start, stop).astype(mx.float32)
+        lost = lost + mx.square(values.astype(mx.float16) - values).sum()
+        least = least + mx.square(values * BFLOAT16_ERROR).sum()
+    return not bool(lost <= least)  # infinite, or no number
+
+
+def loaded_dtype(tensor: Tensor, config: ModelConfig) -> mx.Dtype:
+    """All that floats has one type; packed weights and scales of a byte stay."""
+    return config.dtype if tensor.dtype in FLOATING else tensor.dtype
+
+
+def load_value(tensor: Tensor, config: ModelConfig) -> mx.array:
+    """A tensor's values in the type to compute in.
+
+    A norm for which float16 has no room stays as wide as it is; CheckpointError if it is another tensor.
+    """
+    value = tensor.read()
+    dtype = loaded_dtype(tensor, config)
+    if dtype == mx.float16 and FLOAT16_END <= (largest := float(mx.maximum(value.max(), -value.min()))) < math.inf:
+        if len(tensor.shape) > 1:
+            raise CheckpointError(
+                f"{tensor.name} holds {largest:.6g}, beyond float16; expected bfloat16 or float32, for dtype"
+            )
+        dtype = mx.float32
+    value = value.astype(dtype)
+    mx.eval(value)
+    return value
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def without_missing_parts(config: ModelConfig, paths: Collection[str]) -> ModelConfig:
+    """The configuration without the modalities of which the checkpoint has no tensor (text-only conversions)."""
+    found = {part: any(path.startswith(own) for path in paths) for part, own in OPTIONAL_PARTS.items()}
+    return replace(
+        config, vision=config.vision if found["vision"] else None, audio=config.audio if found["audio"] else None
+    )
+
+
+def load_values(checkpoint: Checkpoint) -> Iterator[int]:
+    """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each."""
+    model, tensors = checkpoint.model, checkpoint.tensors
+    for path in sorted(parameters(model), key=lambda path: (tensors[path].file, tensors[path].offset)):
+        model.load_weights([(path, load_value(tensors[path], checkpoint.config))], strict=False)
+        yield tensors[path].nbytes
+    if model.drafter is not None and checkpoint.drafter is not None:
+        quantize_drafter(model.drafter, checkpoint.drafter)
+    arrange(model)
+
+
+def quantize_drafter(drafter: Drafter, choice: DrafterChoice) -> None:
+    """Quantize a partner that was found in full precision, and say which drafter it is."""
+    note = ""
+    if will_quantize(drafter, choice):
+        nn.quantize(drafter, DRAFTER_GROUP_SIZE, DRAFTER_BITS)
+        for array in parameters(drafter).values():  # one by one, as they are loaded
+            mx.eval(array)
+        note = f", quantized to {DRAFTER_BITS} bits"
+    logger.info("drafter: %s%s", choice.name, note)
+
+
+def will_quantize(drafter: Drafter, choice: DrafterChoice) -> bool:
+    return choice.quantize and isinstance(drafter.embed_tokens, nn.Embedding)
+
+
+def quantized_nbytes(empty: Drafter, dtype: mx.Dtype) -> int:
+    """What a partner in full precision comes to."""
+    empty.set_dtype(dtype)
+    nn.quantize(empty, DRAFTER_GROUP_SIZE, DRAFTER_BITS)
+    return sum(array.nbytes for array in parameters(empty).values())
+
+
+def load(
+    path_or_hub_id: str | Path,
+    drafter: str | Path | None = "auto",
+    kv_bits: int | None = None,
+    dtype: str | None = None,
+) -> tuple[Model, Processor]:
+    """A model and its processor, from a folder or a hub id.
+
+    drafter: a folder or hub id; None: none; "auto": the model folder's subfolder `drafter/`, else the published
+    partner of a hub id. Which it took is logged, by the logger `mlx_gemma4`.
+    dtype: "bfloat16", "float16" or "float32", of hidden states, caches and all weights that are not packed; None: the
+    checkpoint's own, that of its matrices or scales, but float16 for bfloat16 on GPUs that emulate it (M1, M2), if no
+    scale loses by it.
+    kv_bits: 8 or 4, of the keys and values that full layers keep; None: as they are computed. It saves memory at long
+    contexts and costs some quality (`mlx_gemma4.evaluate --kv-bits` measures it).
+    CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
+    weights cannot fit here, ConnectionError if the hub cannot be reached.
+    """
+    asked = computing_type(dtype)
+    folder = find_folder(path_or_hub_id)
+    checkpoint = open_checkpoint(folder, find_drafter(path_or_hub_id, folder, drafter), asked, kv_bits)
+    processor = load_processor(checkpoint.folder, checkpoint.config)
+    for _ in load_values(checkpoint):
+        pass
+    return checkpoint.model, processor

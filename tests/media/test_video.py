@@ -1,0 +1,338 @@
+"""Video → a few upright frames and their times."""
+
+import struct
+import sys
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mlx_gemma4.errors import MediaError
+from mlx_gemma4.media.video import Clock, Video, VideoSource, chosen_frames, make_clock, read_video, timestamp
+
+STEP = 6  # of brightness from frame to frame
+
+
+def ramp(count: int) -> list[Image.Image]:
+    """Frames 64 x 48, each brighter than the one before, with a black lower half but for a white left corner."""
+    frames = []
+    for i in range(count):
+        pixels = np.full((48, 64, 3), STEP * i, np.uint8)
+        pixels[24:] = 0
+        pixels[24:, :32] = 255
+        frames.append(Image.fromarray(pixels))
+    return frames
+
+
+def encoded(count: int, rate: Fraction | int = 10, format: str = "mp4", codec: str = "mpeg4") -> bytes:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        for image in ramp(count):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def read(source: VideoSource, fps: float | None, num_frames: int) -> Video:
+    return read_video(source, fps, num_frames, lambda frame: frame)
+
+
+def which(video: Video) -> list[int]:
+    """The numbers of the ramp's frames in an upright video."""
+    return [round(np.asarray(frame)[4:20].mean() / STEP) for frame in video.frames]
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    return encoded(40)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 7, 32, 39, 40, 41, 100])
+def test_frames_are_spread_evenly_with_their_times(clip: bytes, num_frames: int) -> None:
+    video = read(clip, None, num_frames)
+    expected = [i * 40 // num_frames for i in range(num_frames)] if num_frames < 40 else list(range(40))
+    assert which(video) == expected
+    assert video.seconds == tuple(i / 10 for i in expected)
+    assert {(frame.mode, frame.size) for frame in video.frames} == {("RGB", (64, 48))}
+
+
+def test_all_ways_to_give_a_file_agree(clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(clip)
+    for source in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), (tmp_path / "a.mp4").as_uri()):
+        assert which(read(source, None, 4)) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "rate"),
+    [
+        ("mp4", "mpeg4", Fraction(30000, 1001)),
+        ("matroska", "mpeg4", 9),
+        ("mpegts", "mpeg2video", 25),
+        ("avi", "mpeg4", 4),
+    ],
+)
+def test_containers_of_any_kind_are_read(format: str, codec: str, rate: Fraction | int) -> None:
+    video = read(encoded(20, rate, format, codec), None, 4)
+    assert which(video) == [0, 5, 10, 15]
+    assert np.allclose(video.seconds, [i / float(rate) for i in (0, 5, 10, 15)])
+
+
+@pytest.mark.parametrize("clockwise", [0, 90, 180, 270])
+def test_the_rotation_of_a_phone_is_applied(clip: bytes, clockwise: int) -> None:
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[clockwise]
+    matrix = [cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30]  # ISO/IEC 14496-12, 6.2.2
+    place = clip.index(b"tkhd") + 44
+    turned = clip[:place] + struct.pack(">9i", *matrix) + clip[place + 36 :]
+    frame = read(turned, None, 1).frames[0]
+    shown = ramp(1)[0].rotate(-clockwise, expand=True)
+    assert frame.size == shown.size
+    assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [((1, 0, 0, 1), None), ((-1, 0, 0, 1), 0), ((1, 0, 0, -1), 1), ((0, -1, 1, 0), 2), ((-1, 0, 0, -1), 3),
+     ((0, 1, -1, 0), 4), ((0, 1, 1, 0), 5), ((0, -1, -1, 0), 6), ((0, 0, 0, 0), None)],
+)  # fmt: skip
+def test_a_display_matrix_turns_and_mirrors(
+    clip: bytes, matrix: tuple[int, int, int, int], turn: Image.Transpose | None
+) -> None:
+    a, b, c, d = (value << 16 for value in matrix)
+    place = clip.index(b"tkhd") + 44
+    turned = clip[:place] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + clip[place + 36 :]
+    frame, shown = read(turned, None, 1).frames[0], ramp(1)[0]
+    shown = shown if turn is None else shown.transpose(Image.Transpose(turn))
+    assert frame.size == shown.size
+    assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
+def test_each_frame_is_made_smaller(clip: bytes) -> None:
+    for source, fps in ((clip, None), (ramp(40), 10.0)):
+        video = read_video(source, fps, 4, lambda frame: frame.reduce(4))
+        assert {frame.size for frame in video.frames} == {(16, 12)}
+
+
+def test_hidden_frames_are_not_counted() -> None:
+    av = pytest.importorskip("av")
+    if "libvpx" not in av.codecs_available:
+        pytest.skip("PyAV without libvpx")
+    file = BytesIO()
+    with (
+        av.open(BytesIO(encoded(20, 10, "matroska", "libvpx"))) as shown,
+        av.open(file, "w", format="matroska") as container,
+    ):
+        stream = container.add_stream_from_template(shown.streams.video[0])
+        for i, packet in enumerate(p for p in shown.demux(video=0) if p.size):
+            data = bytearray(bytes(packet))
+            if i % 2:
+                data[0] &= ~0x10  # VP8's show_frame (RFC 6386, 9.1)
+            hidden = av.Packet(bytes(data))
+            hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+            hidden.is_keyframe, hidden.stream = packet.is_keyframe, stream
+            container.mux(hidden)
+    assert which(read(file.getvalue(), None, 5)) == [0, 4, 8, 12, 16]
+
+
+def timed(times: list[int], format: str = "matroska", start: int = 0, codec: str = "mpeg4") -> bytes:
+    """A film whose frames are those of the ramp, at these milliseconds."""
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=1000)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for image, time in zip(ramp(len(times)), times, strict=True):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = start + time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["matroska", "mp4", "mov"])
+@pytest.mark.parametrize("start", [0, 5000])
+def test_frames_have_their_own_times_and_are_chosen_at_even_steps_of_time(format: str, start: int) -> None:
+    times = [*range(0, 10_000, 1000), *range(10_000, 11_000, 40)]  # 10 frames a second apart, 25 in the eleventh
+    video = read(timed(times, format, start), None, 8)
+    steps = [i * 11_000 / 8 for i in range(8)]
+    assert which(video) == [max(i for i, time in enumerate(times) if time <= step) for step in steps]
+    assert video.seconds == tuple(times[i] / 1000 for i in which(video))
+
+
+def test_a_still_that_lasts_is_one_frame_and_leaves_the_others_to_what_moves() -> None:
+    times = [0, *range(600_000, 602_000, 100)]  # ten minutes, then two seconds
+    video = read(timed(times), None, 8)
+    assert which(video)[0] == 0 and len(set(which(video))) == len(which(video)) > 5
+    assert video.seconds == tuple(times[i] / 1000 for i in which(video))
+
+
+def test_few_frames_are_all_shown_whatever_their_times() -> None:
+    times = [0, 7000, 7033, 7066, 60_000]
+    video = read(timed(times), None, 5)
+    assert which(video) == [0, 1, 2, 3, 4] and video.seconds == (0, 7, 7.033, 7.066, 60)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=300), st.integers(1, 40))
+def test_chosen_frames_of_any_times_are_distinct_and_in_order(times: list[int], num_frames: int) -> None:
+    times = sorted(times)
+    clock = Clock([time - times[0] for time in times], times[-1] - times[0] + 1, Fraction(1, 1000))
+    chosen = list(clock.chosen(num_frames))
+    assert (
+        1 <= len(chosen) <= num_frames and chosen == sorted(set(chosen)) and 0 <= chosen[0] <= chosen[-1] < len(times)
+    )
+
+
+@given(st.integers(1, 3000), st.sampled_from([1001 / 24, 100 / 3, 40.0, 1001 / 60, 200.0]), st.integers(1, 40))
+def test_a_constant_rate_is_chosen_by_count_however_its_times_are_rounded(total: int, step: float, n: int) -> None:
+    clock = Clock([round(i * step) for i in range(total)], round(total * step), Fraction(1, 1000))
+    assert list(clock.chosen(n)) == list(chosen_frames(total, n))
+
+
+@pytest.mark.parametrize(
+    ("stamps", "times"),
+    [([5, 15, 25], [0, 10, 20]), ([None, None, None], [0, 10, 20]), ([None, 10, 20], [0, 10, 20]),
+     ([0, None, 25], [0, 10, 25]), ([0, 10, 0, 10], [0, 10, 20, 30]), ([7, 7, 17], [0, 0, 10])],
+)  # fmt: skip
+def test_times_that_are_missing_or_run_back_are_a_step_after_the_one_before(
+    stamps: list[int | None], times: list[int]
+) -> None:
+    clock = make_clock(stamps, 0, Fraction(1, 1000), Fraction(100), "x")
+    assert list(clock.times) == times and clock.end == times[-1] + 10
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_an_animation_is_a_film_read_without_pyav(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    file, lasts = BytesIO(), [1000] * 10 + [50] * 20
+    first, *rest = ramp(30)
+    first.save(file, format, save_all=True, append_images=rest, duration=lasts, lossless=True)
+    video = read(file.getvalue(), None, 32)
+    assert which(video) == list(range(30))
+    assert np.allclose(video.seconds, np.cumsum([0, *lasts[:-1]]) / 1000)
+    assert which(read(file.getvalue(), None, 11)) == [*range(10), 10]
+    still = BytesIO()
+    first.save(still, format)
+    assert read(still.getvalue(), None, 32).seconds == (0,)
+
+
+def test_transparency_of_an_animation_is_laid_on_white() -> None:
+    frames = [Image.new("RGBA", (8, 8), (255, 0, 0, alpha)) for alpha in (255, 0)]
+    file = BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=500, lossless=True)
+    video = read(file.getvalue(), None, 32)
+    assert [frame.getpixel((0, 0)) for frame in video.frames] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_a_frame_beyond_all_bounds_is_an_error() -> None:
+    file = BytesIO()
+    first, *rest = (Image.new("L", (5000, 4000), value) for value in (0, 9))
+    first.save(file, "GIF", save_all=True, append_images=rest)
+    with pytest.raises(MediaError, match=r"has frames of 5000 x 4000 pixels; expected at most 16777216$"):
+        read(file.getvalue(), None, 2)
+
+
+def test_a_list_of_images_is_spread_evenly_at_its_frame_rate(tmp_path: Path) -> None:
+    images = ramp(9)
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(9)]
+    for source in (images, tuple(paths), [str(path) for path in paths], [path.read_bytes() for path in paths]):
+        video = read(source, 0.5, 4)
+        assert which(video) == [0, 2, 4, 6]
+        assert video.seconds == (0, 4, 8, 12)
+    assert which(read(images, 2, 32)) == list(range(9))
+
+
+def test_only_the_chosen_images_are_read(tmp_path: Path) -> None:
+    ramp(1)[0].save(tmp_path / "a.png")
+    assert len(read([tmp_path / "a.png", "missing.png"], 1, 1).frames) == 1
+
+
+@given(st.integers(0, 5000), st.integers(1, 100))
+def test_chosen_frames_are_distinct_in_order_and_begin_with_the_first(total: int, num_frames: int) -> None:
+    chosen = list(chosen_frames(total, num_frames))
+    assert len(chosen) == min(total, num_frames) and chosen == sorted(set(chosen))
+    assert not chosen or (chosen[0] == 0 and chosen[-1] < total)
+    gaps = np.diff([*chosen, total])
+    assert not chosen or gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("fps", [1e-320, True, Fraction(1, 10**40), -(10**400), -(10**5000)], ids=[*"abcde"])
+def test_a_frame_rate_beyond_all_bounds_is_an_error_of_one_line(clip: bytes, fps: float) -> None:
+    for source in (ramp(2), clip):
+        with pytest.raises(MediaError, match=r'"fps"') as caught:
+            read(source, fps, 32)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("fps", [None, 0, -1, float("nan"), float("inf"), "2"])
+def test_a_list_of_images_needs_their_frame_rate(fps: float | None) -> None:
+    with pytest.raises(MediaError, match=rf'^a video of 2 images has "fps" {fps}; expected their number a second'):
+        read(ramp(2), fps, 32)
+
+
+def test_a_file_takes_no_frame_rate(clip: bytes) -> None:
+    with pytest.raises(MediaError, match=r'has its own frame rate, but "fps" is 2; expected only beside a list'):
+        read(clip, 2, 32)
+
+
+def test_what_is_no_video_is_an_error(clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(b"not a video at all")
+    (tmp_path / "empty.mp4").touch()
+    cases: dict[object, str] = {
+        tmp_path / "x.mp4": r"^video '.*x\.mp4' cannot be read: Invalid data found when processing input$",
+        tmp_path / "empty.mp4": r"^video '.*empty\.mp4' is empty \(0 bytes\)$",
+        tmp_path / "no.mp4": r"^video '.*no\.mp4' does not exist$",
+        tmp_path: r"is a folder; expected a file$",
+        clip[: len(clip) // 2]: r"^video of \d+ bytes cannot be read: ",
+        b"": r"^video of 0 bytes is empty",
+        5: r"^the source of the video is of type int; expected a path, a URL, bytes or a list",
+    }
+    for source, message in cases.items():
+        with pytest.raises(MediaError, match=message):
+            read(source, None, 32)  # type: ignore[arg-type]
+    with pytest.raises(MediaError, match=r"^video is an empty list; expected at least one image$"):
+        read([], 1, 32)
+    with pytest.raises(MediaError, match=r"^image 'no\.png' does not exist$"):
+        read(["no.png"], 1, 32)
+    with pytest.raises(ValueError, match=r"^num_frames is 0; expected at least 1$"):
+        read(clip, None, 0)
+
+
+def test_a_sound_is_no_video() -> None:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(MediaError, match=r"has no video track$"):
+        read(file.getvalue(), None, 32)
+
+
+def test_a_playlist_opens_no_other_file(clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.ts").write_bytes(encoded(5, 25, "mpegts", "mpeg2video"))
+    (tmp_path / "a.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n")
+    with pytest.raises(MediaError, match=r"cannot be read: "):
+        read(tmp_path / "a.m3u8", None, 32)
+
+
+def test_without_pyav_the_message_names_the_extra(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match=r'^video of \d+ bytes needs PyAV: pip install "mlx_gemma4\[video\]"$'):
+        read(clip, None, 32)
+
+
+def test_timestamps_are_minutes_and_seconds() -> None:
+    assert [timestamp(t) for t in (0, 0.99, 59.999, 60, 61.5, 5999, 6000, 100_000)] == [
+        "00:00", "00:00", "00:59", "01:00", "01:01", "99:59", "100:00", "1666:40"
+    ]  # fmt: skip
