@@ -69,6 +69,8 @@ def run(app: typer.Typer) -> int:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
+        if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
+            text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
         print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)
         wrong = isinstance(error, TyperException) or kind(error) is Kind.WRONG_REQUEST
         return WRONG_REQUEST if wrong else FAILED

@@ -118,6 +118,19 @@ def test_short_options_are_those_of_model_and_prompt() -> None:
     assert subprocess.run(rest, capture_output=True, timeout=120).stdout == b"3 + 4 = 7.\n"
 
 
+def test_a_folder_for_temporary_files_that_is_none_is_named(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    done = subprocess.run(
+        words("generate", *STORY),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"TMPDIR": str(nowhere)},
+    )
+    if done.returncode:  # without g++ MLX needs none
+        assert f"TMPDIR is {str(nowhere)!r}" in done.stderr.splitlines()[-1]
+
+
 def test_importing_the_package_imports_no_mlx_before_it_is_used() -> None:
     line = "import sys, mlx_gemma4.entry; assert not any(n.startswith(('mlx.', 'typer')) for n in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], timeout=60).returncode == 0
@@ -128,8 +141,8 @@ def test_importing_the_package_imports_no_mlx_before_it_is_used() -> None:
     [
         *((option, "9" * 5000) for option in ("--max-tokens", "--top-k", "--seed", "--image-budget", "--draft-length")),
         *((option, "-" + "9" * 400) for option in ("--max-tokens", "--top-k", "--seed", "--image-budget")),
-        *((option, "9" * 400) for option in ("--seed", "--image-budget", "--draft-length")),
-        *((option, str(2**63)) for option in ("--image-budget", "--draft-length")),
+        *((option, "9" * 400) for option in ("--max-tokens", "--top-k", "--seed", "--image-budget", "--draft-length")),
+        *((option, str(2**63)) for option in ("--top-k", "--image-budget", "--draft-length")),
         *((option, "1e999999") for option in ("--temp", "--top-p", "--min-p", "--repetition-penalty")),
     ],
     ids=lambda text: text[:16],
@@ -138,14 +151,6 @@ def test_a_number_beyond_all_bounds_is_one_short_line(option: str, value: str) -
     done = subprocess.run(words("generate", *STORY, f"{option}={value}"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and len(done.stderr) < 700
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("--max-tokens", "9" * 400), ("--top-k", "9" * 400), ("--top-k", str(2**63))]
-)
-def test_a_number_that_means_all_may_be_large(option: str, value: str) -> None:
-    rest = words("generate", "-m", "demo", "-p", "What is 3 + 4?", "--temp", "0", f"{option}={value}")
-    assert subprocess.run(rest, capture_output=True, timeout=120).stdout == b"3 + 4 = 7.\n"
 
 
 def job(name: str, tmp_path: Path) -> list[str]:
