@@ -26,16 +26,20 @@ from mlx_gemma4.weights.load import parameters
 
 FIRST_ROUNDS = 16  # shorter replies do without
 LARGEST = 1e9  # bytes of weights: the rounds of a larger model take so long that kernels would gain less than a percent
-NICENESS = 10
+NICENESS = 1
 COMPUTING = {str(dtype): dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}  # a configuration has one of them
 
 # In a process that has not even the package's path; it ends by itself, also after the one that started it.
-CHILD = "import pickle, sys; load = pickle.Unpickler(sys.stdin.buffer).load; sys.path[:] = load(); load()()"
+CHILD = "import sys, pickle; own = sys.stdin.buffer; sys.path[:] = pickle.load(own); pickle.load(own)()"
 
 
 def kernel_folder(temporary: Path) -> Path:
     """Where MLX keeps what it compiled, and looks for it."""
     return temporary / "mlx" / version("mlx") / "cpu"
+
+
+def named_dtype(name: str) -> mx.Dtype:
+    return COMPUTING[name]
 
 
 class Warmup:
@@ -66,7 +70,7 @@ class Warmup:
         return self.done
 
     def start(self) -> subprocess.Popen[bytes] | None:
-        copyreg.pickle(mx.Dtype, lambda dtype: (COMPUTING.__getitem__, (str(dtype),)))
+        copyreg.pickle(mx.Dtype, lambda dtype: (named_dtype, (str(dtype),)))
         try:
             with tempfile.TemporaryFile() as file:
                 pickle.dump(sys.path, file)
@@ -101,10 +105,7 @@ class Build:
             self.task()
             for library in folder.glob("lib*.so"):
                 if library.name not in known:
-                    # whole at once, for a process that looks for it now
-                    part = target / f"{library.name}.{os.getpid()}"
-                    shutil.copy(library, part)
-                    part.replace(target / library.name)
+                    library.replace(target / library.name)  # whole at once, for a process that looks for it now
             (target / self.mark).touch()
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import mlx.core as mx
 from mlx import nn
@@ -13,7 +12,7 @@ from mlx_gemma4.model.cache import LayerCache, Offset
 from mlx_gemma4.model.mask import Mask
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile  # for each shape: a shapeless trace is cut in two kernels
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) · up in one kernel, rounded once to their type, with the tanh form of gelu."""
     wide = gate.astype(mx.float32)
