@@ -26,7 +26,7 @@ from mlx_gemma4.weights.load import parameters
 
 FIRST_ROUNDS = 16  # shorter replies do without
 LARGEST = 1e9  # bytes of weights: the rounds of a larger model take so long that kernels would gain less than a percent
-NICENESS = 1
+NICENESS = 5
 COMPUTING = {str(dtype): dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}  # a configuration has one of them
 
 # In a process that has not even the package's path; it ends by itself, also after the one that started it.
