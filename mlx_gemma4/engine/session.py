@@ -14,6 +14,7 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of
 from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
@@ -240,9 +241,10 @@ def write_json(file: Path, value: Any) -> None:
 def write_bytes(file: Path, data: bytes) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
-            opened.write(data)
-        part.replace(file)
+        with if_stopped(lambda: part.unlink(missing_ok=True)):
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
+                opened.write(data)
+            part.replace(file)
     finally:
         part.unlink(missing_ok=True)
 
