@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.cache import Arrays
 
@@ -162,9 +163,10 @@ class Disk:
             return
         part = self.folder / f"{name}.{os.getpid()}{PART}"
         try:
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
-                opened.write(data)
-            part.replace(self.folder / name)
+            with if_stopped(lambda: part.unlink(missing_ok=True)):
+                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
+                    opened.write(data)
+                part.replace(self.folder / name)
         except OSError as error:
             logger.warning("the store's folder %s cannot be written to: %s", self.folder, one_line(error))
             part.unlink(missing_ok=True)
