@@ -14,11 +14,14 @@ from mlx import nn
 from mlx_gemma4.model.attention import Projections, QueryAttention, SelfAttention
 from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.drafter import Drafter
+from mlx_gemma4.model.float16 import make_float16_safe, total_columns
 from mlx_gemma4.model.model import Model
 
 
 def arrange(model: Model) -> None:
     """Make a model whose weights are loaded ready to run."""
+    if model.language_model.dtype == mx.float16:
+        make_float16_safe(model)
     still: mx.array | None = None
     for layer in model.language_model.layers:
         own = arrange_layer(layer)
@@ -96,9 +99,3 @@ def reorder_columns(module: nn.Module, order: mx.array, block: int) -> bool:
             heads = mx.unflatten(columns, 1, (-1, len(blocks), columns.shape[1] * block // total_columns(module)))
             module[name] = heads[:, :, blocks].flatten(1, 3)
     return True
-
-
-def total_columns(module: nn.Module) -> int:
-    """Of the matrix, packed or not."""
-    columns = module.weight.shape[1]
-    return columns * 32 // module.bits if isinstance(module, nn.QuantizedLinear) else columns

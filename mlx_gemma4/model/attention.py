@@ -120,6 +120,11 @@ class Projections(nn.Module):
             found += mx.split(module(x), ends, axis=-1) if ends else [module(x)]
         return found
 
+    def whole(self, x: mx.array) -> mx.array:
+        """The same side by side, [B, L, all rows]; nothing moves if all matrices are joined."""
+        found = [module(x) for module in self.joined]
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
+
 
 def are_alike(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other) or one.weight.dtype != other.weight.dtype:

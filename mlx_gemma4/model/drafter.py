@@ -82,6 +82,8 @@ class Drafter(nn.Module):
         self.pre_projection = nn.Linear(2 * config.backbone_hidden_size, text.hidden_size, bias=False)
         self.layers = [Layer(text, kind, QueryAttention(text, kind)) for kind in text.layer_types]
         self.norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
+        # powers of two, other than 1 in float16 alone: as the target's, and what the target's embedding is to be times
+        self.unit, self.grow, self.joined = 1.0, 1.0, 1.0
         self.post_projection = nn.Linear(text.hidden_size, config.backbone_hidden_size, bias=False)
 
     def __call__(
@@ -95,9 +97,14 @@ class Drafter(nn.Module):
         masks and caches by kind of layer: the target's last layer of that kind, committed positions only.
         Returns logits [1, 1, vocab], float32, and the hidden of the next proposal.
         """
+        if self.joined != 1:
+            embedding = (embedding.astype(mx.float32) * self.joined).astype(hidden.dtype)
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+        if (factor := self.grow * self.unit) != 1:
+            h = (h.astype(mx.float32) * factor).astype(h.dtype)
         for layer in self.layers:
             # transformers counts one position more; vLLM, Ollama and mlx-vlm stay at that of the hidden, as here
             h = layer(h, last, masks[layer.kind], caches[layer.kind])
         h = self.norm(h)
-        return self.embed_tokens.as_linear(h).astype(mx.float32), self.post_projection(h)
+        logits = self.embed_tokens.as_linear(h).astype(mx.float32)
+        return logits if self.grow == 1 else logits * self.grow, self.post_projection(h)

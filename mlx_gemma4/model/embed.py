@@ -9,6 +9,12 @@ from mlx_gemma4.config import TextConfig, VisionConfig
 LAYER_NORM_EPS = 1e-5
 
 
+def media_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Of all that is computed of media where a model computes in `dtype`: float16 has no room for the sums of pixels
+    that a checkpoint may have, and rounds quiet sounds away."""
+    return mx.float32 if dtype == mx.float16 else dtype
+
+
 class VisionEmbedder(nn.Module):
     """Patches of pixels and where they lie to vectors, as `model.vision_embedder` of the checkpoint."""
 
@@ -26,7 +32,7 @@ class VisionEmbedder(nn.Module):
         # LayerNorm takes the mean away; taking away the exact mean of the integers first keeps float32 sums of
         # thousands of pixels from drifting (100 times less error where contrast is low)
         mean = pixels.astype(mx.int32).sum(axis=-1, keepdims=True) / pixels.shape[-1]
-        x = ((pixels - mean) / 255).astype(self.patch_ln1.weight.dtype)
+        x = ((pixels - mean) / 255).astype(media_dtype(self.patch_ln1.weight.dtype))
         x = self.patch_ln2(self.patch_dense(self.patch_ln1(x)))
         x = x + self.pos_embedding[positions[:, 0], 0] + self.pos_embedding[positions[:, 1], 1]
         return self.pos_norm(x)

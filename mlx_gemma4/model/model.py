@@ -12,7 +12,7 @@ from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import Caches, Offset, capacity, steps
 from mlx_gemma4.model.decoder import Decoder
 from mlx_gemma4.model.drafter import Drafter
-from mlx_gemma4.model.embed import MultimodalProjection, VisionEmbedder
+from mlx_gemma4.model.embed import MultimodalProjection, VisionEmbedder, media_dtype
 from mlx_gemma4.model.mask import Mask, causal_mask, whole_mask
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_prompt, is_whole
 
@@ -122,6 +122,8 @@ class Model(nn.Module):
             first, last = max(run.start, start), min(run.start + len(run), end)
             if first < last:
                 rows = self.soft_tokens(run, first - run.start, last - run.start)
+                if self.language_model.unit != 1:
+                    rows = rows * self.language_model.unit
                 h[:, first - start : last - start] = rows.astype(h.dtype)
         return h
 
@@ -129,7 +131,7 @@ class Model(nn.Module):
         """Rows first … last of one run, [last - first, hidden]; they are not scaled as token embeddings are."""
         values = mx.array(run.values[first:last])
         if run.positions is None:
-            return self.embed_audio(values.astype(self.language_model.dtype))
+            return self.embed_audio(values.astype(media_dtype(self.language_model.dtype)))
         return self.embed_vision(self.vision_embedder(values, mx.array(run.positions[first:last])))
 
 

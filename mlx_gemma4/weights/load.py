@@ -26,6 +26,7 @@ from mlx_gemma4.media.source import SHOWN_CHARACTERS
 from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.cache import array_shapes
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
+from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import Footprint, check_memory, footprint
 from mlx_gemma4.prompt.processor import Processor, load_processor
@@ -339,8 +340,33 @@ def choose_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quant
         if not is_table(path, tensor) and tensor.dtype in FLOATING and is_worse_in_float16(tensor):
             logger.info("computes in bfloat16, which this GPU emulates: float16 would change %s", tensor.name)
             return own
+    if (bound := largest_score(tensors)) > LIMIT:
+        logger.info("computes in bfloat16, which this GPU emulates: scores may reach %.3g, beyond float16", bound)
+        return own
     logger.info("computes in float16: this GPU emulates the checkpoint's bfloat16")
     return mx.float16
+
+
+def largest_score(tensors: Mapping[str, Tensor]) -> float:
+    """A bound on what attention's products of queries and keys can be, which no power of two could make smaller."""
+    found = {path: tensor for path, tensor in tensors.items() if path.endswith(("q_norm.weight", "k_norm.weight"))}
+    if not all(tensor.file.exists() for tensor in found.values()):  # on the hub
+        return 0.0
+    size = {path: float(mx.abs(tensor.read().astype(mx.float32)).max()) for path, tensor in found.items()}
+    keys = {tensor.shape: 1.0 for tensor in found.values()}  # the drafter reads those of its own width
+    for path in size:
+        if "k_norm" in path:
+            keys[found[path].shape] = max(keys[found[path].shape], size[path])
+    return max(
+        (
+            found[path].shape[0]
+            * size[path]
+            * max(size.get(path.replace("q_norm", "k_norm"), keys[found[path].shape]), 1)
+            for path in size
+            if "q_norm" in path
+        ),
+        default=0.0,
+    )
 
 
 def own_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> mx.Dtype:
@@ -422,6 +448,8 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
         yield tensors[path].nbytes
     if model.drafter is not None and checkpoint.drafter is not None:
         quantize_drafter(model.drafter, checkpoint.drafter)
+    if checkpoint.config.dtype == mx.float16 and (reason := float16_is_safe(model)):
+        raise CheckpointError(f"{reason}; expected bfloat16 or float32, for dtype")
     arrange(model)
 
 
