@@ -19,8 +19,8 @@ __all__ = ["Prompt", "PromptStore", "Sampling", "Session", "collect", "generate"
 HOMES = {
     "Prompt": "prompt.prompt",
     "PromptStore": "decoding.store",
-    "Session": "engine.session",
     "Sampling": "decoding.sampling",
+    "Session": "engine.session",
     "collect": "reply.reply",
     "generate": "engine.generation",
     "load": "weights.load",
