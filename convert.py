@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_gemma4.convert.command import main
+from mlx_gemma4.entry import convert
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(convert())

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_gemma4.commands.fit import main
+from mlx_gemma4.entry import fit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fit())

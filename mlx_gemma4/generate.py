@@ -3,9 +3,9 @@
 import sys
 
 if __name__ == "__main__":
-    from mlx_gemma4.commands.generate import main
+    from mlx_gemma4.entry import generate as command
 
-    sys.exit(main())
+    sys.exit(command())
 else:
     # Importing a submodule puts it into the package under its name: let that be the function, not a module over it.
     from mlx_gemma4.engine.generation import generate

@@ -2,12 +2,10 @@
 
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -15,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from typer.exceptions import TyperException
 
-from mlx_gemma4.errors import Kind, kind, unbroken
+import mlx_gemma4
+from mlx_gemma4.entry import if_stopped
+from mlx_gemma4.errors import Kind, kind, shown, unbroken
 from mlx_gemma4.weights.load import logger
 
 if TYPE_CHECKING:
@@ -23,12 +23,23 @@ if TYPE_CHECKING:
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"mlx_gemma4 {mlx_gemma4.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+]
+
 DType = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
 ]
 
-WRONG_REQUEST, FAILED, STOPPED = 2, 1, 130  # exit statuses
+WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
 
 
 def run(app: typer.Typer) -> int:
@@ -38,23 +49,49 @@ def run(app: typer.Typer) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
-    news = logging.StreamHandler(sys.stderr)
+    news = News()
     news.setFormatter(Line())
     logger.addHandler(news)
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
-        return app(standalone_mode=False) or 0  # typer gives 130 for Ctrl-C and 1 for a closed pipe
+        status: int = app(standalone_mode=False) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is seen, and not when Python ends
+        return status
+    except BrokenPipeError:
+        return closed_pipe()
+    except SystemExit as end:  # typer's way to say that a pipe is closed
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return closed_pipe()
     except (TyperException, ValueError, OSError, MemoryError, RuntimeError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
+        if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
+            text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
         print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)
         wrong = isinstance(error, TyperException) or kind(error) is Kind.WRONG_REQUEST
         return WRONG_REQUEST if wrong else FAILED
     finally:
         logger.setLevel(level)
         logger.removeHandler(news)
+
+
+def closed_pipe() -> int:
+    """The reader had enough, as of `| head -1`: no error, and nobody to tell."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)  # Python writes out what is left when it ends
+    return CLOSED_PIPE
+
+
+class News(logging.Handler):
+    """Writes to standard error as it is then: while a bar is shown, that is a stream which writes above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 class Line(logging.Formatter):
@@ -77,19 +114,9 @@ def on_warning(
     show_warning(message)
 
 
-@contextmanager
-def ctrl_c_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process; the threads of a download would be waited for, until their files are complete."""
-
-    def leave(*_: object) -> None:
-        os.write(sys.stderr.fileno(), b"\n")  # below the bars
-        os._exit(STOPPED)
-
-    before = signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def is_screen(stream: TextIO) -> bool:
+    """Whether text can be dim there."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 # Parsers of options: typer's own messages do not say which value was wrong.
@@ -99,7 +126,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected a number") from None
+        raise typer.BadParameter(f"{shown(text)}; expected a number") from None
 
 
 def check_name(path: Path, option: str) -> None:
@@ -117,7 +144,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r}; expected a whole number") from None
+        raise typer.BadParameter(f"{shown(text)}; expected a whole number") from None
 
 
 KvBits = Annotated[
@@ -133,7 +160,7 @@ KvBits = Annotated[
 
 def whole_above_0(text: str) -> int:
     if (value := whole_number(text)) < 1:
-        raise typer.BadParameter(f"{text!r}; expected a whole number above 0")
+        raise typer.BadParameter(f"{shown(text)}; expected a whole number above 0")
     return value
 
 
@@ -143,6 +170,7 @@ class Bar:
     def __init__(self, title: str):
         self.title = title
         self.shown: Progress | None = None
+        self.stopped = ExitStack()
 
     def __enter__(self) -> "Bar":
         return self
@@ -157,6 +185,7 @@ class Bar:
 
             self.shown = Progress(*self.columns(), console=Console(stderr=True), transient=True)
             self.shown.add_task(self.title, total=total)
+            self.stopped.enter_context(if_stopped(wipe))
             self.shown.start()
         if self.shown is not None:
             self.shown.update(self.shown.task_ids[0], completed=done)
@@ -169,7 +198,13 @@ class Bar:
     def close(self) -> None:
         if self.shown is not None:
             self.shown.stop()
+            self.stopped.close()
             self.shown = None
+
+
+def wipe() -> None:
+    """Take a bar's line away and show the cursor again, by no library that may be in the middle of the same."""
+    os.write(2, b"\r\x1b[2K\x1b[?25h")
 
 
 class SizeBar(Bar):

@@ -30,7 +30,7 @@ scratch on synthetic items, with a drafter of its own. It knows the world descri
 questions it answers "I don't know." It holds no weights of Google's.
 
 ```sh
-mlx_gemma4.generate --model demo --image samples/shapes.png --prompt "What is in the picture?"
+mlx_gemma4.generate --model demo --image mlx_gemma4/demo/samples/shapes.png --prompt "What is in the picture?"
 ```
 
 ## What it was trained on

@@ -14,7 +14,7 @@ from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
-from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, ctrl_c_at_once, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
 from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
 
@@ -51,12 +51,12 @@ def fit(
     ] = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
+    version: Version = False,
     debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     computing = computing_type(dtype)
-    with ctrl_c_at_once():
-        checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
+    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
     most = checkpoint.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:

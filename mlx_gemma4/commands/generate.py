@@ -1,6 +1,7 @@
 """The command `mlx_gemma4.generate`: the answer goes to standard output, everything else to standard error."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, generation_events
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.session import STORE_FOLDER, Saved, Session, Settings, is_session, read_saved
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import shown
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
@@ -28,7 +30,8 @@ from mlx_gemma4.terminal import (
     DType,
     KvBits,
     SizeBar,
-    ctrl_c_at_once,
+    Version,
+    is_screen,
     number,
     run,
     show_warning,
@@ -42,8 +45,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask; - reads standard input.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A model folder, a hub id, or demo.")] = DEFAULT_MODEL,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask; - reads standard input.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
+    ] = DEFAULT_MODEL,
     image: Annotated[list[str], typer.Option(metavar="FILE", help="An image file or URL; repeatable.")] = [],  # noqa: B006
     audio: Annotated[list[str], typer.Option(metavar="FILE", help="A sound file or URL; repeatable.")] = [],  # noqa: B006
     video: Annotated[
@@ -86,6 +91,7 @@ def generate(
     repetition_detection: Annotated[
         str, typer.Option(metavar="MODE", help="auto ends a reply that only repeats itself; off.")
     ] = "auto",
+    version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
@@ -99,9 +105,8 @@ def generate(
     turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
     check_media(turn, image_budget)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
-    with ctrl_c_at_once():
-        folder = find_folder(model)
-        choice = find_drafter(model, folder, None if drafter == "none" else drafter)
+    folder = find_folder(model)
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter)
     checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if session is None:
@@ -179,7 +184,14 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
     last: Piece | None = None
     answered = thinking = False  # whether that line is still open
     notes: list[str] = []
-    with Bar("Reading") as bar:
+
+    def end_lines() -> None:
+        for is_open, stream in ((thinking, 2), (answered, 1)):
+            if is_open:
+                os.write(stream, b"\n")
+
+    dim, plain = ("\x1b[2m", "\x1b[22m") if is_screen(sys.stderr) else ("", "")
+    with Bar("Reading") as bar, if_stopped(end_lines):
         try:
             for event in events:
                 if isinstance(event, Reading):
@@ -190,7 +202,7 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                 notes += event.notes
                 if event.thinking:
                     thinking = True
-                    print(event.thinking, end="", file=sys.stderr, flush=True)
+                    print(f"{dim}{event.thinking}{plain}", end="", file=sys.stderr, flush=True)
                 if event.text:
                     if thinking:
                         thinking = False

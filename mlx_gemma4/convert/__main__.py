@@ -2,6 +2,6 @@
 
 import sys
 
-from mlx_gemma4.convert.command import main
+from mlx_gemma4.entry import convert
 
-sys.exit(main())
+sys.exit(convert())

@@ -28,7 +28,7 @@ from mlx_gemma4.convert.job import (
 )
 from mlx_gemma4.convert.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.errors import CheckpointError
-from mlx_gemma4.terminal import Debug, SizeBar, check_name, ctrl_c_at_once, run, whole_number
+from mlx_gemma4.terminal import Debug, SizeBar, Version, check_name, run, whole_number
 from mlx_gemma4.weights.load import DEMO, find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -88,6 +88,7 @@ def convert(
         typer.Option(metavar="MODEL", help="For a .gguf: where tokenizer and embedders for images and sounds are."),
     ] = None,
     upload_repo: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the conversion to the hub.")] = None,
+    version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Convert Gemma 4 and its drafter for MLX, quantized, in less memory than the model has."""
@@ -184,8 +185,7 @@ def find_gguf(path_or_hub_id: str) -> GGUF | None:
             return None
         from mlx_gemma4.weights.hub import GGUF_PATTERNS, download
 
-        with ctrl_c_at_once():
-            path = download(path_or_hub_id, GGUF_PATTERNS)
+        path = download(path_or_hub_id, GGUF_PATTERNS)
     elif any(path.glob("model*.safetensors")):
         return None
     files = sorted(path.glob("*.gguf"))
@@ -208,8 +208,7 @@ def only(files: list[Path]) -> Path | None:
 def open_sources(hf_path: str, files: GGUF | None, media_from: str | None) -> Source:
     """The target, looked through; downloaded if it is a hub id."""
     if files is None:
-        with ctrl_c_at_once():
-            folder = find_folder(hf_path)
+        folder = find_folder(hf_path)
         check_tokenizer(folder)
         return open_target(folder)
     if media_from is None and not (files.text.parent / "config.json").exists():
@@ -218,8 +217,7 @@ def open_sources(hf_path: str, files: GGUF | None, media_from: str | None) -> So
             f"{files.text} holds the text model alone; expected --media-from, a model folder or hub id with "
             f"config.json, {what}, such as google/gemma-4-12B-it"
         )
-    with ctrl_c_at_once():
-        folder = find_settings(media_from, files)
+    folder = find_settings(media_from, files)
     check_tokenizer(folder)
     return open_gguf(files.text, files.media, folder)
 
@@ -272,8 +270,7 @@ def drafter_job(source: Source, settings: Settings) -> Job:
 
 
 def find_drafter_source(target: Source, beside: str, drafter: str | None) -> Source | None:
-    with ctrl_c_at_once():
-        choice = find_drafter(beside, target.folder, drafter)
+    choice = find_drafter(beside, target.folder, drafter)
     if choice is None:
         if drafter is not None:
             note("there is no drafter beside the model: it is converted alone")
@@ -371,7 +368,3 @@ def note(text: str) -> None:
 
 def main() -> int:
     return run(app)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

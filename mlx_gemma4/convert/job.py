@@ -25,6 +25,7 @@ from mlx_gemma4.convert.card import Figures
 from mlx_gemma4.convert.gguf import Q4_0, GGUFTensor, list_media, list_text
 from mlx_gemma4.convert.recipes import Recipe, config_quantization, plan, weights_nbytes
 from mlx_gemma4.convert.shards import PackedTensor, ShardWriter
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.model import Model
@@ -400,12 +401,17 @@ def finished_folder(path: Path) -> Iterator[Path]:
     part = part_of(path)
     if part.exists():  # of a run that was killed
         shutil.rmtree(part)
+
+    def remove() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+
     part.mkdir(parents=True)
     try:
-        yield part
-        if path.exists():
-            path.rmdir()  # it is empty
-        part.rename(path)
+        with if_stopped(remove):
+            yield part
+            if path.exists():
+                path.rmdir()  # it is empty
+            part.rename(path)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        remove()
         raise

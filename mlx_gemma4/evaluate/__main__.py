@@ -2,6 +2,6 @@
 
 import sys
 
-from mlx_gemma4.evaluate.command import main
+from mlx_gemma4.entry import evaluate
 
-sys.exit(main())
+sys.exit(evaluate())

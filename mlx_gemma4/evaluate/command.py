@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.convert.card import CARD
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.evaluate.quality import (
     KEPT,
     Distributions,
@@ -30,7 +30,7 @@ from mlx_gemma4.evaluate.quality import (
     unpack,
 )
 from mlx_gemma4.prompt.processor import load_processor
-from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, check_name, ctrl_c_at_once, run, whole_above_0
+from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Checkpoint, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.tensors import list_tensors
 
@@ -66,6 +66,7 @@ def evaluate(
     ] = False,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits."""
@@ -154,9 +155,8 @@ def open_subject(
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
 ) -> Subject:
-    with ctrl_c_at_once():
-        folder = find_folder(name)
-        choice = find_drafter(name, folder, drafter)
+    folder = find_folder(name)
+    choice = find_drafter(name, folder, drafter)
     checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
@@ -246,12 +246,12 @@ def quality_line(folder: Path) -> re.Match[str]:
 def write_quality(folder: Path, text: str) -> None:
     found = quality_line(folder)
     whole = found.string
-    (folder / CARD).write_text(f"{whole[: found.start()]}- {text}{whole[found.end() :]}", encoding="utf-8")
+    card = folder / CARD
+    part = part_of(card)
+    with if_stopped(lambda: part.unlink(missing_ok=True)):
+        part.write_text(f"{whole[: found.start()]}- {text}{whole[found.end() :]}", encoding="utf-8")
+        part.replace(card)
 
 
 def main() -> int:
     return run(app)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

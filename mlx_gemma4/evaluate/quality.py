@@ -17,6 +17,7 @@ from mlx import nn
 from mlx.utils import tree_map_with_path
 
 from mlx_gemma4.decoding.sampling import Sampler, Sampling
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.arrange import arrange_drafter, arrange_layer
 from mlx_gemma4.model.cache import Caches, LayerCache, empty_cache
@@ -183,8 +184,9 @@ class Distributions:
         arrays = {"ids": self.ids, "log_probs": self.log_probs, "log_rest": self.log_rest}
         part = part_of(file)
         try:
-            mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
-            part.replace(file)
+            with if_stopped(lambda: part.unlink(missing_ok=True)):
+                mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
+                part.replace(file)
         finally:
             part.unlink(missing_ok=True)
 

@@ -284,7 +284,7 @@ def test_standard_output_closed_early_is_no_error(tiny_folder: Path) -> None:
     running.stdout.close()
     errors = running.stderr.read().decode()
     running.stderr.close()
-    assert running.wait(30) == 1
+    assert running.wait(30) == 141
     assert errors == ""
 
 

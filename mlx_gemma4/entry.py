@@ -1,0 +1,62 @@
+"""Where commands begin: a signal ends them as it should at any moment, also while the rest is still imported.
+
+Imports nothing heavy. A handler that raised would end where Python calls back from a library or tidies up, as an
+ignored exception; so it does what is left to do and leaves.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+STOPPED = 128  # and the signal's number: the exit status
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
+
+# What remains to be done if a signal ends the process now: half-written files go, an open line ends.
+left_to_do: list[Callable[[], object]] = []
+
+
+def generate() -> int:
+    return enter("mlx_gemma4.commands.generate")
+
+
+def convert() -> int:
+    return enter("mlx_gemma4.convert.command")
+
+
+def evaluate() -> int:
+    return enter("mlx_gemma4.evaluate.command")
+
+
+def fit() -> int:
+    return enter("mlx_gemma4.commands.fit")
+
+
+def enter(module: str) -> int:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and jobs in the background have it
+            signal.signal(number, leave)
+    status: int = import_module(module).main()
+    return status
+
+
+def leave(number: int, frame: object) -> None:
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    try:
+        for action in reversed(left_to_do):
+            action()
+    finally:
+        os._exit(STOPPED + number)
+
+
+@contextmanager
+def if_stopped(action: Callable[[], object]) -> Iterator[None]:
+    """While the block runs, a signal does this before the process ends; it must not fail."""
+    left_to_do.append(action)
+    try:
+        yield
+    finally:
+        left_to_do.remove(action)
