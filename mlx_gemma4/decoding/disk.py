@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.cache import Arrays
 
@@ -210,9 +211,10 @@ class Disk:
                     "free", self.folder, self.most,
                 )  # fmt: skip
                 return False
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-                opened.write(data)
-            part.replace(self.folder / name)
+            with if_stopped(lambda: discard(part)):
+                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+                    opened.write(data)
+                part.replace(self.folder / name)
         except OSError as error:
             logger.warning("the store's folder %s cannot be written to: %s", self.folder, one_line(error))
             discard(part)

@@ -18,7 +18,7 @@ from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a
 from mlx_gemma4.model.cache import ROUND, Caches
-from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import check_memory, footprint, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
@@ -127,6 +127,7 @@ def generation_events(
     The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
     prompt took, which count for the time to first token.
     """
+    check_process()
     check_length(prompt, model.config)
     return run(model, processor, prompt, options, choose_pace(model, options), prepared, store)
 

@@ -14,6 +14,7 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of, space_of
 from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
@@ -254,7 +255,10 @@ def bytes_beside(file: Path, data: bytes) -> Path:
     part = file.with_name(f".{file.name}.part")
     part.unlink(missing_ok=True)  # of a process that was killed
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+        with (
+            if_stopped(lambda: part.unlink(missing_ok=True)),
+            open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened,
+        ):
             opened.write(data)
     except OSError:
         part.unlink(missing_ok=True)

@@ -261,10 +261,11 @@ def test_a_long_reply_is_traced_once_for_each_draft_length(
     make_round = speculate.make_round
     monkeypatch.setattr(learnt_of(model), "rounds", {})
     monkeypatch.setattr(speculate, "make_round", lambda *args: made.append(args) or make_round(*args))
-    assert len(reply_of(endless, length, 1500).token_ids) == 1500
+    asked = {"sampling": GREEDY, "draft_length": length, "repetition_detection": "off"}  # its weights are random
+    assert len(generate(*endless, Prompt(IDS), max_tokens=1500, **asked).token_ids) == 1500
     assert 1 <= len(made) <= most
     if length != "auto":
-        generate(*endless, Prompt(IDS * 3), max_tokens=1400, sampling=GREEDY, draft_length=length)
+        generate(*endless, Prompt(IDS * 3), max_tokens=1400, **asked)
         assert len(made) == 1
 
 

@@ -132,12 +132,12 @@ def kept(k: mx.array, v: mx.array, is_full: bool) -> tuple[Arrays, mx.array, mx.
     if not is_full:
         return (k, v), k, v
     cut = k.shape[-1] // 4 * 2
-    still = v[..., cut:]
-    return (k[..., :cut], still, v[..., :cut]), mx.concatenate([k[..., :cut], still], axis=-1), v
+    keys = mx.concatenate([k[..., :cut], v[..., cut:]], axis=-1)
+    return (keys, v[..., :cut]), keys, v
 
 
 def turned_of(entries: Arrays, is_full: bool) -> int | None:
-    return entries[0].shape[-1] if is_full else None
+    return entries[1].shape[-1] if is_full else None
 
 
 def part_of(mask: mx.array) -> Mask:

@@ -14,11 +14,13 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 from rounds import GREEDY, Rounds, make_sampler, reference_drafts, reference_round
+from stored import stored_model
 from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, generate, load
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.weights import hub as hub_module
@@ -88,7 +90,7 @@ def test_the_reference_of_the_other_tests_proposes_the_same(planted: Loaded) -> 
 
 def test_what_cannot_be_drafted_or_read_is_refused(planted: Loaded) -> None:
     model, _ = planted
-    with pytest.raises(ValueError, match=r"^the length of the draft is 0; expected 1 or more$"):
+    with pytest.raises(ValueError, match=r"^the length of the draft is 0; expected a whole number, 1 or more$"):
         model.draft(Prompt(IDS), 0)
     beyond = Prompt([*IDS, 10**6])
     for call in (lambda: model.draft(beyond, 1), lambda: model.logits(beyond)):
@@ -221,8 +223,9 @@ def save_quantized(folder: Path, drafter: nn.Module, group_size: int, bits: int)
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_drafter_proposes_what_was_saved(tiny_folder: Path, drafter: Path, bits: int) -> None:
-    saved = load(tiny_folder, drafter=drafter)[0]
+    saved = stored_model(tiny_folder, drafter)
     save_quantized(drafter, saved.drafter, 32, bits)
+    arrange(saved)
     model = load(tiny_folder, drafter=drafter)[0]
     assert type(model.language_model.embed_tokens) is nn.Embedding  # the target's stays as it was
     for module in (model.drafter.embed_tokens, model.drafter.pre_projection, model.drafter.layers[3].self_attn.q_proj):
@@ -245,12 +248,12 @@ def test_a_bf16_drafter_drafts_and_nothing_is_upcast(tmp_path: Path, of_target: 
         if of_target == mx.float32:  # on a CPU bf16 is slow
             assert tokens == reference_round(model, before, model.draft(before, 2))
     assert rounds.state["hidden"].dtype == of_target
-    assert {rows.dtype for layer in rounds.cache.layers for rows in layer} == {of_target}
+    assert {array.dtype for arrays in rounds.caches.arrays for array in arrays} == {of_target}
 
 
 def test_a_drafter_counts_as_memory_of_the_checkpoint(planted_folder: Path, tiny_folder: Path) -> None:
     target = open_checkpoint(planted_folder, None).nbytes
-    model = load(planted_folder)[0]
+    model = stored_model(planted_folder)
     drafter = sum(array.nbytes for _, array in tree_flatten(model.drafter.parameters()))
     both = open_checkpoint(planted_folder, find_drafter(planted_folder, planted_folder, "auto"))
     assert both.nbytes == target + drafter
@@ -345,12 +348,13 @@ def test_a_partner_in_full_precision_is_quantized_to_4_bits_and_named(
         drafter.embed_tokens,
         drafter.pre_projection,
         drafter.post_projection,
-        drafter.layers[0].mlp.up_proj,
+        *drafter.layers[0].mlp.inputs.joined,
     ):
         assert module.bits == 4
     assert type(model.language_model.embed_tokens) is nn.Embedding
-    by_hand = load(wide_folder, drafter=wide_drafter)[0]
+    by_hand = stored_model(wide_folder, wide_drafter)
     nn.quantize(by_hand.drafter, 64, 4)
+    arrange(by_hand)
     assert model.draft(Prompt(IDS), 3) == by_hand.draft(Prompt(IDS), 3)
     assert (
         generate(model, processor, Prompt(IDS), max_tokens=5, sampling=GREEDY, draft_length=2).stats.drafted_tokens > 0
@@ -361,7 +365,7 @@ def test_a_partner_that_is_quantized_stays_as_it_is(
     wide_folder: Path, wide_drafter: Path, serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(wide_drafter, tmp_path / "q"))
-    save_quantized(folder, load(wide_folder, drafter=wide_drafter)[0].drafter, 32, 8)
+    save_quantized(folder, stored_model(wide_folder, wide_drafter).drafter, 32, 8)
     name = "mlx-community/gemma-4-12B-it-assistant-4bit"
     asked = serve({"mlx-community/gemma-4-12B-it-4bit": wide_folder, name: folder})
     with caplog.at_level(logging.INFO, "mlx_gemma4"):

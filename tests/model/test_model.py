@@ -18,6 +18,7 @@ from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4.config import SLIDING, GenerationConfig, parse_config
 from mlx_gemma4.model import model as model_module
 from mlx_gemma4.model.cache import ROUND
+from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.model import Model, chunks
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import SoftTokens
@@ -276,6 +277,7 @@ def wide_model() -> Iterator[Model]:
     raw = config(shape)
     raw["text_config"] |= {"layer_types": [SLIDING, "full_attention"], "num_hidden_layers": 2}
     model = Model(parse_config(raw, GenerationConfig(eos_token_ids=())))
+    arrange(model)
     mx.eval(model.parameters())
     yield model
     mx.clear_cache()

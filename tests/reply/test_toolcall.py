@@ -140,7 +140,7 @@ def test_long_calls_take_linear_time(body: str, ok: bool):  # quadratic time wou
 
 
 def test_parser_does_not_import_mlx_lm():
-    code = "import sys, mlx_gemma4.toolcall; sys.exit('mlx_lm' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, mlx_gemma4.reply.toolcall; sys.exit('mlx_lm' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
+from stored import stored_model
 from toy_checkpoint import TINY, config, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
@@ -183,7 +184,7 @@ def test_a_type_that_is_none_is_refused(bfloat16_folder: Path) -> None:
 
 def converted(source: Path, folder: Path, bits: int = 4, mode: str = "affine") -> Path:
     """Quantized as MLX's own converters do, with group size 32."""
-    model = load(source, drafter=None, dtype="bfloat16")[0]
+    model = stored_model(source, None, mx.bfloat16)
     nn.quantize(model, 32, bits, mode=mode)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "drafter"))
     names = {

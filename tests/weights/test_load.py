@@ -13,11 +13,13 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 from PIL import Image
+from stored import stored_model
 from toy_checkpoint import TINY, Shape, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4.engine import generation
 from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.weights.load import find_folder, open_checkpoint
@@ -111,8 +113,8 @@ Settings = dict[str, Any]  # group_size, bits, mode
 
 
 def quantized(source: Path, folder: Path, choose: Callable[[str], Settings | None], default: Settings) -> Model:
-    """Quantize a checkpoint as MLX's own converters do, write it, and return the model that was written."""
-    model = load(source)[0]
+    """Quantize a checkpoint as MLX's own converters do, write it, and return the model that was written, arranged."""
+    model = stored_model(source)
     overrides: dict[str, Any] = {}
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -130,6 +132,7 @@ def quantized(source: Path, folder: Path, choose: Callable[[str], Settings | Non
     weights = {path.replace("language_model.", "language_model.model.", 1): value for path, value in flat.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     edit_config(folder, lambda config: config.update(quantization=default | overrides))
+    arrange(model)
     return model
 
 
@@ -168,8 +171,8 @@ def test_modules_may_have_bits_and_modes_of_their_own(tiny_folder: Path, tmp_pat
         "vision_embedder.patch_dense": None,
     }
     saved = quantized(tiny_folder, tmp_path / "q", lambda path: special.get(path, four), four)
-    model = load(tmp_path / "q")[0]
-    first, last = model.language_model.layers[0], model.language_model.layers[5]
+    stored, model = stored_model(tmp_path / "q"), load(tmp_path / "q")[0]
+    first, last = stored.language_model.layers[0], stored.language_model.layers[5]
     assert (first.mlp.down_proj.bits, first.mlp.up_proj.bits) == (8, 4)
     assert (last.self_attn.q_proj.mode, last.self_attn.o_proj.mode) == ("mxfp4", "affine")
     assert type(model.vision_embedder.patch_dense) is nn.Linear
