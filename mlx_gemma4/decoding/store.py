@@ -7,6 +7,7 @@ goes on with its arrays, and gives it back longer; it copies only if the line ho
 
 import hashlib
 import itertools
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -196,7 +197,7 @@ class PromptStore:
         self.clock = itertools.count(1)
         self.lock = RLock()
         if self.disk is not None:
-            weakref.finalize(self, save_lines, self.lines, self.disk)  # at the end of the process too
+            weakref.finalize(self, save_at_end, self.lines, self.disk, os.getpid())  # at the end of the process too
 
     # --- a request's way -----------------------------------------------------------------------
 
@@ -411,6 +412,11 @@ class PromptStore:
 def save_lines(lines: list[Line], disk: Disk) -> None:
     for line in lines:
         save_line(line, disk)
+
+
+def save_at_end(lines: list[Line], disk: Disk, process: int) -> None:
+    if os.getpid() == process:  # in one that was forked from it MLX cannot compute
+        save_lines(lines, disk)
 
 
 def save_line(line: Line, disk: Disk, most: int | None = None) -> None:

@@ -198,3 +198,56 @@ def test_no_script_gets_another_reply_than_a_fresh_reading(paged: Loaded, seed: 
 @given(seed=st.integers(0, 10**6))
 def test_nor_with_a_drafter(drafting: Loaded, seed: int) -> None:
     script(drafting, PromptStore(), seed, 3)
+
+
+def test_memory_is_flat_over_prompts_that_nobody_asks_again(paged: Loaded) -> None:
+    store, held = PromptStore(max_bytes=1_500_000), []
+    for seed in range(24):
+        stored_logits(paged, store, Prompt(words(seed, 30)))
+        assert store.nbytes <= 1_500_000
+        held.append(mx.get_active_memory())
+    assert store.lines and max(held[16:]) <= max(held[8:16]) * 1.02
+
+
+def test_a_line_that_is_forked_under_pressure_still_has_its_pages(paged: Loaded) -> None:
+    """Room for the copy is made by what is superseded: never by what the copy is to have."""
+    ids = words(0, 900)
+    store = PromptStore()
+    stored_logits(paged, store, Prompt(ids))
+    store.max_bytes = store.nbytes
+    prompt = Prompt(ids[:650] + words(1, 30))
+    logits, _ = stored_logits(paged, store, prompt)
+    assert difference(logits, paged[0].logits(prompt)[0, -1]) < 1e-4
+    assert store.nbytes <= store.max_bytes
+
+
+def test_what_failed_is_not_given_back(paged: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, prompt = PromptStore(), Prompt(words(0, 300))
+    stream = stream_generate(*paged, prompt, max_tokens=20, sampling=GREEDY, store=store)
+    next(stream)
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_gemma4.engine.generation.tokens_of", lambda array: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(stream)
+    assert not store.lines and not store.held
+    stream = stream_generate(*paged, prompt, max_tokens=20, sampling=GREEDY, store=store)
+    next(stream)
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_gemma4.engine.generation.tokens_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
+    assert [len(line) for line in store.lines] == [300] and not store.held
+    check_reply(paged, store, Prompt([*prompt.token_ids, *words(1, 9)]))
+
+
+def interrupted(array: mx.array) -> list[int]:
+    raise KeyboardInterrupt
+
+
+def test_where_prompts_part_is_one_line_of_the_log(paged: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    store, ids = PromptStore(), words(0, 100)
+    with caplog.at_level(10, "mlx_gemma4"):
+        stored_logits(paged, store, Prompt(ids))
+        stored_logits(paged, store, Prompt([*ids[:60], *words(1, 40)]))
+    assert len(caplog.records) == 1
+    assert "60 of 100 tokens are not read again; what was read goes on after token 60" in caplog.text
