@@ -81,8 +81,9 @@ def predict(model: Footprint, prompt_tokens: int, reply_tokens: int) -> Predicti
     Pieces of media count by their tokens; what they are computed from is little beside it.
     """
     text, rows = model.text, model.drafts + 1
-    at_first = capacity(prompt_tokens + min(reply_tokens, AHEAD) + ROUND)
-    slots = max(at_first, capacity(prompt_tokens + reply_tokens + (2 * ROUND if model.drafts else ROUND)))
+    context = text.max_position_embeddings
+    at_first = capacity(prompt_tokens + min(reply_tokens, AHEAD) + ROUND, context)
+    slots = max(at_first, capacity(prompt_tokens + reply_tokens + (2 * ROUND if model.drafts else ROUND), context))
     sliding = model.row_bytes(SLIDING) * sliding_slots(text.sliding_window)
     full = model.row_bytes(FULL) * slots
     # a layer that grows is there twice, and while it is written a sliding one

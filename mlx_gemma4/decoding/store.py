@@ -492,7 +492,7 @@ def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
         layers.append(cast(SlidingCache, cache))
         place_of += 1
         mx.eval(cache.arrays)
-    caches = Caches(layers, text.layer_types, end)
+    caches = Caches(layers, text.layer_types, end, text.max_position_embeddings)
     caches.reserve(slots)
     return caches
 

@@ -58,9 +58,13 @@ def arrange_drafter(drafter: Drafter, weight: mx.array | None) -> None:
 
 def arrange_mlp(layer: Layer) -> None:
     layer.mlp.inputs = Projections([layer.mlp.pop("gate_proj"), layer.mlp.pop("up_proj")])
-    # not of one number: mx.compile writes such into its kernels, and every layer would have some of its own
-    layer.layer_scalar = mx.full(layer.input_layernorm.weight.shape, layer.layer_scalar)
+    widen_scalar(layer)
     mx.eval(layer.parameters())
+
+
+def widen_scalar(layer: Layer) -> None:
+    """As long as a row: mx.compile writes one number into its kernels, and every layer would have some of its own."""
+    layer.layer_scalar = mx.full(layer.input_layernorm.weight.shape, layer.layer_scalar)
 
 
 def turned_first(own: QueryAttention) -> mx.array:

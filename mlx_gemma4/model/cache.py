@@ -37,8 +37,8 @@ ROUND = 8
 FIRST = mx.arange(ROUND)
 mx.eval(FIRST)
 # Slots of full layers come in steps of an eighth, at least this many, so that replies share few traces. Empty ones are
-# read too: 1024 are 0.25 % of what a round of the 12B at 4 bits reads.
-STEP = 1024
+# read too: 512 are 0.13 % of what a round of the 12B at 4 bits reads.
+STEP = 512
 AHEAD = 4096  # of a reply, what is reserved at first
 
 
@@ -202,10 +202,14 @@ def sliding_slots(window: int) -> int:
     return window + ROUND
 
 
-def capacity(positions: int) -> int:
-    """Slots of a full layer that is to hold so many positions: one of few sizes."""
+def capacity(positions: int, context: int | None = None) -> int:
+    """Slots of a full layer that is to hold so many positions: one of few sizes.
+
+    context: the model's, beyond which there are only the rows of its last rounds; so no eighth of it is added to those.
+    """
     step = max(STEP, 2 ** (positions.bit_length() - 4))
-    return -(-positions // step) * step
+    slots = -(-positions // step) * step
+    return slots if context is None else min(slots, -(-max(positions, context + 2 * ROUND) // STEP) * STEP)
 
 
 def entry_bytes(text: TextConfig, kind: str, item_bytes: int) -> int:
@@ -228,10 +232,13 @@ def cache_of(own: AttentionConfig, arrays: Arrays) -> FullCache | SlidingCache:
 class Caches:
     """What all layers keep of one request, or of B that go together."""
 
-    def __init__(self, layers: list[FullCache | SlidingCache], kinds: Sequence[str], length: int = 0):
+    def __init__(
+        self, layers: list[FullCache | SlidingCache], kinds: Sequence[str], length: int = 0, context: int | None = None
+    ):
         self.layers = layers
         self.kinds = tuple(kinds)
         self.length = length  # positions read; in rounds the device knows more
+        self.context = context  # as `capacity` takes it
 
     @classmethod
     def empty(cls, text: TextConfig, dtype: mx.Dtype, slots: int) -> "Caches":
@@ -239,7 +246,7 @@ class Caches:
         attention = [text.attention[kind] for kind in text.layer_types]
         counts = [slots if own.window is None else sliding_slots(own.window) for own in attention]
         layers = [empty_cache(own, dtype, count) for own, count in zip(attention, counts, strict=True)]
-        return cls(layers, text.layer_types)
+        return cls(layers, text.layer_types, context=text.max_position_embeddings)
 
     @property
     def last(self) -> dict[str, FullCache | SlidingCache]:
@@ -260,7 +267,7 @@ class Caches:
         if positions > self.slots:
             for layer in self.layers:
                 if isinstance(layer, FullCache):
-                    layer.grow(capacity(positions))
+                    layer.grow(capacity(positions, self.context))
 
     def take(self, arrays: list[Arrays]) -> None:
         """Go on with what a round has made of the arrays."""

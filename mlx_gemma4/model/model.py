@@ -101,7 +101,8 @@ class Model(nn.Module):
 
     def caches(self, positions: int) -> Caches:
         """Empty ones for one request, with room for so many positions."""
-        return Caches.empty(self.config.text, self.language_model.dtype, capacity(positions))
+        text = self.config.text
+        return Caches.empty(text, self.language_model.dtype, capacity(positions, text.max_position_embeddings))
 
     def read(self, prompt: Prompt, caches: Caches, chunk: int = CHUNK) -> Iterator[mx.array]:
         """Read what the caches do not hold of a prompt, chunk by chunk; yields their hidden states, [1, l, hidden].

@@ -23,7 +23,7 @@ from mlx_gemma4.config import (
 )
 from mlx_gemma4.errors import CheckpointError, a, one_line
 from mlx_gemma4.media.source import SHOWN_CHARACTERS
-from mlx_gemma4.model.arrange import arrange
+from mlx_gemma4.model.arrange import arrange, widen_scalar
 from mlx_gemma4.model.cache import array_shapes
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
@@ -271,7 +271,7 @@ def look_through(
         model.drafter = Drafter(own)
     quantize_empty(model, tensors, quantization)
     check_tensors(model, tensors)
-    loaded = {path: replace(tensors[path], dtype=loaded_dtype(tensors[path], config)) for path in parameters(model)}
+    loaded = {path: as_loaded(path, tensors, config) for path in parameters(model)}
     size = footprint(config, loaded)
     if drafter is not None and own is not None and model.drafter is not None and will_quantize(model.drafter, drafter):
         size = replace(size, drafter=quantized_nbytes(Drafter(own), config.dtype))
@@ -411,6 +411,12 @@ def loaded_dtype(tensor: Tensor, config: ModelConfig) -> mx.Dtype:
     return config.dtype if tensor.dtype in FLOATING else tensor.dtype
 
 
+def as_loaded(path: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+    """A tensor's type, and its size once the model is arranged: a layer's scalar becomes as long as a row."""
+    like = tensors[path.replace("layer_scalar", "input_layernorm.weight")]
+    return replace(tensors[path], dtype=loaded_dtype(tensors[path], config), shape=like.shape)
+
+
 def load_value(tensor: Tensor, config: ModelConfig) -> mx.array:
     """A tensor's values in the type to compute in.
 
@@ -473,6 +479,8 @@ def will_quantize(drafter: Drafter, choice: DrafterChoice) -> bool:
 def quantized_nbytes(empty: Drafter, dtype: mx.Dtype) -> int:
     """What a partner in full precision comes to."""
     empty.set_dtype(dtype)
+    for layer in empty.layers:
+        widen_scalar(layer)
     nn.quantize(empty, DRAFTER_GROUP_SIZE, DRAFTER_BITS)
     return sum(array.nbytes for array in parameters(empty).values())
 

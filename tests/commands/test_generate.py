@@ -590,7 +590,7 @@ DAMAGES = {
     "a pointer of git-lfs": "model.safetensors is damaged or incomplete (",
     "shard missing": "lacks model-00001-of-00002.safetensors, 1 of 1 weight files missing",
     "index without map": "model.safetensors.index.json has no weight_map; expected ",
-    "index of another type": "model.safetensors.index.json has no weight_map; expected ",
+    "index of another type": "model.safetensors.index.json names 5; expected a file in its folder",
     "index no JSON": "model.safetensors.index.json is not valid JSON: ",
     "tensor missing": "the checkpoint lacks 1 of 96 tensors, first language_model.layers.3.mlp.up_proj.weight",
     "tensor of another shape": "has shape [96, 64]; expected [100, 64]",

@@ -261,11 +261,17 @@ def test_a_long_reply_is_traced_once_for_each_draft_length(
     make_round = speculate.make_round
     monkeypatch.setattr(learnt_of(model), "rounds", {})
     monkeypatch.setattr(speculate, "make_round", lambda *args: made.append(args) or make_round(*args))
-    asked = {"sampling": GREEDY, "draft_length": length, "repetition_detection": "off"}  # its weights are random
-    assert len(generate(*endless, Prompt(IDS), max_tokens=1500, **asked).token_ids) == 1500
+
+    def write(ids: list[int], tokens: int) -> None:
+        reply = generate(
+            *endless, Prompt(ids), max_tokens=tokens, sampling=GREEDY, draft_length=length, repetition_detection="off"
+        )
+        assert len(reply.token_ids) == tokens
+
+    write(IDS, 1500)
     assert 1 <= len(made) <= most
     if length != "auto":
-        generate(*endless, Prompt(IDS * 3), max_tokens=1400, **asked)
+        write(IDS * 3, 1400)
         assert len(made) == 1
 
 

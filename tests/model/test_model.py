@@ -17,8 +17,8 @@ from toy_checkpoint import TINY, Shape, config, media_ids, write_checkpoint
 from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4.config import SLIDING, GenerationConfig, parse_config
 from mlx_gemma4.model import model as model_module
-from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.arrange import arrange
+from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, chunks
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import SoftTokens

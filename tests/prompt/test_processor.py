@@ -589,6 +589,8 @@ def test_ids_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
 
 
 def test_importing_and_a_text_prompt_load_no_media_libraries() -> None:
-    code = "import sys, mlx_gemma4.prompt.processor; print({'PIL', 'soundfile', 'av', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, mlx_gemma4.prompt.processor; print({'PIL', 'soundfile', 'av', 'transformers'} & set(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
