@@ -5,18 +5,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.sampling import Sampling
+    from mlx_gemma4.decoding.store import PromptStore
     from mlx_gemma4.engine.generation import generate, stream_generate
+    from mlx_gemma4.engine.session import Session
     from mlx_gemma4.prompt.prompt import Prompt
     from mlx_gemma4.reply.reply import collect
     from mlx_gemma4.weights.load import load
 
 __version__ = "0.1.0"
-__all__ = ["Prompt", "Sampling", "collect", "generate", "load", "stream_generate"]
+__all__ = ["Prompt", "PromptStore", "Sampling", "Session", "collect", "generate", "load", "stream_generate"]
 
 # Imported when asked for: a command must be able to answer Ctrl-C before MLX is there.
 HOMES = {
     "Prompt": "prompt.prompt",
+    "PromptStore": "decoding.store",
     "Sampling": "decoding.sampling",
+    "Session": "engine.session",
     "collect": "reply.reply",
     "generate": "engine.generation",
     "load": "weights.load",

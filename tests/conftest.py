@@ -8,8 +8,15 @@ import pytest
 from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import load
+from mlx_gemma4.decoding.warmup import Warmup
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
+
+
+@pytest.fixture(autouse=True)
+def compiled_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: no plain rounds, no other process."""
+    monkeypatch.setattr(Warmup, "is_done", lambda self: True)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_its_python_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_python_runs(
+    block: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo in place of what would be downloaded, its samples in place of the reader's files."""
+    monkeypatch.chdir(tmp_path)  # for what it saves
     block = re.sub(r'load\("[^"]*/[^"]*"\)', 'load("demo")', block)
     block = block.replace('"photo.jpg"', repr(str(DEMO / "samples" / "shapes.png")))
     block = block.replace('"question.wav"', repr(str(next((DEMO / "samples").glob("*.wav")))))

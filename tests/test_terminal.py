@@ -189,7 +189,8 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(name: str, number: signal.
         time.sleep(chance.random() * 1.5)
         running.send_signal(number)
         _, errors = running.communicate(timeout=120)
-        assert running.returncode in (0, 128 + number), errors
+        # -number, which a shell shows alike: Python has done all and takes its handlers away
+        assert running.returncode in (0, 128 + number, -number), errors
         assert "Traceback" not in errors and "error" not in errors.lower()
         assert "ignored" not in errors.lower()
         left = sorted(path.name for path in tmp_path.iterdir())

@@ -6,23 +6,25 @@ any time. What is damaged, foreign or of another version is as good as not there
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.cache import Arrays
 
@@ -32,8 +34,19 @@ MAGIC = b"MLXGEMMA4 PAGE 1\n"
 SUFFIX, PART = ".page", ".part"
 FULL, SLIDING = "full", "sliding"  # kinds of pages
 OLD_PART = 3600  # seconds after which somebody's unfinished file is nobody's
+PAGE = 128  # positions of a page
+PAGE_AGE = 1e-6  # seconds by which a page counts as older than the one before it
 FREE = 0.1  # of the disk stays free
 SHARE = 0.1  # of the disk, if no bound is given
+HEADER = 2**20  # bytes of a header at most
+DAMAGES = (
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)  # what reading other bytes raises
 DTYPES = {str(dtype): dtype for dtype in (mx.bfloat16, mx.float16, mx.float32, mx.uint32, mx.uint8)}
 
 
@@ -52,7 +65,7 @@ class Page:
     def count(self) -> int:
         return self.arrays[0][0].shape[2] if self.arrays else 0
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(array.nbytes for own in self.arrays for array in own)
 
@@ -61,6 +74,19 @@ class Page:
         count = last - self.first
         arrays = [tuple(mx.contiguous(array[:, :, :count]) for array in own) for own in self.arrays]
         return Page(self.first, arrays)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Files for one page's positions: first … last, and those that the sliding layers' file has."""
+
+    number: int
+    first: int
+    last: int
+    before: bytes  # the name of all tokens before it
+    full: Path
+    sliding: Path
+    sliding_span: tuple[int, int]  # empty if there is no such file
 
 
 class Disk:
@@ -80,8 +106,8 @@ class Disk:
         self.most = most if most is not None else int(shutil.disk_usage(folder).total * SHARE)
         now = time.time()
         for file in self.files(PART):
-            if now - modified(file) > OLD_PART:
-                file.unlink(missing_ok=True)
+            if now - age_and_size(file)[0] > OLD_PART:
+                discard(file)
 
     def files(self, suffix: str = SUFFIX) -> list[Path]:
         try:
@@ -91,99 +117,125 @@ class Disk:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def line(self, space: bytes, units: np.ndarray, size: int, most: int) -> Iterator[tuple[Page, Page | None]]:
-        """What is kept of the beginning of these units, page by page of `size` positions, up to `most`: full entries
-        and, where they are there, sliding ones."""
+    def chain(self, space: bytes, units: np.ndarray, size: int, unfit: Collection[Path] = ()) -> list[Place]:
+        """The files of the beginning of these units, page by page of `size` positions, by what their names and headers
+        say; without those that were found unfit."""
         by_name: dict[str, list[Path]] = {}
         for file in self.files():
-            by_name.setdefault(file.name.rpartition("-")[0], []).append(file)
+            if file not in unfit:
+                by_name.setdefault(file.name.rpartition("-")[0], []).append(file)
+        found: list[Place] = []
         before = space
-        for first in range(0, most, size):
-            own = units[first : min(first + size, most)]
-            full = self.best(by_name, FULL, before, own, first)
-            if full is None:
-                return
-            sliding = self.best(by_name, SLIDING, before, own[: full.count], first)
-            yield full, sliding
-            if full.count < size:
-                return
+        for number, first in enumerate(range(0, len(units), size)):
+            own = units[first : first + size]
+            full = self.longest(by_name.get(f"{FULL}-{before.hex()}", []), own, first)
+            if full is None or full[1] != first:
+                break
+            file, _, last = full
+            sliding = self.longest(by_name.get(f"{SLIDING}-{before.hex()}", []), own[: last - first], first)
+            file_, *span = sliding or (self.folder, first, first)
+            found.append(Place(number, first, last, before, file, file_, (span[0], span[1])))
+            if last < first + size:
+                break
             before = chained(before, own)
-
-    def best(
-        self, by_name: dict[str, list[Path]], kind: str, before: bytes, own: np.ndarray, first: int
-    ) -> Page | None:
-        """Of the pages after these tokens the one that has most of `own`, cut to what it has of it."""
-        files = by_name.get(f"{kind}-{before.hex()}", [])
-        exact = [file for file in files if file.name.endswith(f"-{named(own)}{SUFFIX}")]
-        found: Page | None = None
-        for file in exact or files:  # one that is damaged is gone, and the others are not asked
-            page = self.read(file, own, first)
-            if page is not None and (found is None or page.count > found.count):
-                found = page
         return found
 
-    def read(self, file: Path, own: np.ndarray, first: int) -> Page | None:
-        """The page in a file as far as it is of these units; None if nothing of it is."""
+    def longest(self, files: list[Path], own: np.ndarray, first: int) -> tuple[Path, int, int] | None:
+        """Of the files after the same tokens the one that has most of `own`, and from where to where."""
+        exact = [file for file in files if file.name.endswith(f"-{named(own)}{SUFFIX}")]
+        best: tuple[Path, int, int] | None = None
+        for file in exact or files:
+            try:
+                start, units = described_units(head(file))
+            except OSError:  # deleted meanwhile, or closed to us
+                continue
+            except DAMAGES as error:
+                leave_out(file, error)
+                continue
+            last = first + common(own, units)
+            if first <= start < last and (best is None or last - start > best[2] - best[1]):
+                best = file, start, last
+        return best
+
+    def read(self, file: Path, kind: str, place: Place, units: np.ndarray, now: float) -> Page | None:
+        """The page in a file as far as `place` has it; None if it is not what its name says, or gone.
+        now: when the line is used."""
         try:
             data = file.read_bytes()
-        except OSError:  # deleted meanwhile, or closed to us
+        except OSError:
             return None
         try:
             header, body = parsed(data)
-            units = np.frombuffer(base64.b64decode(header["units"], validate=True), np.uint64).reshape(-1, 3)
-            start = int(header["first"])
+            start, own = described_units(header)
             arrays = list(unpacked(header["arrays"], body))
-        except (ValueError, KeyError, TypeError, IndexError, binascii.Error) as error:
-            logger.warning("%s is damaged or of another version and is left out: %s", file.name, one_line(error))
-            file.unlink(missing_ok=True)
+            if (header["kind"], header["before"]) != (kind, place.before.hex()):
+                raise ValueError("it is of another place")
+            page = Page(start, arrays)
+            if page.last != place.first + len(own) or any(
+                array.shape[2] != page.count for entries in arrays for array in entries
+            ):
+                raise ValueError("it has not the positions that it names")
+        except DAMAGES as error:
+            leave_out(file, error)
             return None
-        page = Page(start, arrays)  # a sliding page may begin later than its place
-        if start < first or page.last != first + len(units):
-            logger.warning("%s is of another place and is left out", file.name)
+        last = min(place.last, place.first + common(own, units[place.first :]))
+        if not place.first <= start < last or (kind == FULL and (start, last) != (place.first, place.last)):
             return None
-        last = first + common(own, units)
-        if last <= start:
-            return None
-        touch(file)
+        touch(file, now - place.number * PAGE_AGE)
         return page if last == page.last else page.upto(last)
 
     # --- writing -------------------------------------------------------------------------------
 
-    def write(self, kind: str, before: bytes, own: np.ndarray, page: Page) -> None:
-        """Keep a page; own: the units of its whole place, of which the page has the entries of the last ones or all."""
+    def write(self, kind: str, before: bytes, own: np.ndarray, page: Page, now: float) -> bool:
+        """Keep a page; own: the units of its whole place, of which the page has the entries of the last ones or all.
+        now: when its line was used. False if there is no room, or no writing."""
         name = f"{kind}-{before.hex()}-{named(own)}{SUFFIX}"
-        if (self.folder / name).exists():
-            touch(self.folder / name)
-            return
+        used = now - page.first // PAGE * PAGE_AGE
+        if os.path.exists(self.folder / name):
+            touch(self.folder / name, used)
+            return True
         described, parts = packed(page)
-        header = {"units": base64.b64encode(own.tobytes()).decode(), "first": page.first, "arrays": described}
+        header = {
+            "kind": kind,
+            "before": before.hex(),
+            "units": base64.b64encode(own.tobytes()).decode(),
+            "first": page.first,
+            "arrays": described,
+        }
         data = assembled(header, parts)
-        if not self.make_room(len(data)):
-            return
-        part = self.folder / f"{name}.{os.getpid()}{PART}"
+        part = self.folder / f"{name}.{secrets.token_hex(4)}{PART}"
         try:
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
-                opened.write(data)
-            part.replace(self.folder / name)
+            if not self.make_room(len(data)):
+                logger.warning(
+                    "the store's folder %s has no room for more: %d bytes may lie there, and a tenth of the disk stays "
+                    "free", self.folder, self.most,
+                )  # fmt: skip
+                return False
+            with if_stopped(lambda: discard(part)):
+                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+                    opened.write(data)
+                part.replace(self.folder / name)
         except OSError as error:
             logger.warning("the store's folder %s cannot be written to: %s", self.folder, one_line(error))
-            part.unlink(missing_ok=True)
+            discard(part)
+            return False
+        touch(self.folder / name, used)
+        return True
 
     def make_room(self, nbytes: int) -> bool:
-        """Delete what was used least lately until so many bytes fit; False if they cannot."""
-        try:
-            usage = shutil.disk_usage(self.folder)
-        except OSError:
-            return False
-        files = sorted(((modified(file), size_of(file), file) for file in self.files()), key=lambda entry: entry[0])
-        held = sum(size for _, size, _ in files)
+        """Delete what was used least lately until so many bytes fit; False if they cannot. OSError without a folder."""
+        usage = shutil.disk_usage(self.folder)
+        # deleted meanwhile: as good as of no size
+        sizes = [(*age_and_size(file), file) for suffix in (SUFFIX, PART) for file in self.files(suffix)]
+        held = sum(size for _, size, _ in sizes)
         excess = max(held + nbytes - self.most, int(usage.total * FREE) + nbytes - usage.free)
-        if excess > held:
+        files = sorted((entry for entry in sizes if entry[2].suffix == SUFFIX), key=lambda entry: entry[0])
+        if excess > sum(size for _, size, _ in files):
             return False
         for _, size, file in files:
             if excess <= 0:
                 break
-            file.unlink(missing_ok=True)
+            discard(file)
             excess -= size
         return True
 
@@ -204,24 +256,28 @@ def named(own: np.ndarray) -> str:
     return hashlib.blake2b(own.tobytes(), digest_size=8).hexdigest()
 
 
-def modified(file: Path) -> float:
+def age_and_size(file: Path) -> tuple[float, int]:
     try:
-        return file.stat().st_mtime
+        found = file.stat()
     except OSError:
-        return 0.0
+        return 0.0, 0
+    return found.st_mtime, found.st_size
 
 
-def size_of(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
-
-
-def touch(file: Path) -> None:
-    """What was used is the last to be deleted."""
+def touch(file: Path, used: float) -> None:
+    """What was used last is the last to be deleted, and of one line the first page after those that follow it."""
     with suppress(OSError):  # deleted meanwhile, or read-only
-        os.utime(file)
+        os.utime(file, (used, used))
+
+
+def discard(file: Path) -> None:
+    with suppress(OSError):  # deleted meanwhile, or read-only
+        file.unlink(missing_ok=True)
+
+
+def leave_out(file: Path, error: Exception) -> None:
+    logger.warning("%s is damaged or of another version and is left out: %s", file.name, one_line(error))
+    discard(file)
 
 
 # --- the bytes of a file -----------------------------------------------------------------------
@@ -246,6 +302,27 @@ def parsed(data: bytes) -> tuple[dict[str, Any], memoryview]:
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
     return header, rest[4 + size :]
+
+
+def head(file: Path) -> dict[str, Any]:
+    """A file's header, unchecked."""
+    with open(file, "rb") as opened:
+        start = opened.read(len(MAGIC) + 8)
+        size = int.from_bytes(start[-4:], "little")
+        if not start.startswith(MAGIC) or len(start) < len(MAGIC) + 8 or size > HEADER:
+            raise ValueError("no page of this version")
+        header = json.loads(opened.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return header
+
+
+def described_units(header: dict[str, Any]) -> tuple[int, np.ndarray]:
+    """The first position that a file has entries of, and the units of its whole place."""
+    units = np.frombuffer(base64.b64decode(header["units"], validate=True), np.uint64).reshape(-1, 3)
+    if type(header["first"]) is not int or header["first"] < 0:
+        raise ValueError("its first position is none")
+    return header["first"], units
 
 
 def packed(page: Page) -> tuple[list[list[list[Any]]], list[bytes]]:

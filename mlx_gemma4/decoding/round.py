@@ -7,15 +7,18 @@ decides the next round stays on the device, so the host can hand over a round be
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import mlx.core as mx
 
 from mlx_gemma4.config import GenerationConfig
-from mlx_gemma4.decoding.controller import Controller
-from mlx_gemma4.decoding.sampling import Sampler
-from mlx_gemma4.model.cache import Arrays, Caches, traced
+from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller
+from mlx_gemma4.decoding.sampling import Sampler, Sampling
+from mlx_gemma4.decoding.warmup import Warmup
+from mlx_gemma4.model.cache import ROUND, Arrays, Caches, traced
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.prompt import Prompt
 
 # token [1] int32: the newest, which has no key yet; hidden [1, 1, D] at the position before it; offset [1]: the number
 # of positions before it; random: a key; seen [V] bool: with a repetition penalty, the tokens so far.
@@ -37,6 +40,10 @@ class Learnt:
     controller: Controller = field(default_factory=Controller)
     rounds: dict[tuple[GenerationConfig, int, int], Round] = field(default_factory=dict)  # compiled
     fingerprint: bytes | None = None  # of the weights, once a store has asked
+    warmups: dict[GenerationConfig, Warmup] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type["Learnt"], tuple[()]]:
+        return Learnt, ()  # nothing of it goes to another process with the model
 
 
 def learnt_of(model: Model) -> Learnt:
@@ -59,7 +66,12 @@ def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: m
 
 
 def compiled_round(model: Model, sampler: Sampler, length: int, caches: Caches) -> tuple[Round, bool]:
-    """The round that drafts `length` tokens, and whether it is new: the model keeps those that were used last."""
+    """The round that drafts `length` tokens, and whether it is new: the model keeps those that were used last.
+
+    On a CPU it is not compiled before its kernels are there.
+    """
+    if not has_kernels(model, sampler):
+        return plain_round(model, sampler, length), False
     rounds, key = learnt_of(model).rounds, (sampler.chosen, length, caches.slots)
     kept = rounds.pop(key, None)
     round_ = make_round(model, sampler, length) if kept is None else kept
@@ -69,7 +81,30 @@ def compiled_round(model: Model, sampler: Sampler, length: int, caches: Caches) 
     return round_, kept is None
 
 
-def make_round(owner: Model, sampler: Sampler, length: int) -> Round:
+def has_kernels(model: Model, sampler: Sampler) -> bool:
+    warmups, law = learnt_of(model).warmups, sampler.chosen
+    if law not in warmups:
+        warmups[law] = Warmup(model, law, partial(run_rounds, model, law))
+    return warmups[law].is_done()
+
+
+def run_rounds(model: Model, law: GenerationConfig) -> None:
+    """One compiled round of each draft length."""
+    sampler = Sampler(Sampling(), law, model.config.text.vocab_size)
+    caches = model.caches(ROUND * (MAX_DRAFTS + 2))
+    for hidden in model.read(Prompt(token_ids=[0]), caches):  # noqa: B007
+        pass
+    state = first_state(model, sampler, [0], hidden, 0)
+    for length in range(1 if model.drafter is None else MAX_DRAFTS + 1):
+        tokens, state = launch(make_round(model, sampler, length), state, caches)
+        mx.eval(tokens, state)
+
+
+def make_round(model: Model, sampler: Sampler, length: int) -> Round:
+    return mx.compile(plain_round(model, sampler, length))
+
+
+def plain_round(owner: Model, sampler: Sampler, length: int) -> Round:
     model = cast(Model, weakref.proxy(owner))  # it keeps the round: if that kept it, `del model` would free no weights
 
     def round_(state: State, arrays: list[Arrays]) -> tuple[mx.array, State, list[Arrays]]:
@@ -78,7 +113,7 @@ def make_round(owner: Model, sampler: Sampler, length: int) -> Round:
         tokens, state = verify(model, sampler, state, caches, drafts, q)
         return tokens, state, caches.arrays
 
-    return mx.compile(round_)
+    return round_
 
 
 def round_keys(state: State) -> list[mx.array]:

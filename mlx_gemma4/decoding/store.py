@@ -5,10 +5,12 @@ sliding layers', of which a request needs the last window before the place where
 goes on with its arrays, and gives it back longer; it copies only if the line holds something else behind that place.
 """
 
-import atexit
 import hashlib
 import itertools
+import os
+import time
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -20,8 +22,8 @@ import numpy as np
 
 from mlx_gemma4.config import TextConfig
 from mlx_gemma4.decoding.disk import FULL as FULL_PAGE
+from mlx_gemma4.decoding.disk import PAGE, Disk, Page, chained, common
 from mlx_gemma4.decoding.disk import SLIDING as SLIDING_PAGE
-from mlx_gemma4.decoding.disk import Disk, Page, chained, common
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import (
     ROUND,
@@ -36,7 +38,6 @@ from mlx_gemma4.model.cache import (
 )
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens
 
-PAGE = 128  # positions of a page
 VERSION = 1  # of what is kept, and of how keys are made
 
 
@@ -110,25 +111,33 @@ class Line:
     def __len__(self) -> int:
         return len(self.units)
 
-    def cut(self, most: int) -> int:
-        """The last place up to `most` where a request can go on: all of a window before it is there."""
-        places = np.arange(most)
-        missing = np.ones(most, np.bool_)
-        for page in self.pages.values():
-            missing[page.first : page.last] = False
-        unbroken = places - np.maximum.accumulate(np.where(missing, places, -1))
-        found = np.flatnonzero(unbroken >= np.minimum(places + 1, self.window))
-        return int(found[-1]) + 1 if len(found) else 0
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Which positions of the sliding layers are there, (first, last) a page."""
+        return [(page.first, page.last) for page in self.pages.values()]
 
     def needed(self) -> set[int]:
-        """The pages behind its marks, and those that let its end be cut anywhere within a window."""
-        spans = [(mark - self.window, mark) for mark in self.marks] + [(len(self) - 2 * self.window, len(self))]
-        return {number for first, last in spans for number in range(max(0, first) // PAGE, -(-last // PAGE))}
+        """The pages behind its marks, or behind the places before them where it can be cut; and those that let its end
+        be cut anywhere within a window."""
+        cuts = {last_cut(self.spans, self.window, min(mark, len(self))) for mark in self.marks}
+        spans = [(cut - self.window, cut) for cut in cuts] + [(len(self) - 2 * self.window, len(self))]
+        return {number for first, last in spans for number in span(first, last)}
 
     @property
     def nbytes(self) -> int:
         """Of the full layers' entries; pages may be shared."""
         return sum(array.nbytes for own in self.full for array in own)
+
+
+def last_cut(spans: Iterable[tuple[int, int]], window: int, most: int) -> int:
+    """The last place up to `most` where a request can go on: all of a window before it is there."""
+    places = np.arange(most)
+    missing = np.ones(most, np.bool_)
+    for first, last in spans:
+        missing[first:last] = False
+    unbroken = places - np.maximum.accumulate(np.where(missing, places, -1))
+    found = np.flatnonzero(unbroken >= np.minimum(places + 1, window))
+    return int(found[-1]) + 1 if len(found) else 0
 
 
 def forks(prompt: Prompt, turn: int | None) -> tuple[int, ...]:
@@ -188,43 +197,39 @@ class PromptStore:
         self.clock = itertools.count(1)
         self.lock = RLock()
         if self.disk is not None:
-            atexit.register(save_at_exit, weakref.ref(self))
+            weakref.finalize(self, save_at_end, self.lines, self.disk, os.getpid())  # at the end of the process too
 
     # --- a request's way -----------------------------------------------------------------------
 
-    def take(self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None) -> Held | None:
-        """The line with the longest beginning of a prompt and caches that go on from there; None: there is none.
-
-        At least the prompt's last token is left to read.
-        """
+    def take(
+        self,
+        space: bytes,
+        prompt: Prompt,
+        text: TextConfig,
+        slots: int,
+        turn: int | None,
+        empty: Callable[[], Caches],
+    ) -> Held:
+        """The line with the longest beginning of a prompt and caches that go on from there, or a new one and `empty`
+        caches. At least the prompt's last token is left to read."""
         own = units(prompt)
         with self.lock:
+            parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
             if self.disk is not None:
-                line, cut = self.better_on_disk(space, own, prompt, text, line, cut)
+                line, cut = self.better_on_disk(self.disk, space, own, prompt, text, line, cut)
             if line is None:
-                return None
-            parted = None
-            same = common(line.units, own)
-            if same < min(len(line), len(own)):
-                parted = same, int(line.units[same, 0]), int(own[same, 0])
-            line.uses += 1
-            line.used = next(self.clock)
-            taken = self.taken(line, cut)
-            trim(taken, cut)
+                taken, caches = Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), empty()
+            else:
+                line.uses += 1
+                line.used = next(self.clock)
+                taken = self.taken(line, cut)
+                trim(taken, cut)
+                caches = resumed(taken, text, slots)
             taken.marks = forks(prompt, turn)
-            held = Held(taken, resumed(taken, text, slots), cut, own, cut, parted)
+            held = Held(taken, caches, cut, own, cut, parted)
             self.held.append(held)
             return held
-
-    def start(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches, turn: int | None) -> Held:
-        """For a prompt that begins like none."""
-        own = units(prompt)
-        line = Line(space, own[:0], [], {}, window_of(text), forks(prompt, turn), next(self.clock))
-        held = Held(line, caches, 0, own, 0)
-        with self.lock:
-            self.held.append(held)
-        return held
 
     def keep(self, held: Held, length: int) -> None:
         """Put aside what the sliding layers have of the positions up to `length`, before it is overwritten."""
@@ -238,9 +243,9 @@ class PromptStore:
             wanted |= set(span(end - 2 * line.window, max(end, length)))
             first = max(held.kept, length - sliding[0].slots + ROUND)
             for number in span(first, length):
-                if number not in wanted:
-                    continue
                 start, stop = max(first, number * PAGE), min(length, (number + 1) * PAGE)
+                if number not in wanted or start >= stop:
+                    continue
                 page = joined(line.pages.get(number), ring_page(sliding, start, stop))
                 if not self.fits(page.nbytes):
                     continue
@@ -257,61 +262,85 @@ class PromptStore:
             rest[:, 0] = ids[known:]
             line.units = np.concatenate([held.prompt[: len(ids)], rest])
             self.keep(held, len(ids))
-            self.held.remove(held)
+            self.drop(held)
             line.full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
             if not len(line) or (not line.full and not line.pages):
                 return
-            self.lines = [other for other in self.lines if not covers(line, other)]
+            self.lines[:] = [other for other in self.lines if not covers(line, other)]
             self.lines.append(line)
-            if self.disk is not None and line.uses:
+            if self.disk is not None and line.uses == 1:  # the second use; later ones would write at every turn
                 save_line(line, self.disk)
             self.evict(0)
 
+    def drop(self, held: Held) -> None:
+        """Take nothing back: what came of the request is not sure."""
+        with self.lock:
+            self.held.remove(held)
+
     # --- finding -------------------------------------------------------------------------------
+
+    def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int, int] | None:
+        """Where a prompt parts from the line that it goes along with longest, and the ids there of both."""
+        lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
+        same, line = max(lines, key=lambda entry: entry[0], default=(0, None))
+        if line is None or not 0 < same < min(len(line), len(own)):
+            return None
+        return same, int(line.units[same, 0]), int(own[same, 0])
 
     def best(self, space: bytes, own: np.ndarray, prompt: Prompt) -> tuple[Line | None, int]:
         found: Line | None = None
         best = 0
         for line in self.lines:
             if line.space == space:
-                cut = usable(line, min(common(line.units, own), len(own) - 1), prompt)
+                most = min(common(line.units, own), len(own) - 1)
+                cut = usable(line.spans, line.window, most, prompt) if most > best else 0
                 if cut > best:
                     found, best = line, cut
         return found, best
 
     def better_on_disk(
-        self, space: bytes, own: np.ndarray, prompt: Prompt, text: TextConfig, line: Line | None, cut: int
+        self, disk: Disk, space: bytes, own: np.ndarray, prompt: Prompt, text: TextConfig, line: Line | None, cut: int
     ) -> tuple[Line | None, int]:
         """What the folder has, if it is more than what memory has."""
-        disk = cast(Disk, self.disk)
-        fulls: list[Page] = []
-        pages: dict[int, Page] = {}
-        for full, sliding in disk.line(space, own, PAGE, len(own) - 1):
-            fulls.append(full)
-            if sliding is not None:
-                pages[sliding.first // PAGE] = sliding
-        if not fulls:
-            return line, cut
-        read = Line(space, own[: fulls[-1].last], [], pages, window_of(text), uses=1)
-        found = usable(read, len(read), prompt)
-        if found <= cut:
-            return line, cut
-        layers = zip(*(page.arrays for page in fulls), strict=True)
-        read.full = [tuple(mx.concatenate([*parts], axis=2) for parts in zip(*own, strict=True)) for own in layers]
-        mx.eval(read.full)
-        return read, found
+        window, unfit, now = window_of(text), set[Path](), time.time()
+        while True:
+            chain = disk.chain(space, own, PAGE, unfit)
+            spans = [found.sliding_span for found in chain]
+            most = min(chain[-1].last, len(own) - 1) if chain else 0
+            found = usable(spans, window, most, prompt) if most > cut else 0
+            if found <= cut:
+                return line, cut
+            numbers = span(found - window, found) if window else range(0)
+            fulls = [disk.read(entry.full, FULL_PAGE, entry, own, now) for entry in chain[: span(0, found).stop]]
+            pages = {
+                number: disk.read(chain[number].sliding, SLIDING_PAGE, chain[number], own, now) for number in numbers
+            }
+            unfit |= {entry.full for entry, page in zip(chain, fulls, strict=False) if page is None}
+            unfit |= {chain[number].sliding for number, page in pages.items() if page is None}
+            whole = [page for page in fulls if page is not None]
+            there = {number: page for number, page in pages.items() if page is not None}
+            if len(whole) < len(fulls) or len(there) < len(pages):
+                continue
+            layers = zip(*(page.arrays for page in whole), strict=True)
+            full = [tuple(mx.concatenate([*parts], axis=2) for parts in zip(*own, strict=True)) for own in layers]
+            mx.eval(full)
+            return Line(space, own[:found], full, there, window, uses=1), found
 
     def taken(self, line: Line, cut: int) -> Line:
         """The line itself if the request is the next one of its conversation, or else a copy of its beginning."""
         if line not in self.lines:  # from disk
             return line
-        goes_on = cut >= max((mark for mark in line.marks if mark < len(line)), default=0)
-        if goes_on or not self.fits(line.nbytes * cut // max(1, len(line))) or line not in self.lines:
-            self.lines = [other for other in self.lines if other is not line]
+        self.lines.remove(line)  # not to be given up for its own copy
+        if cut >= max((mark for mark in line.marks if mark < len(line)), default=0):
             return line
+        if not self.fits(line.nbytes + line.nbytes * cut // max(1, len(line))):
+            if self.disk is not None:
+                save_line(line, self.disk)
+            return line
+        self.lines.append(line)
         full = [tuple(mx.contiguous(array[:, :, :cut]) for array in own) for own in line.full]
         mx.eval(full)
-        return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used)
+        return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used, uses=line.uses)
 
     # --- bounds --------------------------------------------------------------------------------
 
@@ -344,7 +373,7 @@ class PromptStore:
         if self.ceiling is None:
             return
         excess = self.nbytes + nbytes - self.ceiling
-        for line in sorted(self.lines, key=lambda line: line.used):
+        for line in sorted(self.lines, key=lambda line: line.used) if excess > 0 else ():
             for number in sorted(line.pages.keys() - line.needed()):
                 if excess <= 0:
                     return
@@ -361,35 +390,55 @@ class PromptStore:
 
     # --- disk ----------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path | None = None) -> None:
-        """Write all that is held to the store's own folder, if it has one, or to another."""
-        disk = (
-            self.disk
-            if folder is None or (self.disk and Path(folder) == self.disk.folder)
-            else Disk(Path(folder), None)
-        )
+    def save(self, folder: str | Path | None = None, prompt: "tuple[bytes, Prompt] | None" = None) -> None:
+        """Write what is held to the store's own folder, if it has one, or to another; ValueError for one that cannot be
+        written to. prompt: a space and a prompt, of which alone what was read is to be written."""
+        disk = self.disk
+        if folder is not None and (disk is None or Path(folder).expanduser() != disk.folder):
+            disk = Disk(Path(folder).expanduser(), None)
         with self.lock:
-            for line in self.lines if disk else ():
-                save_line(line, cast(Disk, disk))
+            if disk is None:
+                return
+            if prompt is None:
+                save_lines(self.lines, disk)
+                return
+            space, own = prompt[0], units(prompt[1])
+            lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
+            same, line = max(lines, key=lambda entry: entry[0], default=(0, None))
+            if line is not None:
+                save_line(line, disk, same)
 
 
-def save_line(line: Line, disk: Disk) -> None:
-    """Write a line's pages that are not there yet."""
-    before = line.space
-    for number in span(0, len(line)):
-        own = line.units[number * PAGE : (number + 1) * PAGE]
+def save_lines(lines: list[Line], disk: Disk) -> None:
+    for line in lines:
+        save_line(line, disk)
+
+
+def save_at_end(lines: list[Line], disk: Disk, process: int) -> None:
+    if os.getpid() == process:  # in one that was forked from it MLX cannot compute
+        save_lines(lines, disk)
+
+
+def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
+    """Write a line's pages that are not there yet, those of sliding layers where they are needed. most: positions of it
+    that are to be written, all if None."""
+    before, needed = line.space, line.needed()
+    length, now = len(line) if most is None else most, time.time()
+    for number in span(0, length):
+        own = line.units[number * PAGE : min((number + 1) * PAGE, length)]
         first = number * PAGE
-        arrays = [tuple(array[:, :, first : first + len(own)] for array in entries) for entries in line.full]
-        disk.write(FULL_PAGE, before, own, Page(first, arrays))
-        page = line.pages.get(number)
-        if page is not None and page.last == first + len(own):
-            disk.write(SLIDING_PAGE, before, own, page)
+        last = first + len(own)
+        arrays = [tuple(array[:, :, first:last] for array in entries) for entries in line.full]
+        if not disk.write(FULL_PAGE, before, own, Page(first, arrays), now):
+            return
+        page = line.pages.get(number) if number in needed else None
+        if (
+            page is not None
+            and page.first < last <= page.last
+            and not disk.write(SLIDING_PAGE, before, own, page if page.last == last else page.upto(last), now)
+        ):
+            return
         before = chained(before, own)
-
-
-def save_at_exit(store: "weakref.ref[PromptStore]") -> None:
-    if (own := store()) is not None:
-        own.save()
 
 
 def window_of(text: TextConfig) -> int:
@@ -397,11 +446,11 @@ def window_of(text: TextConfig) -> int:
     return max((own.window or 0 for own in (text.attention[kind] for kind in text.layer_types)), default=0)
 
 
-def usable(line: Line, same: int, prompt: Prompt) -> int:
-    """The last place up to `same` where a prompt can go on from a line, outside of images."""
-    cut = line.cut(same)
+def usable(spans: list[tuple[int, int]], window: int, same: int, prompt: Prompt) -> int:
+    """The last place up to `same` where a prompt can go on from these, outside of images."""
+    cut = last_cut(spans, window, same)
     while cut and (place := outside(prompt, cut)) < cut:
-        cut = line.cut(place)
+        cut = last_cut(spans, window, place)
     return cut
 
 
@@ -417,6 +466,7 @@ def trim(line: Line, cut: int) -> None:
     line.pages = {
         number: page if page.last <= cut else page.upto(cut) for number, page in line.pages.items() if page.first < cut
     }
+    mx.eval([page.arrays for page in line.pages.values() if page.last == cut])
 
 
 def resumed(line: Line, text: TextConfig, slots: int) -> Caches:

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, cast
@@ -17,8 +18,8 @@ from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a
 from mlx_gemma4.model.cache import ROUND, Caches
-from mlx_gemma4.model.model import Model
-from mlx_gemma4.planner import check_memory, footprint
+from mlx_gemma4.model.model import Model, check_process
+from mlx_gemma4.planner import check_memory, footprint, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.repetition import parse_repetition_detection
@@ -126,6 +127,7 @@ def generation_events(
     The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
     prompt took, which count for the time to first token.
     """
+    check_process()
     check_length(prompt, model.config)
     return run(model, processor, prompt, options, choose_pace(model, options), prepared, store)
 
@@ -158,8 +160,12 @@ def run(
     row = Row(processor, prompt, config.generation.eos_token_ids, limit, repetition, prepared)
     sampler = Sampler(sampling, config.generation, config.text.vocab_size)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+    needed = predict(footprint(config, parameters(model)), length, limit).peak
     mx.reset_peak_memory()
-    with bounded_memory, opened(store, model, processor, prompt, limit) as reading:
+    with (
+        bounded_memory.request(needed),
+        opened(store, model, processor, prompt, limit, needed, options.scope) as reading,
+    ):
         caches = reading.caches
         row.cached = caches.length
         yield Reading(caches.length, length)
@@ -217,32 +223,43 @@ def tokens_of(array: mx.array) -> list[int]:
 
 
 class BoundedMemory:
-    """While generating, weights stay wired on Metal and MLX keeps few freed buffers.
+    """While generating, weights and caches stay wired on Metal and MLX keeps few freed buffers.
 
-    MLX's limits are those of the process: of requests that overlap, the first sets them and the last sets them back.
+    MLX's limits are those of the process: the first of requests that overlap sets them, and the last sets them back.
     """
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self.requests = 0
+        self.peaks: list[int] = []  # of the requests in work
         self.buffers, self.wired = 0, 0  # the limits before
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def request(self, peak: int) -> Iterator[None]:
+        """peak: bytes that the model and the request's caches take at most; no more than these is wired."""
         with self.lock:
-            self.requests += 1
-            if self.requests == 1:
+            if not self.peaks:
                 self.buffers = mx.set_cache_limit(BUFFER_CACHE_BYTES)
-                if mx.metal.is_available():
-                    self.wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-
-    def __exit__(self, *exception: object) -> None:
-        with self.lock:
-            self.requests -= 1
-            if not self.requests:
-                mx.set_cache_limit(self.buffers)
+            self.peaks.append(peak)
+            before = self.wire()
+            if len(self.peaks) == 1:
+                self.wired = before
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.peaks.remove(peak)
+                if not self.peaks:
+                    mx.set_cache_limit(self.buffers)
                 if mx.metal.is_available():
                     mx.synchronize()
-                    mx.set_wired_limit(self.wired)
+                self.wire()
+
+    def wire(self) -> int:
+        """Set the limit to what the requests in work take; the limit before, 0 without Metal."""
+        if not mx.metal.is_available():
+            return 0
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        return mx.set_wired_limit(min(most, sum(self.peaks)) if self.peaks else self.wired)
 
 
 bounded_memory = BoundedMemory()

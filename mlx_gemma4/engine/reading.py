@@ -10,7 +10,7 @@ from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
 from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
 from mlx_gemma4.model.model import CHUNK, Model
-from mlx_gemma4.planner import footprint, memory_limit, predict
+from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import TURN_OPEN
@@ -27,9 +27,17 @@ class Opened:
 
     caches: Caches
     ids: list[int] = field(default_factory=list)  # of the prompt and of what has come of the reply
+    total: int = 0  # tokens of the prompt
     chunk: int = CHUNK
     store: PromptStore | None = None
     held: Held | None = None
+
+    @property
+    def known(self) -> list[int]:
+        """The ids of all positions that have entries: of what came of the reply the newest has none, and a reading that
+        was broken off has its own length."""
+        written = len(self.ids) - 1 if len(self.ids) > self.total else self.caches.length
+        return self.ids[:written]
 
     def keep(self) -> None:
         """Put aside what the next chunk overwrites."""
@@ -39,29 +47,46 @@ class Opened:
 
 @contextmanager
 def opened(
-    store: PromptStore | None, model: Model, processor: Processor, prompt: Prompt, limit: int
+    store: PromptStore | None,
+    model: Model,
+    processor: Processor,
+    prompt: Prompt,
+    limit: int,
+    needed: int,
+    scope: str = "",
 ) -> Iterator[Opened]:
-    """Caches for reading a prompt and writing `limit` tokens; whatever happens, what was read goes to the store."""
+    """Caches for reading a prompt and writing `limit` tokens; what was read goes to the store, if the reply is left in
+    the middle too.
+
+    needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
+    is not found.
+    """
     slots = len(prompt) + min(limit, AHEAD) + ROUND
     if store is None:
-        yield Opened(model.caches(slots), list(prompt.token_ids))
+        yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
         return
     text = model.config.text
-    needed = predict(footprint(model.config, parameters(model)), len(prompt), limit).peak
     store.leave(memory_limit() - needed)
-    space, turn = space_of(model), processor.tokenizer.token_to_id(TURN_OPEN)
-    held = store.take(space, prompt, text, slots, turn) or store.start(space, prompt, text, model.caches(slots), turn)
+    space, turn = space_of(model, scope), processor.tokenizer.token_to_id(TURN_OPEN)
+    held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
     if held.parted is not None:
         log_parting(processor, prompt, held)
     # no more at once than a window, or the ring would have lost what is to be kept
     chunk = min(CHUNK, window_of(text) or CHUNK)
-    reading = Opened(held.caches, list(prompt.token_ids), chunk, store, held)
+    reading = Opened(held.caches, list(prompt.token_ids), len(prompt), chunk, store, held)
     try:
         yield reading
-    finally:
-        # of what came of the reply, the newest token has no entries; a reading that was broken off has its own length
-        written = len(reading.ids) - 1 if len(reading.ids) > len(prompt) else held.caches.length
-        store.give(held, reading.ids[:written])
+    except GeneratorExit:
+        store.give(held, reading.known)
+        raise
+    except KeyboardInterrupt:
+        # where in a round it came is not known: of the prompt all is sure that was read
+        store.give(held, reading.ids[: held.caches.length])
+        raise
+    except BaseException:
+        store.drop(held)
+        raise
+    store.give(held, reading.known)
 
 
 def fingerprint_of(model: Model) -> bytes:
@@ -73,10 +98,12 @@ def fingerprint_of(model: Model) -> bytes:
     return learnt.fingerprint
 
 
-def space_of(model: Model) -> bytes:
-    """What entries depend on beside what is read."""
+def space_of(model: Model, scope: str = "") -> bytes:
+    """What entries depend on beside what is read, and whose they are."""
     config = model.config
-    described = repr((VERSION, str(model.language_model.dtype), config.text, config.vision, config.audio)).encode()
+    described = repr(
+        (VERSION, str(model.language_model.dtype), config.text, config.vision, config.audio, scope)
+    ).encode()
     return hashlib.blake2b(fingerprint_of(model) + described, digest_size=16).digest()
 
 

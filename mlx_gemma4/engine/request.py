@@ -22,6 +22,7 @@ class Options:
     sampling: Sampling = Sampling()
     draft_length: int | str = "auto"
     repetition_detection: str | Mapping[str, int] = "auto"
+    scope: str = ""  # whose request it is: what has been read for others is not found in a store
 
     def __post_init__(self) -> None:
         if not is_whole(self.max_tokens) or not 1 <= self.max_tokens < 2**63:

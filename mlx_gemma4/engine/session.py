@@ -12,13 +12,14 @@ from typing import Any
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, generation_events
-from mlx_gemma4.engine.reading import fingerprint_of
+from mlx_gemma4.engine.reading import fingerprint_of, space_of
 from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import check_memory, footprint
-from mlx_gemma4.prompt.messages import MEDIA, check_messages, request_messages
+from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_messages, check_part, request_messages
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
@@ -148,17 +149,23 @@ class Session:
         ValueError if messages or media cannot be written as they are; what was saved before is then still there.
         """
         folder = Path(folder).expanduser()
-        check_messages(self.messages)
+        if self.messages:
+            check_messages(self.messages)
         try:
             for made in (folder, folder / MEDIA_FOLDER):
-                made.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if not made.is_dir():
+                    made.mkdir(parents=True, exist_ok=True, mode=0o700)
             messages = [saved_message(message, folder / MEDIA_FOLDER) for message in self.messages]
             about = {"format": FORMAT, "weights": fingerprint_of(self.model).hex(), "settings": asdict(self.settings)}
-            write_json(folder / ABOUT, about)
-            write_json(folder / MESSAGES, messages)
-            self.store.save(folder / STORE_FOLDER)
+            # both are there before either takes the place of an older one
+            parts = [written_beside(folder / ABOUT, about), written_beside(folder / MESSAGES, messages)]
+            for part, name in zip(parts, (ABOUT, MESSAGES), strict=True):
+                part.replace(folder / name)
         except OSError as error:
             raise OSError(f"the session's folder {str(folder)!r} cannot be written: {one_line(error)}") from None
+        # of a store that conversations share, no more than this one's
+        own = (space_of(self.model), self.prompt([])[0]) if self.messages else None
+        self.store.save(folder / STORE_FOLDER, own)
 
     @classmethod
     def load(
@@ -209,10 +216,17 @@ def read_saved(folder: str | Path) -> Saved:
         raise ValueError(f"{str(folder / ABOUT)!r} is not of this version; expected what Session.save writes")
     if not isinstance(messages, list):
         raise ValueError(f"{str(folder / MESSAGES)!r} holds {a(messages)}; expected a list of messages")
+    settings = Settings(**found)
+    right = {"tools": (list, type(None)), "thinking": (bool,), "image_budget": (int, type(None))}
+    for name, types in right.items():
+        if not isinstance(found[name], types):
+            raise ValueError(
+                f"{str(folder / ABOUT)!r} has {name} {shown(found[name])}; expected what Session.save writes"
+            )
     loaded = [loaded_message(message, folder) for message in messages]
     if loaded:
         check_messages(loaded)
-    return Saved(folder, about["weights"], Settings(**found), loaded)
+    return Saved(folder, about["weights"], settings, loaded)
 
 
 def read_part(folder: Path, name: str) -> Any:
@@ -226,25 +240,30 @@ def read_part(folder: Path, name: str) -> Any:
         ) from None
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write beside and rename: a file is the old one or the new one."""
+def written_beside(file: Path, value: Any) -> Path:
+    """A finished file that is to be renamed to `file`: that is the old one or the new one, and never half of one."""
     try:
         text = json.dumps(value, ensure_ascii=False, indent=1)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{file.name} cannot hold the messages: {one_line(error)}; expected what JSON can hold"
         ) from None
-    write_bytes(file, text.encode())
+    return bytes_beside(file, text.encode())
 
 
-def write_bytes(file: Path, data: bytes) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+def bytes_beside(file: Path, data: bytes) -> Path:
+    part = file.with_name(f".{file.name}.part")
+    part.unlink(missing_ok=True)  # of a process that was killed
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as opened:
+        with (
+            if_stopped(lambda: part.unlink(missing_ok=True)),
+            open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened,
+        ):
             opened.write(data)
-        part.replace(file)
-    finally:
+    except OSError:
         part.unlink(missing_ok=True)
+        raise
+    return part
 
 
 def saved_message(message: dict[str, Any], media: Path) -> dict[str, Any]:
@@ -256,9 +275,10 @@ def saved_message(message: dict[str, Any], media: Path) -> dict[str, Any]:
 
 
 def saved_part(part: Any, media: Path) -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in MEDIA or kind not in part:
-        return part  # text; and OpenAI's spellings, whose media are URLs or base64 already
+    kind = KIND_OF.get(part["type"]) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
+    if kind not in MEDIA:
+        return part
+    part = check_part(part, "the message's part")  # in the one spelling
     source = part[kind]
     if isinstance(source, (list, tuple)) and kind == "video":
         return part | {kind: [saved_source(frame, "image", media) for frame in source]}
@@ -270,7 +290,7 @@ def saved_source(source: Any, kind: str, media: Path) -> str:
     data, suffix = media_bytes(source, kind)
     name = hashlib.blake2b(data, digest_size=16).hexdigest() + suffix
     if not (media / name).exists():
-        write_bytes(media / name, data)
+        bytes_beside(media / name, data).replace(media / name)
     return f"{MEDIA_FOLDER}/{name}"
 
 

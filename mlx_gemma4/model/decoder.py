@@ -14,7 +14,7 @@ from mlx_gemma4.model.cache import LayerCache, Offset
 from mlx_gemma4.model.mask import Mask
 
 
-@partial(mx.compile, shapeless=True)
+@mx.compile  # for each shape: a shapeless trace is cut in two kernels
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) · up in one kernel, rounded once to their type, with the tanh form of gelu."""
     wide = gate.astype(mx.float32)

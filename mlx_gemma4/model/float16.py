@@ -3,7 +3,8 @@
 A product of a normed vector is at most its row's norm times the vector's, so every bound follows from the weights. The
 norms that follow forgive a power of two, if their eps follows it: so the weights of norms take them, which is exact and
 costs nothing. The residual stream has a unit of its own in which all that it can become has room: float32 would need a
-cast in front of each norm, for `mx.compile` fuses none whose input is read elsewhere too. Only the product inside an MLP has no such bound that would leave room for what is usual: there `up` is normed.
+cast in front of each norm, for `mx.compile` fuses no operation whose input is read elsewhere too. Only the product
+inside an MLP has no bound that would leave room for what is usual: there gate and up are normed, a kernel a layer.
 """
 
 import math

@@ -1,5 +1,6 @@
 """The whole model: a prompt in, hidden states and logits out."""
 
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,6 +19,19 @@ from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_prompt, is_whole
 
 # Tokens read at once: enough to keep the multipliers busy, few enough for activations of tens of MB.
 CHUNK = 512
+
+
+# MLX's threads do not live on in a fork: what is evaluated there would wait for ever. Its process ids, once loaded.
+forks: list[int] = []
+
+
+def watch_forks() -> None:
+    os.register_at_fork(after_in_child=lambda: forks.append(os.getpid()))
+
+
+def check_process() -> None:
+    if forks:
+        raise RuntimeError("this process was forked after load, and MLX cannot go on in it; expected a spawned one")
 
 
 class Model(nn.Module):
@@ -95,6 +109,7 @@ class Model(nn.Module):
 
         A chunk never ends inside an image block, whose tokens see each other; beyond that its size changes nothing.
         """
+        check_process()
         for start, end in chunks(prompt, caches.length, chunk):
             masks = self.masks(caches, start, end - start, mx.array(image_blocks(prompt, start, end)))
             hidden = self.language_model(self.embed(prompt, start, end), start, masks, caches.layers)

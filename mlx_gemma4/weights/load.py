@@ -27,7 +27,7 @@ from mlx_gemma4.model.arrange import arrange, widen_scalar
 from mlx_gemma4.model.cache import array_shapes
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
-from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.model import Model, check_process, watch_forks
 from mlx_gemma4.planner import Footprint, check_memory, footprint
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.weights.tensors import (
@@ -448,6 +448,8 @@ def without_missing_parts(config: ModelConfig, paths: Collection[str]) -> ModelC
 
 def load_values(checkpoint: Checkpoint) -> Iterator[int]:
     """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each."""
+    check_process()
+    watch_forks()
     model, tensors = checkpoint.model, checkpoint.tensors
     for path in sorted(parameters(model), key=lambda path: (tensors[path].file, tensors[path].offset)):
         model.load_weights([(path, load_value(tensors[path], checkpoint.config))], strict=False)

@@ -591,3 +591,22 @@ def test_without_a_drafter_it_decodes_plainly(tiny: Loaded) -> None:
     for length in ("auto", 0):
         stats = generate(*tiny, Prompt(IDS), max_tokens=6, sampling=GREEDY, draft_length=length).stats
         assert (stats.drafted_tokens, stats.accepted_tokens, stats.tokens_per_round) == (0, 0, 1)
+
+
+def test_no_more_is_wired_than_requests_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that overlap add up, to the machine's working set at most; the last sets the limit back."""
+    limits = [5]  # as it was before
+
+    def set_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 100})
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    bounded = generation.BoundedMemory()
+    with bounded.request(40):
+        with bounded.request(30), pytest.raises(RuntimeError), bounded.request(90):
+            raise RuntimeError
+        assert limits == [5, 40, 70, 100, 70, 40]
+    assert limits[-1] == 5

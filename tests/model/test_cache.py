@@ -149,8 +149,8 @@ def test_a_capacity_holds_what_it_is_asked_for_and_wastes_little(positions: int)
 
 
 def test_capacities_are_few() -> None:
-    """Each is a trace of its own: 16 up to 16,384 positions, then eight each time that they double."""
-    assert len({capacity(positions) for positions in range(1, 16_385)}) == 16
+    """Each is a trace of its own: 24 up to 16,384 positions, then eight each time that they double."""
+    assert len({capacity(positions) for positions in range(1, 16_385)}) == 24
     assert len({capacity(positions) for positions in range(16_385, 262_145)}) == 32
 
 

@@ -14,8 +14,9 @@ from mlx.utils import tree_map
 from rounds import GREEDY, Rounds, make_sampler
 from toy_checkpoint import TINY, Shape, write_checkpoint, write_drafter
 
-from mlx_gemma4 import Prompt
+from mlx_gemma4 import Prompt, load
 from mlx_gemma4.decoding.round import first_state, make_round
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.float16 import float16_is_safe
@@ -136,6 +137,14 @@ PLANTED: dict[str, Edit] = {
 }
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """On a CPU the eps of each norm would be a kernel of its own, compiled for seconds."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 # --- how near ----------------------------------------------------------------------------------
 
 
@@ -161,7 +170,7 @@ def test_no_weights_are_too_large_or_too_small(planted: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("planted", [name for name in PLANTED if "2e5" in name or "1e6" in name or "1e8" in name])
-def test_greedy_replies_drafted_or_not_are_those_of_float32(planted: str, tmp_path: Path) -> None:
+def test_greedy_replies_drafted_or_not_are_those_of_float32(planted: str, tmp_path: Path, uncompiled: None) -> None:
     folder = write_planted(tmp_path, TINY, seed=1, plant=2.2)
     replies = []
     for dtype in (mx.float32, mx.float16):
@@ -240,3 +249,17 @@ def test_scores_that_no_power_of_two_makes_smaller_are_a_reason_not_to(tmp_path:
     assert float16_is_safe(unarranged(folder, mx.float16, nothing)) is None
     reason = float16_is_safe(unarranged(folder, mx.float16, every("self_attn.q_norm", 1e4)))
     assert reason is not None and reason.startswith("attention's scores may reach ")
+
+
+def test_a_checkpoint_with_such_scores_stays_in_its_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "emulates_bfloat16", lambda: True)
+    folder = write_checkpoint(tmp_path, TINY, dtype=mx.bfloat16)
+    assert open_checkpoint(folder, None).config.dtype == mx.float16
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    name = "model.language_model.layers.3.self_attn.q_norm.weight"
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors | {name: tensors[name] * 1e4}, {"format": "pt"})
+    assert open_checkpoint(folder, None).config.dtype == mx.bfloat16
+    with pytest.raises(
+        CheckpointError, match=r"^attention's scores may reach .*; expected bfloat16 or float32, for dty"
+    ):
+        load(folder, dtype="float16")

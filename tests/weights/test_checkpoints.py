@@ -251,8 +251,8 @@ def test_the_chips_that_emulate_bfloat16(
 
 def test_what_float16_has_no_room_for(copied: Path) -> None:
     edit_weights(copied, layers__2__post_attention_layernorm__weight=lambda own: own * 1e5)
-    norm = load(copied, dtype="float16")[0].language_model.layers[2].post_attention_layernorm.weight
-    assert norm.dtype == mx.float32 and mx.isfinite(norm).all()
+    found, expected = (logits(load(copied, dtype=dtype)[0]) for dtype in ("float16", "float32"))
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()  # all in a unit that has room
     edit_weights(copied, layers__2__mlp__up_proj__weight=lambda own: own * 1e6)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight holds \S+, beyond float16; expected bfloat16"):
         load(copied, dtype="float16")
