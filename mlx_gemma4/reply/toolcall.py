@@ -87,6 +87,7 @@ def has_quoted_keys(call: Call, schemas: Mapping[str, Schema]) -> bool:
 
 def needs_quotes(key: str) -> bool:
     """Whether a key has to stand between `<|"|>` for `parse_tool_call` to read it back, whatever comes after it."""
+    key = key.replace("▁", " ")  # as the tokenizer gives it back
     if key.startswith('"'):  # a later one could end it as a JSON string
         return True
     try:

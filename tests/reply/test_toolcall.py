@@ -261,6 +261,11 @@ def test_a_key_that_needs_quotes_is_read_with_them_and_any_other_without(key: st
     assert parse_tool_call(f"call:f{{{written}:1}}", QUOTE_TOKEN)["arguments"] == {key: 1}
 
 
+@pytest.mark.parametrize("key", ["", " ", "▁", "a▁", " a", "a\n", '"', '"a', "a:b", "a,b", "{", "]"])
+def test_keys_that_would_be_read_as_others_need_quotes(key: str) -> None:
+    assert needs_quotes(key)
+
+
 @given(st.text("{}[]():=,;'\"<|> \ncalTrue1-e.\udc22", max_size=40), st.booleans())
 def test_any_block_raises_only_value_errors(text: str, ended: bool) -> None:
     for quotes in ((Q,), (QUOTE_TOKEN, Q)):
