@@ -16,7 +16,7 @@ from mlx_gemma4.prompt.processor import Processor
 @pytest.fixture(autouse=True)
 def compiled_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no plain rounds, no other process."""
-    monkeypatch.setattr(Warmup, "is_done", lambda self: True)
+    monkeypatch.setattr(Warmup, "is_done", lambda self, task: True)
 
 
 @pytest.fixture(scope="session")

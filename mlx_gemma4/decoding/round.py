@@ -84,8 +84,8 @@ def compiled_round(model: Model, sampler: Sampler, length: int, caches: Caches) 
 def has_kernels(model: Model, sampler: Sampler) -> bool:
     warmups, law = learnt_of(model).warmups, sampler.chosen
     if law not in warmups:
-        warmups[law] = Warmup(model, law, partial(run_rounds, model, law))
-    return warmups[law].is_done()
+        warmups[law] = Warmup(model, law)
+    return warmups[law].is_done(partial(run_rounds, model, law))
 
 
 def run_rounds(model: Model, law: GenerationConfig) -> None:

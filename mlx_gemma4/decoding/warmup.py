@@ -45,36 +45,38 @@ def named_dtype(name: str) -> mx.Dtype:
 class Warmup:
     """Of the rounds of one model with one law of choice: whether they have their kernels."""
 
-    def __init__(self, model: Model, law: object, task: Callable[[], None]):
-        """task: runs these rounds, compiled; it is pickled."""
+    def __init__(self, model: Model, law: object):
         arrays = parameters(model)
         shapes = [(path, array.shape, array.dtype) for path, array in arrays.items()]
         described = repr((__version__, model.config, shapes, law)).encode()
         self.mark = f"rounds-{hashlib.blake2b(described, digest_size=16).hexdigest()}"
-        self.task, self.rounds = task, 0
+        self.rounds = 0
         self.child: subprocess.Popen[bytes] | None = None
         self.done = mx.default_device().type != mx.cpu or shutil.which("g++") is None  # without, MLX fuses nothing
         self.small = self.done or sum(array.nbytes for array in arrays.values()) <= LARGEST
         self.done = self.done or (self.small and (kernel_folder(Path(tempfile.gettempdir())) / self.mark).exists())
 
-    def is_done(self) -> bool:
-        """Asked before each round. After some the other process is started."""
+    def is_done(self, task: Callable[[], None]) -> bool:
+        """Asked before each round. After some the other process is started.
+
+        task: runs these rounds, compiled; it is pickled, and not kept, for it holds the model that keeps this.
+        """
         if self.done or not self.small:
             return self.done
         self.rounds += 1
         if self.child is not None:
             self.done = self.child.poll() == 0
         elif self.rounds > FIRST_ROUNDS:
-            self.child = self.start()
+            self.child = self.start(task)
             self.small = self.child is not None
         return self.done
 
-    def start(self) -> subprocess.Popen[bytes] | None:
+    def start(self, task: Callable[[], None]) -> subprocess.Popen[bytes] | None:
         copyreg.pickle(mx.Dtype, lambda dtype: (named_dtype, (str(dtype),)))
         try:
             with tempfile.TemporaryFile() as file:
                 pickle.dump(sys.path, file)
-                pickle.dump(Build(self.task, self.mark), file)
+                pickle.dump(Build(task, self.mark), file)
                 file.seek(0)
                 return subprocess.Popen(
                     [sys.executable, "-c", CHILD], stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -1,7 +1,6 @@
 import shutil
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -57,42 +56,42 @@ def test_another_process_is_started_for_longer_replies_only(
     tiny: tuple[Model, Processor], unpatched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
-    monkeypatch.setattr(Warmup, "start", lambda self: started.append(self))
-    own = Warmup(tiny[0], "law", one_kernel)
-    assert not any(own.is_done() for _ in range(FIRST_ROUNDS))
+    monkeypatch.setattr(Warmup, "start", lambda self, task: started.append(self))
+    own = Warmup(tiny[0], "law")
+    assert not any(own.is_done(one_kernel) for _ in range(FIRST_ROUNDS))
     assert not started
-    own.is_done()
+    own.is_done(one_kernel)
     assert started == [own]
-    own.is_done()
+    own.is_done(one_kernel)
     assert started == [own]  # it could not be started: no second trial
 
 
 def test_a_large_model_stays_plain(
     tiny: tuple[Model, Processor], unpatched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Warmup, "start", lambda self: pytest.fail("started"))
+    monkeypatch.setattr(Warmup, "start", lambda self, task: pytest.fail("started"))
     monkeypatch.setattr(warmup, "LARGEST", 0)
-    own = Warmup(tiny[0], "law", one_kernel)
-    assert not any(own.is_done() for _ in range(FIRST_ROUNDS + 2))
+    own = Warmup(tiny[0], "law")
+    assert not any(own.is_done(one_kernel) for _ in range(FIRST_ROUNDS + 2))
 
 
 def test_on_a_gpu_and_without_a_compiler_there_is_nothing_to_wait_for(
     tiny: tuple[Model, Processor], unpatched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert Warmup(tiny[0], "law", one_kernel).is_done()
+    assert Warmup(tiny[0], "law").is_done(one_kernel)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert Warmup(tiny[0], "law", one_kernel).is_done()
+    assert Warmup(tiny[0], "law").is_done(one_kernel)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="MLX compiles with g++ on Linux")
 def test_what_another_process_has_built_is_found(tiny: tuple[Model, Processor], unpatched: Path) -> None:
-    own = Warmup(tiny[0], "law", one_kernel)
-    child = own.start()
+    own = Warmup(tiny[0], "law")
+    child = own.start(one_kernel)
     assert child is not None and child.wait(120) == 0
     folder = kernel_folder(unpatched)
     assert [file.suffix for file in folder.iterdir() if file.name != own.mark] == [".so"]
     assert [file.name for file in unpatched.iterdir()] == ["mlx"]  # what it needed itself is gone
-    assert Warmup(tiny[0], "law", one_kernel).is_done()
-    assert not Warmup(tiny[0], "another law", partial(one_kernel)).is_done()
+    assert Warmup(tiny[0], "law").is_done(one_kernel)
+    assert not Warmup(tiny[0], "another law").is_done(one_kernel)
