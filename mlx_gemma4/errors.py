@@ -4,6 +4,7 @@ import reprlib
 from enum import Enum
 
 LONGEST = 200  # characters of what a library says
+LONGEST_SHOWN = 500  # of a value
 
 
 class CheckpointError(ValueError):
@@ -60,7 +61,8 @@ SHORT = Short()
 
 def shown(value: object) -> str:
     """A value for a message of one line."""
-    return unbroken(SHORT.repr(value))
+    text = unbroken(SHORT.repr(value))
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
 
 
 def a(value: object) -> str:
