@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_gemma4.errors import CheckpointError, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+WHOLE = "sliding_attention on every machine"  # of a model on several: its last sliding layer
 KV_BITS = (None, 4, 8)  # that entries of full layers can be kept in
 
 # Values that would change the maths and are not implemented: anything else is refused, an absent key is fine.

@@ -19,6 +19,14 @@ class FetchError(MediaError):
     """A URL whose server cannot be reached or fails: it may be right, and another try may do."""
 
 
+class TooLongError(ValueError):
+    """A prompt that leaves the context no room for a reply."""
+
+    def __init__(self, tokens: int, limit: int):
+        super().__init__(f"the prompt has {tokens} tokens; the context holds {limit}, the reply included")
+        self.tokens, self.limit = tokens, limit
+
+
 class Kind(Enum):
     """Whose fault an error is: what a command's exit status and a server's answer go by."""
 

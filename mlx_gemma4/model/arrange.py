@@ -14,7 +14,8 @@ from mlx import nn
 from mlx_gemma4.model.attention import Projections, QueryAttention, SelfAttention
 from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.drafter import Drafter
-from mlx_gemma4.model.float16 import make_float16_safe, total_columns
+from mlx_gemma4.model.float16 import make_float16_safe
+from mlx_gemma4.model.matrix import STORED, total_columns
 from mlx_gemma4.model.model import Model
 
 
@@ -86,7 +87,7 @@ def arrange_queries(own: QueryAttention, order: mx.array, key_weight: mx.array) 
 
 def reorder_rows(module: nn.Module, order: mx.array) -> None:
     """The rows of each head, [heads · hd, …]."""
-    for name in ("weight", "scales", "biases"):
+    for name in (*STORED, "lora_b", "gain"):
         if name in module:
             rows = mx.unflatten(module[name], 0, (-1, len(order)))
             module[name] = rows[:, order].flatten(0, 1)
@@ -97,7 +98,7 @@ def reorder_columns(module: nn.Module, order: mx.array, block: int) -> bool:
     if isinstance(module, nn.QuantizedLinear) and block % module.group_size:
         return False
     blocks = order[::block] // block
-    for name in ("weight", "scales", "biases"):
+    for name in (*STORED, "lora_a"):
         if name in module:
             columns = module[name]
             heads = mx.unflatten(columns, 1, (-1, len(blocks), columns.shape[1] * block // total_columns(module)))

@@ -11,6 +11,7 @@ from mlx import nn
 from mlx_gemma4.config import FULL, AttentionConfig, TextConfig
 from mlx_gemma4.model.cache import ROUND, Entry, LayerCache, Offset, Packed, slots_of
 from mlx_gemma4.model.mask import Mask
+from mlx_gemma4.model.matrix import are_alike, join
 
 # Scores of one pass over the keys: queries are split so that they stay below it at any length. MLX allocates a few
 # operations ahead, so about six times as much is alive.
@@ -126,22 +127,6 @@ class Projections(nn.Module):
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
 
-def are_alike(one: nn.Module, other: nn.Module) -> bool:
-    if type(one) is not type(other) or one.weight.dtype != other.weight.dtype:
-        return False
-    if not isinstance(one, nn.QuantizedLinear):
-        return True
-    settings = [(module.group_size, module.bits, module.mode, module.scales.dtype) for module in (one, other)]
-    return settings[0] == settings[1]
-
-
-def join(modules: list[nn.Module]) -> nn.Module:
-    first = modules[0]
-    for name in first.parameters() if len(modules) > 1 else ():
-        first[name] = mx.concatenate([module[name] for module in modules])
-    return first
-
-
 class QueryAttention(nn.Module):
     """Attention to keys and values that are there already: all that a drafter's layer has."""
 
@@ -170,9 +155,8 @@ class QueryAttention(nn.Module):
         return self.output(self.queries(self.q_proj(x), offset), cache.entries, mask)
 
     def output(self, q: mx.array, entries: Sequence[Entry], mask: Mask) -> mx.array:
-        out = attend(q, entries, mask, self.turned_dims if self.is_full else None).swapaxes(
-            1, 2
-        )  # [B, H, L, hd] -> [B, L, H, hd]
+        turned = self.turned_dims if self.is_full else None
+        out = attend(q, entries, mask, turned).swapaxes(1, 2)  # [B, H, L, hd] -> [B, L, H, hd]
         if self._order is not None:
             out = out[..., self._order]
         return self.o_proj(out.flatten(2))
@@ -193,6 +177,7 @@ class SelfAttention(QueryAttention):
         if not self.is_full:  # full layers take their values from k_proj
             self.v_proj = nn.Linear(text.hidden_size, rows, bias=False)
         self.k_norm = nn.RMSNorm(self.head_dim, text.rms_norm_eps)
+        self.own_heads: slice | None = None  # of several machines: of what the cache holds, what this one attends to
 
     def __call__(self, x: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
         q, k, *v = self.inputs(x)
@@ -200,4 +185,7 @@ class SelfAttention(QueryAttention):
         values = mx.fast.rms_norm(self.heads(*v) if v else k, None, self.eps).swapaxes(1, 2)  # [B, KV, L, hd]
         keys = self.rope(self.k_norm(k).swapaxes(1, 2), offset)
         entries = (keys, values[..., : self.turned_dims] if self.is_full else values)
-        return self.output(self.queries(q, offset), cache.update(entries, offset), mask)
+        seen = cache.update(entries, offset)
+        if self.own_heads is not None:
+            seen = tuple(cast(mx.array, entry)[:, self.own_heads] for entry in seen)
+        return self.output(self.queries(q, offset), seen, mask)

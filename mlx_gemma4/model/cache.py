@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
-from mlx_gemma4.config import AttentionConfig, TextConfig
+from mlx_gemma4.config import SLIDING, WHOLE, AttentionConfig, TextConfig
 
 Offset = int | mx.array  # the position of a pass's first entry
 Arrays = tuple[mx.array, ...]  # each [B, heads, S, …]
@@ -69,6 +69,11 @@ def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
     """Write entries [B, heads, L, dims] into `slots` [B or 1, L]."""
     where = slots[:, None, :, None]
     return tuple(mx.put_along_axis(array, where, rows, axis=2) for array, rows in zip(arrays, entries, strict=True))
+
+
+def along(parts: Iterable[Arrays]) -> Arrays:
+    """Entries of positions that follow each other, as one."""
+    return tuple(mx.concatenate([*each], axis=2) for each in zip(*parts, strict=True))
 
 
 def steps(offset: mx.array, length: int) -> mx.array:
@@ -157,7 +162,7 @@ class SlidingCache:
             return self.arrays
         seen = entries
         if offset:
-            seen = tuple(mx.concatenate([*pair], axis=2) for pair in zip(self.arrays, entries, strict=True))
+            seen = along([self.arrays, entries])
         kept = min(length, self.slots)
         slots = (mx.arange(offset + length - kept, offset + length) % self.slots)[None]
         before = self.arrays
@@ -251,7 +256,8 @@ class Caches:
     @property
     def last(self) -> dict[str, FullCache | SlidingCache]:
         """The last layer of each kind, which a drafter reads."""
-        return dict(zip(self.kinds, self.layers, strict=True))
+        found = dict(zip(self.kinds, self.layers, strict=True))
+        return found | {SLIDING: found.pop(WHOLE)} if WHOLE in found else found
 
     @property
     def arrays(self) -> list[Arrays]:

@@ -8,7 +8,7 @@ inside an MLP has no bound that would leave room for what is usual: there gate a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import cast
 
 import mlx.core as mx
@@ -16,10 +16,10 @@ from mlx import nn
 
 from mlx_gemma4.model.attention import QueryAttention, SelfAttention
 from mlx_gemma4.model.decoder import Layer, Ranges
+from mlx_gemma4.model.matrix import Adapted, added, blocks, total_columns
 from mlx_gemma4.model.model import Model
 
 LIMIT = 2.0**15  # half of what float16 holds: bounds are of exact numbers, and rounded ones are a little larger
-BLOCK = 2**22  # numbers of a matrix that are looked at at once
 LOWEST = 2.0**-8  # what a usual product may be lowered to, so that much smaller ones have all their bits
 SMALLEST_SHARE = 2.0**-6  # of what an MLP's row is divided by, its usual size: eps is then right to 1 / 4096
 
@@ -47,6 +47,9 @@ def float16_is_safe(model: Model) -> str | None:
 
 def make_float16_safe(model: Model) -> None:
     """Before `arrange`."""
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            settle_adapted(module)
     target, drafter = model.language_model, model.drafter
     width, eps = target.norm.weight.shape[0], target.norm.eps
     table = target.embed_tokens
@@ -83,6 +86,13 @@ def settle_last(norm: nn.RMSNorm, shrink: float, unit: float) -> None:
     norm.eps *= unit**2
 
 
+def settle_adapted(module: Adapted) -> None:
+    """A's products no larger than what it is given: B takes the power of two."""
+    factor = 2.0 ** -math.ceil(math.log2(max(norm_of(mx.linalg.norm(wide(module.lora_a), axis=-1)), 1.0)))
+    if factor < 1:
+        module.lora_a, module.lora_b = scaled(module.lora_a, factor), scaled(module.lora_b, 1 / factor)
+
+
 def settle_layers(layers: list[Layer], start: float, eps: float) -> float:
     """Make the layers safe for a residual stream that begins below `start`; the unit that it is to have."""
     size = peak = start
@@ -117,7 +127,8 @@ def settle_attention(layer: Layer, unit: float) -> None:
         own.k_norm.weight = scaled(own.k_norm.weight, 1.0)
     shrink = min(power(output_bound(own)), 1.0)
     if shrink < 1:
-        for name in ("scales", "biases") if isinstance(own.o_proj, nn.QuantizedLinear) else ("weight",):
+        matrix = ("scales", "biases") if isinstance(own.o_proj, nn.QuantizedLinear) else ("weight",)
+        for name in (*matrix, "lora_b"):
             if name in own.o_proj:
                 own.o_proj[name] = scaled(own.o_proj[name], shrink)
     layer.post_attention_layernorm.eps *= shrink**2
@@ -206,32 +217,25 @@ def largest_row(module: nn.Module, columns: mx.array | None = None) -> float:
 
 
 def row_norms(module: nn.Module, columns: mx.array | None = None) -> mx.array:
-    """[rows] float32; columns: what each is times."""
+    """[rows] float32; columns: what each is times. What an adapter adds counts on top, for it may cancel."""
+    norms = norms_of(blocks(module), columns)
+    if not isinstance(module, Adapted):
+        return norms
+    gain = mx.maximum(mx.abs(module.gain), 1) if "gain" in module else 1
+    return norms * gain + norms_of(added(module), columns)
+
+
+def norms_of(parts: Iterable[mx.array], columns: mx.array | None) -> mx.array:
     found: list[mx.array] = []
-    for rows in blocks(module):
+    for rows in parts:
         found.append(mx.linalg.norm(rows if columns is None else rows * columns, axis=-1))
         mx.eval(found[-1])
     return mx.concatenate(found)
 
 
 def largest_value(module: nn.Module) -> float:
-    return max(largest(rows) for rows in blocks(module))
-
-
-def blocks(module: nn.Module) -> Iterator[mx.array]:
-    """A matrix's values, some rows after the others, float32."""
-    step = max(1, BLOCK // total_columns(module))
-    for first in range(0, len(module.weight), step):
-        part = {name: module[name][first : first + step] for name in ("weight", "scales", "biases") if name in module}
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            part["weight"] = mx.dequantize(
-                part["weight"], part["scales"], part.get("biases"), module.group_size, module.bits, module.mode
-            )
-        yield wide(part["weight"])
-
-
-def total_columns(module: nn.Module) -> int:
-    """Of the matrix, packed or not."""
-    columns = module.weight.shape[1]
-    is_packed = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    return int(columns * 32 // module.bits if is_packed else columns)
+    size = max(largest(rows) for rows in blocks(module))
+    if not isinstance(module, Adapted):
+        return size
+    gain = max(largest(module.gain), 1.0) if "gain" in module else 1.0
+    return size * gain + max(largest(rows) for rows in added(module))

@@ -1,7 +1,7 @@
 """The whole model: a prompt in, hidden states and logits out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -21,16 +21,20 @@ from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_prompt, is_whole
 CHUNK = 512
 
 
-# MLX's threads do not live on in a fork: what is evaluated there would wait for ever. Its process ids, once loaded.
-forks: list[int] = []
+# MLX's threads do not live on in a fork: what is evaluated there would wait for ever. The process that has loaded.
+loaded_in: int | None = None
 
 
-def watch_forks() -> None:
-    os.register_at_fork(after_in_child=lambda: forks.append(os.getpid()))
+def remember_process() -> None:
+    """This process loads a model."""
+    global loaded_in
+    if loaded_in is None:
+        loaded_in = os.getpid()
 
 
 def check_process() -> None:
-    if forks:
+    """RuntimeError in a fork of a process that had loaded a model."""
+    if loaded_in not in (None, os.getpid()):
         raise RuntimeError("this process was forked after load, and MLX cannot go on in it; expected a spawned one")
 
 
@@ -41,6 +45,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.drafter: Drafter | None = None
+        self.group: mx.distributed.Group | None = None  # of machines that share it
         self.engine: Any = None  # what decoding keeps of this model from one request to the next
         self.language_model = Decoder(config.text, config.dtype)
         if config.vision is not None:
@@ -117,6 +122,14 @@ class Model(nn.Module):
             mx.eval(hidden, caches.arrays)
             mx.clear_cache()
             yield hidden
+
+    def agreed(self, *decided: mx.array) -> Sequence[mx.array]:
+        """What the first of several machines has decided, in arrays alike: rounding must not let them drift apart."""
+        if self.group is None:
+            return decided
+        # times 0 and not zeros: what led to it exchanges too, and has to be computed everywhere
+        own = mx.stack([*decided]) * int(self.group.rank() == 0)
+        return [*mx.distributed.all_sum(own, group=self.group)]
 
     def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:
         """What a pass of `length` positions at `offset` sees, by kind of layer. blocks [length]: of images."""

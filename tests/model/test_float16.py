@@ -219,7 +219,7 @@ def round_kernels(model: Model, file: Path) -> int:
     *_, hidden = model.read(prompt, caches)
     state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], 0)
     mx.eval(state, caches.arrays)
-    return kernels(file, make_round(model, sampler, 0)(state, caches.arrays)[0])
+    return kernels(file, make_round(model, sampler.stages, 0)(state, caches.arrays)[0])
 
 
 def test_a_layer_costs_one_norm_more_than_in_bfloat16(tmp_path: Path) -> None:
