@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from mlx_gemma4 import __version__
 from mlx_gemma4.config import (
     QUOTED,
     ModelConfig,
@@ -27,9 +29,14 @@ from mlx_gemma4.model.arrange import arrange, widen_scalar
 from mlx_gemma4.model.cache import array_shapes
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
-from mlx_gemma4.model.model import Model, check_process, watch_forks
-from mlx_gemma4.planner import Footprint, check_memory, footprint
+from mlx_gemma4.model.matrix import settle_gains
+from mlx_gemma4.model.model import Model, check_process, remember_process
+from mlx_gemma4.model.split import Share, join_machines, shares
+from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter
+from mlx_gemma4.weights.peers import check_alike, watch
+from mlx_gemma4.weights.sharing import columns_together, shared
 from mlx_gemma4.weights.tensors import (
     DTYPE_NAMES,
     EMBEDDING,
@@ -151,6 +158,11 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return found
 
 
+def footprint_of(model: Model) -> Footprint:
+    """Of a model that is loaded."""
+    return footprint(model.config, parameters(model))
+
+
 def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = None) -> Path:
     """The model folder on this machine, downloaded if it is a hub id. CheckpointError if there is none.
 
@@ -192,13 +204,23 @@ class DrafterChoice:
     quantize: bool  # to 4 bits if it is not quantized yet
 
 
+def find_adapter(adapter: str | Path | None) -> Path | None:
+    if adapter is not None and not isinstance(adapter, str | Path):
+        raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder or None")
+    return None if adapter is None else Path(adapter).expanduser()
+
+
 def find_drafter(
-    path_or_hub_id: str | Path, folder: Path, drafter: str | Path | None, patterns: Sequence[str] | None = None
+    path_or_hub_id: str | Path,
+    folder: Path,
+    drafter: str | Path | None,
+    patterns: Sequence[str] | None = None,
+    adapter: Path | None = None,
 ) -> DrafterChoice | None:
     """The drafter to use with the model in `folder`, which was asked for as `path_or_hub_id`.
 
-    "auto": its subfolder `drafter/`, else, for a hub id, the published partner; None where there is none. patterns: as
-    in `find_folder`.
+    "auto": the adapter's subfolder `drafter/`, else the model's, else, for a hub id, the published partner; None where
+    there is none. patterns: as in `find_folder`.
     """
     if drafter is None:
         return None
@@ -206,9 +228,9 @@ def find_drafter(
         raise CheckpointError(f"drafter is {a(drafter)}; expected 'auto', a folder, a hub id or None")
     if drafter != "auto":
         return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
-    own = folder / "drafter"
-    if own.is_dir():
-        return DrafterChoice(own, str(own), quantize=False)
+    for own in (*([] if adapter is None else [adapter / "drafter"]), folder / "drafter"):
+        if own.is_dir():
+            return DrafterChoice(own, str(own), quantize=False)
     if folder == Path(path_or_hub_id).expanduser():
         return None
     from mlx_gemma4.weights.hub import PATTERNS, download_partner
@@ -227,6 +249,7 @@ class Checkpoint:
     model: Model  # shapes only
     drafter: DrafterChoice | None
     footprint: Footprint  # once it is loaded
+    share: Share | None = None  # of several machines
 
     @property
     def nbytes(self) -> int:
@@ -235,13 +258,19 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: Path, drafter: DrafterChoice | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
+    folder: Path,
+    drafter: DrafterChoice | None,
+    dtype: mx.Dtype | None = None,
+    kv_bits: int | None = None,
+    adapter: Path | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit.
 
-    dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's.
+    dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's. adapter: a
+    folder. group: of machines that share the model; ValueError if it cannot be shared so.
     """
-    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits)
+    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group)
     check_memory(checkpoint.footprint)
     return checkpoint
 
@@ -252,6 +281,8 @@ def look_through(
     tensors_of: Callable[[Path], dict[str, Tensor]],
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
+    adapter: Path | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> Checkpoint:
     """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
@@ -262,20 +293,43 @@ def look_through(
         own, found = settle_drafter(own, tensors_of(drafter.folder))
         tensors |= {DRAFTER_ROOT + path: tensor for path, tensor in found.items()}
         quantization |= quantization_by_path(own, DRAFTER_ROOT)
-    dtype = choose_dtype(tensors, quantization) if dtype is None else dtype
+    is_shared = group is not None and group.size() > 1
+    if dtype is None:
+        dtype = own_dtype(tensors, quantization) if is_shared else choose_dtype(tensors, quantization)
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
+    share, whole = None, config.text
+    if group is not None and group.size() > 1:
+        if adapter is not None:
+            raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
+        if dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
+            raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
+        described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(tensors.items())]
+        check_alike(group, repr((__version__, config, own, described)))
+        share = own_share(whole, group, tensors)
+        tensors = shared(tensors, share, whole)
+        config = replace(config, text=share.of(whole))
     model = Model(config)
     if own is not None:
         model.drafter = Drafter(own)
     quantize_empty(model, tensors, quantization)
+    if adapter is not None:
+        own_tensors = read_adapter(adapter, matrices_of(model))
+        attach(model, own_tensors)
+        tensors |= own_tensors
     check_tensors(model, tensors)
     loaded = {path: as_loaded(path, tensors, config) for path in parameters(model)}
     size = footprint(config, loaded)
     if drafter is not None and own is not None and model.drafter is not None and will_quantize(model.drafter, drafter):
         size = replace(size, drafter=quantized_nbytes(Drafter(own), config.dtype))
-    return Checkpoint(folder, config, tensors, model, drafter, size)
+    return Checkpoint(folder, config, tensors, model, drafter, size, share)
+
+
+def own_share(text: TextConfig, group: mx.distributed.Group, tensors: Mapping[str, Tensor]) -> Share:
+    """Of this machine: each holds as much as its memory allows, in proportion."""
+    room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
+    return shares(text, group, cast(list[int], room.tolist()), columns_together(text, tensors))[group.rank()]
 
 
 def settle_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -407,7 +461,10 @@ def is_worse_in_float16(tensor: Tensor) -> bool:
 
 
 def loaded_dtype(tensor: Tensor, config: ModelConfig) -> mx.Dtype:
-    """All that floats has one type; packed weights and scales of a byte stay."""
+    """All that floats has one type; packed weights and scales of a byte stay. The lengths of DoRA's rows are divided by
+    others that are nearly the same: float32."""
+    if isinstance(tensor, AdapterTensor) and len(tensor.shape) == 1:
+        return mx.float32
     return config.dtype if tensor.dtype in FLOATING else tensor.dtype
 
 
@@ -447,18 +504,29 @@ def without_missing_parts(config: ModelConfig, paths: Collection[str]) -> ModelC
 
 
 def load_values(checkpoint: Checkpoint) -> Iterator[int]:
-    """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each."""
+    """Read the tensors, as `read_values`, and make the model ready to run."""
+    yield from read_values(checkpoint)
+    settle_gains(checkpoint.model)
+    if checkpoint.config.dtype == mx.float16 and (reason := float16_is_safe(checkpoint.model)):
+        raise CheckpointError(f"{reason}; expected bfloat16 or float32, for dtype")
+    arrange(checkpoint.model)
+    if checkpoint.share is not None:
+        join_machines(checkpoint.model, checkpoint.share)
+
+
+def read_values(checkpoint: Checkpoint) -> Iterator[int]:
+    """Read the tensors one by one, so that memory peaks at the weights; yields the bytes of each.
+
+    The model has the checkpoint's names and order, as what is trained has; it is not yet ready to run.
+    """
     check_process()
-    watch_forks()
+    remember_process()
     model, tensors = checkpoint.model, checkpoint.tensors
     for path in sorted(parameters(model), key=lambda path: (tensors[path].file, tensors[path].offset)):
         model.load_weights([(path, load_value(tensors[path], checkpoint.config))], strict=False)
         yield tensors[path].nbytes
     if model.drafter is not None and checkpoint.drafter is not None:
         quantize_drafter(model.drafter, checkpoint.drafter)
-    if checkpoint.config.dtype == mx.float16 and (reason := float16_is_safe(model)):
-        raise CheckpointError(f"{reason}; expected bfloat16 or float32, for dtype")
-    arrange(model)
 
 
 def quantize_drafter(drafter: Drafter, choice: DrafterChoice) -> None:
@@ -489,7 +557,9 @@ def load(
     path_or_hub_id: str | Path,
     drafter: str | Path | None = "auto",
     kv_bits: int | None = None,
+    adapter: str | Path | None = None,
     dtype: str | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, Processor]:
     """A model and its processor, from a folder or a hub id.
 
@@ -500,12 +570,18 @@ def load(
     scale loses by it.
     kv_bits: 8 or 4, of the keys and values that full layers keep; None: as they are computed. It saves memory at long
     contexts and costs some quality (`mlx_gemma4.evaluate --kv-bits` measures it).
+    adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written; LoRA or DoRA.
+    group: machines that share the model by tensors, `mx.distributed.init()`, under `mlx.launch`; each reads its part.
     CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
     weights cannot fit here, ConnectionError if the hub cannot be reached.
     """
     asked = computing_type(dtype)
+    if group is not None and group.size() > 1:
+        watch(group)
     folder = find_folder(path_or_hub_id)
-    checkpoint = open_checkpoint(folder, find_drafter(path_or_hub_id, folder, drafter), asked, kv_bits)
+    own = find_adapter(adapter)
+    choice = find_drafter(path_or_hub_id, folder, drafter, adapter=own)
+    checkpoint = open_checkpoint(folder, choice, asked, kv_bits, own, group)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     for _ in load_values(checkpoint):
         pass

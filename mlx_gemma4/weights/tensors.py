@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -85,6 +85,20 @@ class Tensor:
     shape: Shape
     dtype: mx.Dtype
     offset: int  # of its first byte in the file
+    # bytes from row to row in the file, of a part of the columns; None: rows lie together
+    pitch: int | None = field(default=None, kw_only=True)
+
+    def part_of_rows(self, start: int, stop: int) -> "Tensor":
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self.row_bytes)
+
+    def part_of_columns(self, start: int, stop: int) -> "Tensor":
+        """Of a matrix."""
+        offset = self.offset + start * self.dtype.size
+        return replace(self, shape=(self.shape[0], stop - start), offset=offset, pitch=self.row_bytes)
+
+    @property
+    def row_bytes(self) -> int:
+        return nbytes(self.shape[1:], self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -99,21 +113,28 @@ class Tensor:
         return self.values(start, stop, (stop - start, *self.shape[1:]))
 
     def values(self, start: int, stop: int, shape: Shape) -> mx.array:
-        width = nbytes(self.shape[1:], self.dtype)
-        found = read_bytes(self.file, self.offset + start * width, stop - start, width).view(self.dtype).reshape(shape)
+        width = self.row_bytes
+        pitch = width if self.pitch is None else self.pitch
+        found = read_bytes(self.file, self.offset + start * pitch, stop - start, width, pitch)
+        found = found.view(self.dtype).reshape(shape)
         mx.eval(found)  # a view, but another thread could not make it
         return found
 
 
-def read_bytes(file: Path, offset: int, rows: int, width: int) -> mx.array:
-    """[rows, width] uint8, read into MLX's own memory: a mapped file's pages would count as the process's."""
+def read_bytes(file: Path, offset: int, rows: int, width: int, pitch: int) -> mx.array:
+    """[rows, width] uint8, read into MLX's own memory: a mapped file's pages would count as the process's.
+
+    pitch: from the beginning of a row to that of the next.
+    """
     found = mx.zeros((rows, width), mx.uint8)
     mx.eval(found)
-    with open(file, "rb") as opened:
-        opened.seek(offset)
-        if opened.readinto(np.asarray(found).data) < found.nbytes:  # a view
-            expected = offset + found.nbytes
-            raise CheckpointError(f"{file} ends early; expected {expected} bytes at least, so fetch it again")
+    views = [np.asarray(found)] if width == pitch else np.asarray(found)
+    with open(file, "rb", buffering=0) as opened:
+        for number, view in enumerate(views):
+            opened.seek(offset + number * pitch)
+            if opened.readinto(view.data) < view.nbytes:
+                expected = offset + (rows - 1) * pitch + width
+                raise CheckpointError(f"{file} ends early; expected {expected} bytes at least, so fetch it again")
     return found
 
 

@@ -17,7 +17,7 @@ from stored import stored_model
 from toy_checkpoint import TINY, Shape, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
-from mlx_gemma4.engine import generation
+from mlx_gemma4.decoding import batch
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.arrange import arrange
 from mlx_gemma4.model.model import Model
@@ -234,14 +234,14 @@ def test_nothing_of_a_bf16_checkpoint_is_upcast(
     assert logits(model).dtype == mx.float32
 
     seen: list[mx.Dtype] = []
-    launch = generation.launch
+    launch = batch.launch
 
     def watched(round_: Any, state: Any, caches: Any) -> Any:
         result = launch(round_, state, caches)
         seen.extend(array.dtype for arrays in caches.arrays for array in arrays)
         return result
 
-    monkeypatch.setattr(generation, "launch", watched)
+    monkeypatch.setattr(batch, "launch", watched)
     reply = generate(model, processor, Prompt(IDS), max_tokens=4, sampling=Sampling(temperature=0), draft_length=0)
     assert len(reply.token_ids) >= 2
     assert set(seen) == {mx.bfloat16}

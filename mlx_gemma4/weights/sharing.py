@@ -1,0 +1,49 @@
+"""Which part of a checkpoint's tensors one of several machines reads."""
+
+import re
+from collections.abc import Mapping
+
+from mlx_gemma4.config import FULL, SLIDING, TextConfig
+from mlx_gemma4.model.split import Share, last_of
+from mlx_gemma4.weights.tensors import Tensor
+
+LAYER = re.compile(r"language_model\.layers\.(\d+)\.\w+\.(\w+_proj)\.\w+")
+DOWN = re.compile(r"language_model\.layers\.\d+\.mlp\.down_proj\.scales")
+
+
+def columns_together(text: TextConfig, tensors: Mapping[str, Tensor]) -> int:
+    """How many columns of the MLP share a scale, and stay on one machine."""
+    counts = [tensor.shape[1] for path, tensor in tensors.items() if DOWN.fullmatch(path)]
+    return text.intermediate_size // min(counts, default=text.intermediate_size)
+
+
+def shared(tensors: Mapping[str, Tensor], share: Share, text: TextConfig) -> dict[str, Tensor]:
+    """What one machine reads. text: the whole decoder's."""
+    return {path: part_of(path, tensor, share, text) for path, tensor in tensors.items()}
+
+
+def part_of(path: str, tensor: Tensor, share: Share, text: TextConfig) -> Tensor:
+    match = LAYER.fullmatch(path)
+    if match is None:
+        return tensor
+    layer, matrix = int(match[1]), match[2]
+    kind = text.layer_types[layer]
+    dims = text.attention[kind].head_dim
+    first, last = share.queries(text)
+    if matrix == "q_proj":
+        return tensor.part_of_rows(first * dims, last * dims)
+    if matrix == "o_proj":
+        return part_of_columns(tensor, first * dims, last * dims, text.num_attention_heads * dims)
+    if matrix == "down_proj":
+        return part_of_columns(tensor, *share.columns, text.intermediate_size)
+    if matrix in ("gate_proj", "up_proj"):
+        return tensor.part_of_rows(*share.columns)
+    if kind == FULL or layer == last_of(text, SLIDING):  # k_proj and v_proj
+        return tensor
+    return tensor.part_of_rows(share.heads[0] * dims, share.heads[1] * dims)
+
+
+def part_of_columns(tensor: Tensor, first: int, last: int, total: int) -> Tensor:
+    """Of a matrix with `total` columns, packed or not, or of its scales."""
+    stored = tensor.shape[1]
+    return tensor.part_of_columns(first * stored // total, last * stored // total)
