@@ -1,11 +1,6 @@
 """Sound → frames: one soft token for each 40 ms of mono sound."""
 
-import os
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from ctypes import CDLL
 from io import SEEK_END, SEEK_SET, BytesIO
 from numbers import Real
 from pathlib import Path
@@ -16,7 +11,7 @@ import soundfile
 import soxr
 
 from mlx_gemma4.errors import MediaError, shown
-from mlx_gemma4.media.source import describe, needs_extra, open_source, unreadable
+from mlx_gemma4.media.source import describe, needs_extra, open_source, unheard, unreadable
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
 
@@ -25,7 +20,6 @@ SLOWEST, FASTEST = 1000, 1_000_000  # Hz, of what is taken
 LONGEST_SECONDS = 3 * 3600  # 270,000 soft tokens, where the longest context is 262,144
 UNKNOWN = 0xFFFFFFFF  # the size that a WAV of unknown size is said to have
 BLOCK = 1 << 18  # samples of all channels decoded at a time
-one_at_a_time = threading.Lock()  # in libsndfile: the streams that it prints to are the whole process's
 MOST_CHANNELS_FIRST = 8  # up to so many short rows are taken for channels (7.1 sound has 8)
 
 
@@ -143,7 +137,8 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
 
 def decode(file: BinaryIO, name: str, rate: int) -> Mono:
     try:
-        with silenced(), soundfile.SoundFile(Steady(with_length(file))) as sound:
+        # libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to
+        with unheard(1, 2), soundfile.SoundFile(Steady(with_length(file))) as sound:
             mono = Mono(name, sound.samplerate, rate)
             # by blocks, since a FLAC written to a pipe does not know its length
             while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
@@ -156,30 +151,6 @@ def decode(file: BinaryIO, name: str, rate: int) -> Mono:
         return decode_with_pyav(file, name, rate, error)
     except Exception as error:  # on damaged files soundfile raises whatever its code trips over
         raise unreadable(name, error) from None
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to.
-
-    Both streams lead nowhere meanwhile, also for what other threads write, so nothing else belongs in here.
-    """
-    with one_at_a_time:
-        libc, saved = CDLL(None), {}
-        libc.fflush(None)  # what waits in C's buffers is not theirs
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (1, 2):
-                with suppress(OSError):  # closed
-                    saved[stream] = os.dup(stream)
-                    os.dup2(nowhere, stream)
-            os.close(nowhere)
-            yield
-        finally:
-            libc.fflush(None)
-            for stream, copy in saved.items():
-                os.dup2(copy, stream)
-                os.close(copy)
 
 
 class Steady:

@@ -2,10 +2,15 @@
 
 import base64
 import binascii
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from ctypes import CDLL
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
@@ -183,3 +188,30 @@ def needs_extra(name: str, library: str, mac_command: str | None) -> MediaError:
     """The MediaError for a part that needs a library of the extra `video`; on macOS with the way around, if any."""
     around = f"; or convert it: {mac_command}" if mac_command and sys.platform == "darwin" else ""
     return MediaError(f'{name} needs {library}: pip install "mlx_gemma4[video]"{around}')
+
+
+streams = Lock()  # the process's, of which one user at a time may lead some nowhere
+
+
+@contextmanager
+def unheard(*numbers: int) -> Iterator[None]:
+    """What libraries print to these file descriptors meanwhile is lost.
+
+    So is what other threads write there, so nothing else belongs in here.
+    """
+    with streams:
+        libc, saved = CDLL(None), dict[int, int]()
+        libc.fflush(None)  # what waits in C's buffers is not theirs
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for number in numbers:
+                with suppress(OSError):  # closed
+                    saved[number] = os.dup(number)
+                    os.dup2(nowhere, number)
+            os.close(nowhere)
+            yield
+        finally:
+            libc.fflush(None)
+            for number, copy in saved.items():
+                os.dup2(copy, number)
+                os.close(copy)

@@ -5,9 +5,10 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, takewhile
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from mlx_gemma4.errors import a, article, shown
@@ -54,6 +55,22 @@ def request_messages(
     text: list[Part] = [{"type": "text", "text": request}] if request.strip() else []
     user: Message = {"role": "user", "content": parts + text if parts else request}
     return [{"role": "system", "content": system}, user] if system else [user]
+
+
+def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each line that is not empty; ValueError that names the line if one is not JSON."""
+    try:
+        texts = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 in a string too
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}, line {number}, is not JSON: {error}") from None
+        yield number, value
 
 
 def check_messages(messages: Any) -> list[Message]:
@@ -228,6 +245,23 @@ def check_tool_response(response: Any, where: str) -> Message:
     if response.get("name") is not None:
         checked["name"] = check_string(response["name"], f"{where}.name")
     return checked
+
+
+def taken_up(messages: list[Message]) -> Message:
+    """The last of checked messages, taken out: an assistant's, which is to be continued. ValueError if it is none, or
+    has more than a thought and text; its content is one string then."""
+    last = messages[-1]
+    content = last["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    extras = sorted({"tool_calls", "tool_responses"} & last.keys()) + [
+        part["type"] for part in parts if part["type"] != "text"
+    ]
+    if last["role"] != "assistant" or extras:
+        got = extras[0] if last["role"] == "assistant" else f"the role {last['role']}"
+        raise ValueError(
+            f"messages[{len(messages) - 1}] has {got}; continue_final_message expects an assistant message of text last"
+        )
+    return messages.pop() | {"content": "".join(part["text"] for part in parts)}
 
 
 def check_tool_order(messages: list[Message]) -> None:

@@ -1,10 +1,8 @@
 """Chat messages -> a prompt: the template's text as token ids, and media read, with runs of soft tokens in place."""
 
 import logging
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,8 @@ from tokenizers.models import BPE
 
 from mlx_gemma4.config import QUOTED, ModelConfig, quoted, read_bytes_of, read_json
 from mlx_gemma4.errors import CheckpointError, a, shown, unbroken
-from mlx_gemma4.prompt.messages import Part, check_messages, check_tools, media_parts, without_sources
+from mlx_gemma4.media.source import unheard
+from mlx_gemma4.prompt.messages import Part, check_messages, check_tools, media_parts, taken_up, without_sources
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_length
 from mlx_gemma4.prompt.template import compile_template, joins_turns, render_shielded, template_turns
 from mlx_gemma4.prompt.tools import argument_schemas, template_tools
@@ -79,6 +78,17 @@ class Loaded:
 
 
 @dataclass(frozen=True, eq=False)
+class Written:
+    """A request as the chat template writes it, before its media are read."""
+
+    text: str
+    mark: str  # in the text, stands for nothing: see template.py
+    media: tuple[Part, ...]  # in the order of their placeholders
+    tools: tuple[dict[str, Any], ...]
+    begun: str  # of the reply: what its last message already says
+
+
+@dataclass(frozen=True, eq=False)
 class ControlText:
     """Text with control tokens -> ids, where only the template's control tokens count as such."""
 
@@ -128,7 +138,7 @@ class Processor:
     tokenizer: Tokenizer
     config: ModelConfig
     template: Template
-    joins_turns: bool  # of the template: see chat.joins_turns
+    joins_turns: bool  # of the template: see template.joins_turns
     bos_token: str
     control: ControlText
     settings: MediaSettings
@@ -145,18 +155,36 @@ class Processor:
         thinking: bool = False,
         image_budget: int | None = None,
         preserve_thinking: bool = False,
+        continue_final_message: bool = False,
     ) -> Prompt:
         """The prompt that asks for the reply to `messages`, media read and their placeholders expanded.
 
         messages and tools are in Hugging Face's or OpenAI's spelling, or tools in Anthropic's. `image_budget`: the most
         soft tokens for each image, None for the checkpoint's own. preserve_thinking: the thoughts before earlier calls
-        are kept, as the template's option of this name does. A control token typed in any message or tool stays text.
+        are kept, as the template's option of this name does. continue_final_message: the last message is the
+        assistant's, text alone, and the reply goes on in it. A control token typed in any message or tool stays text.
         Raises ValueError, in one line, if the request, its media or the prompt's length is wrong.
         """
+        budget = self.image_budget(image_budget)
+        written = self.write(messages, tools, thinking, preserve_thinking, continue_final_message)
+        loaded = [(part["type"], self.read(part, budget)) for part in written.media]
+        prompt = replace(self.assemble(written.text, written.mark, loaded), tools=written.tools, begun=written.begun)
+        check_length(prompt, self.config)
+        return prompt
+
+    def write(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        thinking: bool = False,
+        preserve_thinking: bool = False,
+        continue_final_message: bool = False,
+    ) -> Written:
+        """The prompt's text; no media are read yet. Takes and raises what a call of the processor does."""
         checked, functions = check_messages(messages), check_tools(tools)
+        begun = taken_up(checked) if continue_final_message else None
         if not isinstance(thinking, bool):
             raise ValueError(f"thinking is {shown(thinking)}; expected True or False")
-        budget = self.image_budget(image_budget)
         turns = template_turns(checked, self.joins_turns)
         media = media_parts(turns)
         for part in media:
@@ -171,12 +199,10 @@ class Processor:
             thinking,
             preserve_thinking,
             self.bos_token,
+            begun,
         )
         self.check_placeholders(text, media)
-        loaded = [(part["type"], self.read(part, budget)) for part in media]
-        prompt = replace(self.assemble(text, mark, loaded), tools=tuple(functions))
-        check_length(prompt, self.config)
-        return prompt
+        return Written(text, mark, tuple(media), tuple(functions), "" if begun is None else begun["content"])
 
     def parse_response(self, text: str, tools: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The assistant message that a reply's text, control tokens and all, amounts to, whoever wrote it.
@@ -308,7 +334,7 @@ def load_processor(folder: Path, config: ModelConfig) -> Processor:
 def read_tokenizer(path: Path) -> Tokenizer:
     raw = read_bytes_of(path)
     try:
-        with quiet_panics():
+        with unheard(2):  # before an error of its Rust can be caught, it has written lines there
             tokenizer = Tokenizer.from_buffer(raw)
             tokenizer.no_truncation()  # some are saved with the settings of their training
             tokenizer.no_padding()
@@ -323,24 +349,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     if unknown is not None and tokenizer.token_to_id(unknown) is None:
         raise CheckpointError(f"{path} lacks its own unknown token, {quoted(unknown)}; expected Gemma 4's tokenizer")
     return tokenizer
-
-
-@contextmanager
-def quiet_panics() -> Iterator[None]:
-    """Standard error closed: before an error of tokenizers' Rust can be caught, it has written lines there."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
 
 
 def mark_special(tokenizer: Tokenizer, tokens: set[str]) -> None:

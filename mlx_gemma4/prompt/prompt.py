@@ -1,6 +1,5 @@
 """What the model reads: token ids, and the media behind their runs of soft tokens."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma4.config import ModelConfig, VisionConfig
-from mlx_gemma4.errors import a, shown
+from mlx_gemma4.errors import TooLongError, a, shown
 
 LONGEST = 2**20  # ids; above any context, so that what never ends is refused too
 
@@ -38,6 +37,7 @@ class Prompt:
     token_ids: list[int]
     media: tuple[SoftTokens, ...] = ()  # in the order of their tokens
     notes: tuple[str, ...] = ()  # what its user should know of how it was made, a line each: in its reply's notes
+    begun: str = ""  # the reply's beginning, which its end holds
     tools: tuple[dict[str, Any], ...] = ()  # that it declares, as they were given: a reply's calls are read by them
 
     def __post_init__(self) -> None:
@@ -49,11 +49,15 @@ class Prompt:
 
 
 def check_ids(ids: Any) -> list[int]:
-    arrayed = isinstance(ids, np.ndarray) and ids.ndim == 0  # a number, though it says that it can be iterated
-    if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes, bytearray, dict, set, frozenset)) or arrayed:
+    unfit = isinstance(ids, (str, bytes, bytearray, dict, set, frozenset))
+    try:
+        numbers = iter(() if unfit else ids)
+    except TypeError:  # an array of no dimension too, though it says that it can be iterated
+        unfit = True
+    if unfit:
         raise ValueError(f"token_ids is {a(ids)}; expected a list of integers")
     checked = []
-    for index, token in enumerate(islice(ids, LONGEST + 1)):
+    for index, token in enumerate(islice(numbers, LONGEST + 1)):
         if not is_whole(token) or token < 0:
             raise ValueError(f"token_ids[{index}] is {shown(token)}; expected an integer of at least 0")
         checked.append(int(token))
@@ -81,7 +85,7 @@ def check_length(prompt: Prompt, config: ModelConfig) -> None:
     """ValueError if the model cannot take a prompt, or if no room is left for a reply."""
     limit = config.text.max_position_embeddings
     if isinstance(prompt, Prompt) and len(prompt) >= limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the context holds {limit}, the reply included")
+        raise TooLongError(len(prompt), limit)
     check_prompt(prompt, config)
 
 

@@ -17,7 +17,7 @@ from datetime import datetime
 from itertools import chain, takewhile
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -46,10 +46,14 @@ def compile_template(source: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
     )
+    del environment.globals["lipsum"]  # of no use to a chat, and 100,000 paragraphs of it take 20 s
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
-    return environment.from_string(source)
+    try:
+        return environment.from_string(source)
+    except SyntaxError as error:  # of the Python that jinja2 makes of it, as from a break outside a loop
+        raise TemplateSyntaxError(error.msg, 1) from None
 
 
 class GenerationBlock(Extension):
@@ -121,15 +125,17 @@ def render_shielded(
     thinking: bool,
     preserve_thinking: bool,
     bos_token: str,
+    begun: Message | None = None,
 ) -> tuple[str, str]:
     """The text of checked messages (`template_turns`) and tools, and the mark in it that stands for nothing.
 
     Only the template's control tokens are whole in it.
 
-    starts: matches each character that a control token begins with. ValueError in one line if the template fails.
+    starts: matches each character that a control token begins with. begun: an assistant message of text that follows,
+    and is to be continued: as if the model had written it in this reply. ValueError in one line if the template fails.
     """
-    mark = unused_character([turns, tools])
-    slot = unused_character([turns, tools, mark])
+    mark = unused_character([turns, tools, [begun]])
+    slot = unused_character([turns, tools, [begun], mark])
     turns, tools = shield(turns, starts, mark), shield(tools, starts, mark)
     thoughts: list[str] = []
     turns = [written(turn, mark, slot if preserve_thinking else "", thoughts) for turn in turns]
@@ -144,7 +150,18 @@ def render_shielded(
     if text.count(slot) == len(thoughts):
         waiting = iter(thoughts)
         text = re.sub(slot, lambda _: next(waiting), text)
-    return text.replace(slot, ""), mark
+    text = text.replace(slot, "")
+    return text if begun is None else text_continued(text, shield(begun, starts, mark)), mark
+
+
+def text_continued(text: str, begun: Message) -> str:
+    """A prompt's text with what is written of the reply to it: the template may have opened a thought, or an empty one
+    in the place of a thought that there was."""
+    thought = begun.get("reasoning") or begun.get("reasoning_content")
+    opened = f"{CHANNEL_OPEN}{THOUGHT_CHANNEL}\n"
+    for end in (opened, opened + CHANNEL_CLOSE if thought else opened):
+        text = text.removesuffix(end)
+    return text + (f"{opened}{thought}\n{CHANNEL_CLOSE}" if thought else "") + begun["content"]
 
 
 # --- what the template renders right -----------------------------------------------------------

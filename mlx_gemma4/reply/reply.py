@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mlx_gemma4.reply.opening import CallPart, OpenCall, whole_part
+from mlx_gemma4.reply.stop import StopTexts
 from mlx_gemma4.reply.toolcall import QUOTE, QUOTE_TOKEN, Schema, parse_tool_call, read_tool_calls, spelled
 
 CHANNEL_OPEN, CHANNEL_CLOSE = "<|channel>", "<channel|>"
@@ -16,6 +18,7 @@ TURN_OPEN, TURN_CLOSE = "<|turn>", "<turn|>"
 TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<|tool_call>", "<tool_call|>"
 TOOL_RESPONSE_OPEN = "<|tool_response>"
 END_OF_TEXT = "<eos>"
+THINK = "<|think|>"
 
 THOUGHT_CHANNEL = "thought"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -35,6 +38,7 @@ class Stats:
     accepted_tokens: int  # counts whole rounds, the last included
     acceptance_by_position: list[float]
     tokens_per_round: float
+    thinking_tokens: int = 0  # of the reply's, those of its thoughts
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Piece:
     stats: Stats | None = None
     notes: list[str] = field(default_factory=list)  # what its user should know, a line each; any piece may have some
     message: dict[str, Any] | None = None  # of the whole reply, to append to `messages` to go on
+    calls: list[CallPart] = field(default_factory=list)  # in the order in which they are written
+    logprobs: list[dict[str, Any]] | None = None  # if asked for, as Reply has them, of these token_ids
+    stop: str = ""  # that of the texts to stop at which ended the reply
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,10 @@ class Reply:
     finish_reason: str  # "stop" | "length"
     stats: Stats
     notes: list[str] = field(default_factory=list)  # what its user should know, a line each
+    # If asked for, of each token {"token_id": int, "logprob": float, "top": {id: logprob}}, natural logarithms by the
+    # model's own law: before temperature, penalties, biases and forms.
+    logprobs: list[dict[str, Any]] | None = None
+    stop: str = ""  # that of the texts to stop at which ended it
 
     @property
     def message(self) -> dict[str, Any]:
@@ -94,12 +105,15 @@ def collect(pieces: Iterable[Piece]) -> Reply:
     thinking: list[str] = []
     token_ids: list[int] = []
     notes: list[str] = []
+    logprobs: list[dict[str, Any]] | None = None
     piece = None
     for piece in pieces:
         text.append(piece.text)
         thinking.append(piece.thinking)
         token_ids.extend(piece.token_ids)
         notes.extend(piece.notes)
+        if piece.logprobs is not None:
+            logprobs = [*(logprobs or []), *piece.logprobs]
     if piece is None or piece.finish_reason is None or piece.stats is None:
         raise ValueError(f"the last piece needs a finish_reason and stats; got {piece}")
     return Reply(
@@ -110,6 +124,8 @@ def collect(pieces: Iterable[Piece]) -> Reply:
         finish_reason=piece.finish_reason,
         stats=piece.stats,
         notes=notes,
+        logprobs=logprobs,
+        stop=piece.stop,
     )
 
 
@@ -126,6 +142,7 @@ class Controls:
     tool_response_open: int | None
     end_of_text: int | None
     quote: int | None
+    think: int | None  # in the system turn: the reply may begin with a thought
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "Controls":
@@ -139,6 +156,7 @@ class Controls:
             tool_response_open=tokenizer.token_to_id(TOOL_RESPONSE_OPEN),
             end_of_text=tokenizer.token_to_id(END_OF_TEXT),
             quote=tokenizer.token_to_id(QUOTE),
+            think=tokenizer.token_to_id(THINK),
         )
 
     def end_reply(self, token_id: int) -> bool:
@@ -199,7 +217,7 @@ class ReplyParser:
 
     It goes by token ids: text that merely looks like a control token stays text. Text may be fed between ids, as it is.
     No sequence makes it raise. schemas: of the arguments of each tool, by name, for calls that are nearly right; notes:
-    what to say with the first piece.
+    what to say with the first piece; stop: texts before which the answer ends: it is `stopped` then.
     """
 
     def __init__(
@@ -209,12 +227,16 @@ class ReplyParser:
         prompt_ids: Sequence[int],
         schemas: Mapping[str, Schema] | None = None,
         notes: Iterable[str] = (),
+        stop: Sequence[str] = (),
     ) -> None:
         self.tool_calls: list[dict[str, Any]] = []  # {"name": str, "arguments": dict}
+        self.thinking_tokens = 0
+        self._parts: list[CallPart] = []
         self._tokenizer = tokenizer
         self._controls = controls
         self._schemas = schemas or {}
         self._notes = list(notes)
+        self._stop = StopTexts(stop)
         self._text: list[str] = []
         self._thinking: list[str] = []
         self._given: list[tuple[str, str]] = []
@@ -232,6 +254,11 @@ class ReplyParser:
         return self._state is _State.THOUGHT or self._doubt is not None
 
     @property
+    def stopped(self) -> str:
+        """The text to stop at that ended the answer, if one did."""
+        return self._stop.found
+
+    @property
     def message(self) -> dict[str, Any]:
         """The assistant message of all that was given out, once it is finished."""
         text = "".join(text for text, _ in self._given)
@@ -240,7 +267,9 @@ class ReplyParser:
     def feed(self, symbols: Iterable[int | str]) -> tuple[str, str]:
         """(text, thinking) that these tokens made printable."""
         for symbol in symbols:
+            thought = self._state is _State.THOUGHT
             self._step(symbol)
+            self.thinking_tokens += thought or self._state is _State.THOUGHT
         return self._take()
 
     def finish(self, finish_reason: str = "stop") -> tuple[str, str]:
@@ -254,12 +283,17 @@ class ReplyParser:
         self._enter(_State.ANSWER)
         if self._doubt is not None:
             self._settle(closed=cut)
-        return self._take()
+        return self._take(last=True)
 
     def take_notes(self) -> list[str]:
         """What there is to say since the last time."""
         notes, self._notes = self._notes, []
         return notes
+
+    def take_calls(self) -> list[CallPart]:
+        """What became known of calls since the last time."""
+        parts, self._parts = self._parts, []
+        return parts
 
     def would_end(self, token_id: int) -> bool:
         """Whether the reply ends at this token: not where it stands in a call's string."""
@@ -289,6 +323,7 @@ class ReplyParser:
         self._first_line = "" if state is _State.THOUGHT else None
         self._first_line_in_prompt = ""
         self._call, self._in_string, self._first_end = [], False, None
+        self._open: OpenCall | None = None
         self._decoder = TokenDecoder(self._tokenizer, skip_special_tokens=True)
         self._state = state
 
@@ -307,6 +342,9 @@ class ReplyParser:
                 self._enter(_State.THOUGHT)  # gives out a first line that was no name
                 self._doubt = _Doubt()
             self._enter(_State.TOOL_CALL)
+            if self._doubt is None:
+                self._open = OpenCall(len(self.tool_calls))
+                self._decoder = TokenDecoder(self._tokenizer, skip_special_tokens=False)
         elif self._state is _State.THOUGHT:
             self._think(self._decoder.step(symbol))
         else:
@@ -339,6 +377,7 @@ class ReplyParser:
             return
         self._thinking += doubt.as_thought if closed else doubt.as_reply
         if not closed:
+            self._parts += [whole_part(n, call) for n, call in enumerate(doubt.calls, len(self.tool_calls))]
             self.tool_calls += doubt.calls
             self._notes += doubt.notes
 
@@ -348,6 +387,9 @@ class ReplyParser:
         if isinstance(symbol, str) or not self._controls.end_call(symbol):
             self._in_string ^= symbol == self._controls.quote
             self._call.append(symbol)
+            if self._open is not None:
+                mark = QUOTE_TOKEN if symbol == self._controls.quote else symbol
+                self._parts += self._open.feed(self._decoder.step(mark))
         elif self._in_string:  # either part of the string, or the string lacks its end
             if self._first_end is None:
                 self._first_end = len(self._call)
@@ -404,6 +446,9 @@ class ReplyParser:
             self._doubt.notes += notes
             self.think()
             return
+        for n, call in enumerate(calls or (), len(self.tool_calls)):
+            opened = self._open
+            self._parts += opened.finish(call) if opened is not None and opened.index == n else [whole_part(n, call)]
         self._enter(_State.ANSWER)
         self.tool_calls += calls or []
         self._text.append(kept if calls is None else "")
@@ -414,8 +459,8 @@ class ReplyParser:
         decoder = TokenDecoder(self._tokenizer, skip_special_tokens=False)
         return "".join(decoder.step(QUOTE_TOKEN if symbol == self._controls.quote else symbol) for symbol in call)
 
-    def _take(self) -> tuple[str, str]:
-        printable = "".join(self._text), "".join(self._thinking)
+    def _take(self, *, last: bool = False) -> tuple[str, str]:
+        printable = self._stop.feed("".join(self._text), last=last), "".join(self._thinking)
         self._text, self._thinking = [], []
         self._given.append(printable)
         return printable

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
@@ -114,6 +115,8 @@ def test_token_ids_become_a_list_of_python_integers() -> None:
         ([], "token_ids is empty; expected at least one token"),
         ("ab", "token_ids is a str; expected a list of integers"),
         (7, "token_ids is an int; expected a list of integers"),
+        (np.array(7), "token_ids is a ndarray; expected a list of integers"),
+        (mx.array(7), "token_ids is an array; expected a list of integers"),
         ([1, True], r"token_ids\[1\] is True; expected an integer of at least 0"),
         ([1.0], r"token_ids\[0\] is 1.0; expected an integer of at least 0"),
         ([-1], r"token_ids\[0\] is -1; expected an integer of at least 0"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateSyntaxError
 
 from mlx_gemma4.prompt.messages import (
     check_messages,
@@ -80,12 +81,18 @@ def test_published_renders_come_out_to_the_letter(case: dict[str, Any]) -> None:
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ lipsum(n=100000) }}", "'lipsum' is undefined"),
     ],
 )
 def test_a_template_that_fails_is_a_value_error_of_one_line(source: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"^the chat template fails on this request: .*({reason})") as caught:
         render(compile_template(source), [USER], [], False, "<bos>")
     assert "\n" not in str(caught.value)
+
+
+def test_a_break_outside_a_loop_is_a_syntax_error_of_the_template() -> None:
+    with pytest.raises(TemplateSyntaxError, match="'break' outside loop"):
+        compile_template("{% break %}")
 
 
 def test_templates_have_what_transformers_gives_them() -> None:

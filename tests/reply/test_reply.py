@@ -13,7 +13,7 @@ CONTROLS = Controls.from_tokenizer(TOKENIZER)
 CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END, EOS = 100, 101, 105, 106, 48, 49, 1
 STATS = Stats(1, 0, 1.0, 1, 1.0, 0.1, 1, 0, 0, 0, [], 1.0)
 
-RESPONSE, QUOTE = 50, 52
+RESPONSE, QUOTE, THINK = 50, 52, 98
 Outcome = tuple[str, str, list[dict[str, Any]]]
 
 
@@ -47,7 +47,7 @@ def parse_with_notes(
 
 
 def test_controls_have_the_published_ids():
-    assert Controls(CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END, RESPONSE, EOS, QUOTE) == CONTROLS
+    assert Controls(CHANNEL, CHANNEL_END, TURN, TURN_END, CALL, CALL_END, RESPONSE, EOS, QUOTE, THINK) == CONTROLS
 
 
 def test_a_tokenizer_may_lack_the_control_tokens():
