@@ -59,13 +59,13 @@ class Rounds:
     def run(self, length: int, fresh: bool = False) -> list[int]:
         """One round of `length` drafts: its tokens. `fresh`: trace it anew, for the model has changed."""
         if fresh or length not in self.compiled:
-            self.compiled[length] = make_round(self.model, self.sampler, length)
+            self.compiled[length] = make_round(self.model, self.sampler.stages, length)
         committed = len(self.ids) - 1
         self.caches.reserve(committed + ROUND)
         assert committed + length < self.caches.slots  # MLX writes anywhere
         tokens, self.state = launch(self.compiled[length], self.state, self.caches)
-        assert tokens.shape == (length + 1,)
-        ids = tokens.tolist()
+        assert tokens.shape == (1, length + 1)
+        [ids] = tokens.tolist()
         count = sum(token >= 0 for token in ids)
         assert count >= 1 and ids[count:] == [-1] * (length + 1 - count)
         self.tokens += ids[:count]

@@ -2,18 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Protocol
 
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import ROUND
 
-FIRST_TIMED = ((0, 3), (2, 2))  # lengths and how many of their rounds, to know what a draft costs
+FIRST_PLAIN, FIRST_DRAFTED = 3, 3  # timed rounds without drafts and with some, to know what a draft costs
 WINDOW = 12  # rounds of a length whose times are remembered
 MEMORY = 0.97  # what a trial of a draft position still counts after each later one: about 33 are remembered
 GUESSED_ACCEPTANCE = 0.6  # of the first draft, before any trial
+COMMON = 1  # trials of a row's own that what is known of all rows counts for
 GAIN = 1.02  # another length must promise this much more tokens a second
 FIRST_PROBE, LAST_PROBE = 32, 1024  # rounds between probes, doubled as long as they change nothing
 LONGEST_PROBE = 4  # rounds, if all its drafts are accepted
@@ -31,61 +31,64 @@ def check_draft_length(value: int | str) -> None:
         raise ValueError(f"draft_length is {shown(value)}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
 
 
-class Pace(Protocol):
-    """Who says how many tokens to draft."""
+@dataclass(eq=False)
+class Acceptance:
+    """How often drafts are accepted, by their position in a round; older rounds count less."""
 
-    longest: int
+    trials: list[float] = field(default_factory=list)  # drafts that got so far
+    hits: list[float] = field(default_factory=list)  # of these, accepted
 
-    def choose(self) -> int:
-        """The draft length of the next round."""
-        ...
+    def record(self, length: int, accepted: Sequence[int]) -> None:
+        """Learn from a round of `length` drafts: what each row accepted."""
+        for position in range(min(length, max(accepted) + 1)):
+            if position == len(self.trials):
+                self.trials.append(0.0)
+                self.hits.append(0.0)
+            tried, hit = (sum(own >= least for own in accepted) for least in (position, position + 1))
+            self.trials[position] = MEMORY * self.trials[position] + tried
+            self.hits[position] = MEMORY * self.hits[position] + hit
 
-    def record(self, length: int, accepted: int, seconds: float | None) -> None:
-        """Learn from a finished round; seconds None if its time is not known."""
-        ...
-
-
-@dataclass
-class FixedLength:
-    longest: int
-
-    def choose(self) -> int:
-        return self.longest
-
-    def record(self, length: int, accepted: int, seconds: float | None) -> None:
-        pass
+    def rate(self, position: int, guess: float, weight: float) -> float:
+        """Of a position, where a guess counts for so many trials."""
+        if position >= len(self.trials):
+            return guess
+        return (self.hits[position] + weight * guess) / (self.trials[position] + weight)
 
 
 @dataclass
 class Controller:
-    """Learns what a round of each length costs and how often each draft position is accepted.
+    """Learns what a round of each length costs, for so many rows, and how often their drafts are accepted.
 
-    It maximizes expected tokens a round over seconds a round. The best length stays in use; now and then another is
-    probed until a draft is refused, for four rounds at most. What the machine does besides slows all lengths
-    down alike: when the best one's times change, the others' are changed with them until they are probed.
+    It maximizes expected tokens a round, of all rows together, over seconds a round. The best length stays in use; now
+    and then another is probed until a draft is refused, for four rounds at most. What the machine does besides slows
+    all lengths down alike: when the best one's times change, the others' are changed with them until they are probed.
     """
 
+    common: Acceptance = field(default_factory=Acceptance)  # of all rows so far, at whatever number of them
+    first: int = 2  # the first length that is timed beside none
     longest: int = MAX_DRAFTS
     times: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the last rounds, by draft length
-    trials: list[float] = field(default_factory=list)  # by draft position: rounds that got so far
-    hits: list[float] = field(default_factory=list)  # of these, accepted
+    is_new: bool = True  # it is not known yet what a draft costs
     best: int = 0
     former: int | None = None  # the best before, until it is known that the change was right
     probe: int | None = None
     renews: bool = False  # the first time of a probe makes those of that length before it void
-    wait: int = FIRST_PROBE  # rounds until the next probe
+    wait: int = 0  # rounds until the next probe
     rounds: int = 0  # since the last probe
     probes: int = 0
 
     def choose(self) -> int:
-        for length, enough in FIRST_TIMED:
-            if len(self.times.get(length, ())) < enough:
-                return length
+        """The draft length of the next round."""
+        if len(self.times.get(0, ())) < FIRST_PLAIN:
+            return 0
         if self.probe is None and self.rounds >= self.wait:
             self.start_probe()
         return self.best if self.probe is None else self.probe
 
     def start_probe(self) -> None:
+        if self.is_new:
+            self.probe, self.wait, self.rounds = self.first, FIRST_PROBE, 0
+            return
         if self.former is not None:
             self.probe, self.former, self.wait = self.former, None, FIRST_PROBE
         else:
@@ -95,22 +98,24 @@ class Controller:
             self.wait, self.probes = min(2 * self.wait, LAST_PROBE), self.probes + 1
         self.rounds, self.renews = 0, True
 
-    def record(self, length: int, accepted: int, seconds: float | None) -> None:
+    def record(self, length: int, accepted: Sequence[tuple[Acceptance, int]], seconds: float | None) -> None:
+        """Learn from a finished round: what each row accepted; seconds None if its time is not known."""
         self.rounds += 1
-        for position in range(min(length, accepted + 1)):
-            if position == len(self.trials):
-                self.trials.append(0.0)
-                self.hits.append(0.0)
-            self.trials[position] = MEMORY * self.trials[position] + 1
-            self.hits[position] = MEMORY * self.hits[position] + (position < accepted)
+        counts = [count for _, count in accepted]
+        self.common.record(length, counts)
+        for row, count in accepted:
+            row.record(length, [count])
         if seconds is not None:
             self.remember(length, seconds)
-        told = seconds is not None and (accepted < length or length == 0)
+        told = seconds is not None and (min(counts) < length or length == 0)
+        if self.is_new:
+            self.is_new = len(self.times.get(self.first, ())) < FIRST_DRAFTED
+            told = not self.is_new
         if length == self.probe and (told or self.rounds >= LONGEST_PROBE):
             self.probe = None
         # plain rounds say nothing new of drafting, and this takes as long as a few of a round's launches
-        if len(self.times) >= len(FIRST_TIMED) and (length or self.rounds % 16 == 0):
-            self.settle()
+        if len(self.times) > 1 and (length or self.rounds % 16 == 0):
+            self.settle([row for row, _ in accepted])
 
     def remember(self, length: int, seconds: float) -> None:
         times = self.times.setdefault(length, deque(maxlen=WINDOW))
@@ -124,25 +129,25 @@ class Controller:
             for other in self.times.keys() - {length} if change != 1 else ():
                 self.times[other] = deque((time * change for time in self.times[other]), WINDOW)
 
-    def settle(self) -> None:
-        """Change to a length that promises clearly more."""
-        speeds = self.tokens_per_second()
+    def settle(self, rows: Sequence[Acceptance]) -> None:
+        """Change to a length that promises these rows clearly more."""
+        speeds = self.tokens_per_second(rows)
         best = max(range(len(speeds)), key=speeds.__getitem__)
         if speeds[best] > GAIN * speeds[self.best]:
             self.former, self.best, self.wait, self.rounds, self.probe = self.best, best, CHECK, 0, None
 
-    def tokens_per_second(self) -> list[float]:
-        """Expected, of each length."""
-        costs = self.costs()
-        tokens, chance, acceptance = 1.0, 1.0, GUESSED_ACCEPTANCE
-        speeds = [tokens / costs[0]]
-        for position in range(self.longest):
-            if position < len(self.trials):  # the guess from the position before is worth one trial
-                acceptance = (self.hits[position] + acceptance) / (self.trials[position] + 1)
-            chance *= acceptance
-            tokens += chance
-            speeds.append(tokens / costs[position + 1])
-        return speeds
+    def tokens_per_second(self, rows: Sequence[Acceptance]) -> list[float]:
+        """Expected of these rows together, of each length."""
+        tokens, guess, guesses = float(len(rows)), GUESSED_ACCEPTANCE, []
+        for position in range(self.longest):  # a guess from the position before is worth one trial
+            guess = self.common.rate(position, guess, 1)
+            guesses.append(guess)
+        chances, found = [1.0] * len(rows), [tokens]
+        for position, guess in enumerate(guesses):
+            chances = [chance * row.rate(position, guess, COMMON) for row, chance in zip(rows, chances, strict=True)]
+            tokens += sum(chances)
+            found.append(tokens)
+        return [own / cost for own, cost in zip(found, self.costs(), strict=True)]
 
     def costs(self) -> list[float]:
         """Seconds a round of each length: measured, no more than a longer one takes, or on a line through two."""
@@ -155,6 +160,11 @@ class Controller:
         near, far = sorted(measured, key=lambda known: abs(known - length))[:2]
         slope = max((measured[near] - measured[far]) / (near - far), 0.0)
         return measured[near] + slope * (length - near)
+
+
+def first_of(rows: int) -> int:
+    """The draft length to time first: with many rows each position drafted is dear."""
+    return 2 if rows < 4 else 1
 
 
 def quartile(times: Collection[float]) -> float:
@@ -186,6 +196,10 @@ class RoundClock:
         alike = len(set(self.lengths)) == 1 and not self.traced
         self.last_read = now
         return seconds if alike and seconds is not None and self.outside < seconds / 2 else None
+
+    def interrupted(self) -> None:
+        """The device does something else until the next read."""
+        self.last_read = None
 
     def resumed(self) -> None:
         if self.last_read is not None:

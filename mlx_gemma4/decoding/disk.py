@@ -117,17 +117,17 @@ class Disk:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def chain(self, space: bytes, units: np.ndarray, size: int, unfit: Collection[Path] = ()) -> list[Place]:
-        """The files of the beginning of these units, page by page of `size` positions, by what their names and headers
-        say; without those that were found unfit."""
+    def chain(self, space: bytes, units: np.ndarray, unfit: Collection[Path] = ()) -> list[Place]:
+        """The files of the beginning of these units, page by page, by what their names and headers say; without those
+        that were found unfit."""
         by_name: dict[str, list[Path]] = {}
         for file in self.files():
             if file not in unfit:
                 by_name.setdefault(file.name.rpartition("-")[0], []).append(file)
         found: list[Place] = []
         before = space
-        for number, first in enumerate(range(0, len(units), size)):
-            own = units[first : first + size]
+        for number, first in enumerate(range(0, len(units), PAGE)):
+            own = units[first : first + PAGE]
             full = self.longest(by_name.get(f"{FULL}-{before.hex()}", []), own, first)
             if full is None or full[1] != first:
                 break
@@ -135,7 +135,7 @@ class Disk:
             sliding = self.longest(by_name.get(f"{SLIDING}-{before.hex()}", []), own[: last - first], first)
             file_, *span = sliding or (self.folder, first, first)
             found.append(Place(number, first, last, before, file, file_, (span[0], span[1])))
-            if last < first + size:
+            if last < first + PAGE:
                 break
             before = chained(before, own)
         return found

@@ -8,27 +8,40 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from itertools import count
+from threading import get_ident
+from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_gemma4.config import GenerationConfig
-from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller
-from mlx_gemma4.decoding.sampling import Sampler, Sampling
+from mlx_gemma4.decoding.controller import MAX_DRAFTS, Acceptance, Controller, first_of
+from mlx_gemma4.decoding.sampling import IN_PROMPT, Sampler, Sampling, Stages, allowed, draw, probabilities, told
 from mlx_gemma4.decoding.warmup import Warmup
 from mlx_gemma4.model.cache import ROUND, Arrays, Caches, traced
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.prompt import Prompt
 
-# token [1] int32: the newest, which has no key yet; hidden [1, 1, D] at the position before it; offset [1]: the number
-# of positions before it; random: a key; seen [V] bool: with a repetition penalty, the tokens so far.
+# Of B rows: token [B] int32: the newest, which has no key yet; hidden [B, 1, D] at the position before it; offset [B]:
+# the number of positions before it; random [B, 2]: a key each; limit [B]: drafts that it takes at most, below 0: an
+# empty row; the numbers of its law, each [B]; pauses [B, 2]: tokens behind which its round ends, NONE for none;
+# with penalties, seen [B, V] int32: how often the reply has each token, and IN_PROMPT more if the prompt has it.
+# A round's result has, where a row asks for it, also told [B, k + 1, …] (sampling.told), which the next does not take.
 State = dict[str, mx.array]
-# tokens [k + 1] int32 (the accepted ones and one more, then NONE), the next state, the caches' arrays
+# tokens [B, k + 1] int32 (the accepted ones and one more, then NONE), the next state, the caches' arrays
 Round = Callable[[State, list[Arrays]], tuple[mx.array, State, list[Arrays]]]
-Accept = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
+# A round in two halves, for rows that are held to a form. drafts [B, k] and the law of each, [B, k, V]; and from these,
+# the tokens that may be chosen at each of k + 1 places, as bits [B, k + 1, V / 32] uint32, and which drafts were not
+# drawn but must come, [B, k] bool, what a round gives. Without a law, all of them must.
+Draft = Callable[[State, list[Arrays]], tuple[mx.array, mx.array]]
+Verify = Callable[
+    [State, list[Arrays], mx.array, mx.array | None, mx.array, mx.array], tuple[mx.array, State, list[Arrays]]
+]
 
 NONE = -1  # in a round's tokens: none
 NOT_FINITE = -2  # in place of a token whose logits are not finite
+
+Compiled = tuple[int, Stages, int, int, int]  # in which thread; then what it was compiled for
+marks = count(1)
 
 KEPT_ROUNDS = 32  # each takes megabytes on the host: five with the 48 layers of the 12B, more with drafts
 
@@ -37,13 +50,23 @@ KEPT_ROUNDS = 32  # each takes megabytes on the host: five with the 48 layers of
 class Learnt:
     """What one request leaves for the next: no part of it changes an answer."""
 
-    controller: Controller = field(default_factory=Controller)
-    rounds: dict[tuple[GenerationConfig, int, int], Round] = field(default_factory=dict)  # compiled
+    controllers: dict[int, Controller] = field(default_factory=dict)  # by rows of a round
+    held_controllers: dict[int, Controller] = field(default_factory=dict)  # where a row is held to a form
+    acceptance: Acceptance = field(default_factory=Acceptance)  # of all rows
+    held_acceptance: Acceptance = field(default_factory=Acceptance)
+    rounds: dict[Compiled, Round] = field(default_factory=dict)
+    halves: dict[Compiled, tuple[Draft, Verify]] = field(default_factory=dict)
     fingerprint: bytes | None = None  # of the weights, once a store has asked
-    warmups: dict[GenerationConfig, Warmup] = field(default_factory=dict)
+    warmups: dict[tuple[Stages, int], Warmup] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type["Learnt"], tuple[()]]:
         return Learnt, ()  # nothing of it goes to another process with the model
+
+    def controller(self, rows: int) -> Controller:
+        return self.controllers.setdefault(rows, Controller(self.acceptance, first_of(rows)))
+
+    def held_controller(self, rows: int) -> Controller:
+        return self.held_controllers.setdefault(rows, Controller(self.held_acceptance, first_of(rows)))
 
 
 def learnt_of(model: Model) -> Learnt:
@@ -52,160 +75,286 @@ def learnt_of(model: Model) -> Learnt:
     return cast(Learnt, model.engine)
 
 
-def first_state(model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int) -> State:
-    """The state after a prompt has been read, from the hidden state of its last position, [1, 1, D]."""
+OPTIONAL = {"seen": mx.int32, "bias": mx.float32}  # [B, V], of a state of which a row needs it; zeros are none
+
+
+def optional(stages: Stages) -> list[str]:
+    return [name for name, wanted in (("seen", stages.penalty), ("bias", stages.bias)) if wanted]
+
+
+def first_state(
+    model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int, bits: mx.array | None = None
+) -> State:
+    """The state of one row after its prompt has been read, from the hidden state of the last position, [1, 1, D].
+
+    bits [1, 1, V / 32]: the tokens that may be first, if not all may.
+    """
     random, draw_key = mx.random.split(mx.random.key(seed))
-    state = {"offset": mx.array([len(prompt_ids)]), "random": random, "hidden": hidden}
-    if sampler.penalty != 1:
-        state["seen"] = mx.zeros((model.config.text.vocab_size,), mx.bool_)
-        state["seen"][mx.array(prompt_ids)] = True
-    logits = model.language_model.head(hidden)[0]
-    token = sampler.draw(sampler.probabilities(logits, seen_by_row(state, [])), draw_key)
-    token = checked(token, logits)
-    return see(state, token) | {"token": token}
+    state = sampler.law() | {
+        "offset": mx.array([len(prompt_ids)]), "random": random[None], "hidden": hidden,
+        "limit": mx.array([MAX_DRAFTS]), "pauses": mx.full((1, 2), NONE),
+    }  # fmt: skip
+    if sampler.stages.penalty:
+        state["seen"] = mx.zeros((1, model.config.text.vocab_size), mx.int32)
+        state["seen"][:, mx.array(prompt_ids)] = IN_PROMPT
+    logits = model.language_model.head(hidden)
+    choices = sampler.allowed if bits is None else sampler.allowed & unpacked(bits, logits.shape[-1])
+    p = probabilities(logits, sampler.stages, state, choices, seen_by_place(state, []))
+    (token,) = model.agreed(checked(draw(p[:, 0], draw_key[None], sampler.stages)[:, None], logits))
+    if sampler.stages.tells:
+        state["told"] = told(logits, token)
+    return see(state, token) | {"token": token[:, 0]}
 
 
-def compiled_round(model: Model, sampler: Sampler, length: int, caches: Caches) -> tuple[Round, bool]:
-    """The round that drafts `length` tokens, and whether it is new: the model keeps those that were used last.
+def compiled_round(model: Model, stages: Stages, rows: int, length: int, slots: int) -> tuple[Round, bool]:
+    """The round of so many rows that drafts `length` tokens, and whether it is new: the model keeps those that were
+    used last. slots: of the full layers.
 
     On a CPU it is not compiled before its kernels are there.
     """
-    if not has_kernels(model, sampler):
-        return plain_round(model, sampler, length), False
-    rounds, key = learnt_of(model).rounds, (sampler.chosen, length, caches.slots)
+    if not has_kernels(model, stages, rows):
+        return plain_round(model, stages, length), False
+    rounds, key = learnt_of(model).rounds, (get_ident(), stages, rows, length, slots)
     kept = rounds.pop(key, None)
-    round_ = make_round(model, sampler, length) if kept is None else kept
+    round_ = make_round(model, stages, length) if kept is None else kept
     rounds[key] = round_
-    for oldest in list(rounds)[:-KEPT_ROUNDS]:
-        rounds.pop(oldest, None)
+    forget_oldest(rounds)
     return round_, kept is None
 
 
-def has_kernels(model: Model, sampler: Sampler) -> bool:
-    warmups, law = learnt_of(model).warmups, sampler.chosen
-    if law not in warmups:
-        warmups[law] = Warmup(model, law)
-    return warmups[law].is_done(partial(run_rounds, model, law))
+def halves_of_round(
+    model: Model, stages: Stages, rows: int, length: int, slots: int
+) -> tuple[tuple[Draft, Verify], bool]:
+    """The same in two halves. On a CPU they are not compiled: nothing builds their kernels ahead."""
+    if mx.default_device().type == mx.cpu:
+        return make_halves(model, stages, length), False
+    halves, key = learnt_of(model).halves, (get_ident(), stages, rows, length, slots)
+    kept = halves.pop(key, None)
+    is_new = kept is None
+    if kept is None:
+        first, second = make_halves(model, stages, length)
+        kept = compiled(first), compiled(second)
+    halves[key] = kept
+    forget_oldest(halves)
+    return kept, is_new
 
 
-def run_rounds(model: Model, law: GenerationConfig) -> None:
+def forget_oldest(kept: dict[Compiled, Any]) -> None:
+    """Of this thread, all but those that were used last."""
+    own = [key for key in list(kept) if key[0] == get_ident()]
+    for oldest in own[:-KEPT_ROUNDS]:
+        kept.pop(oldest, None)
+
+
+def forget_thread(model: Model) -> None:
+    """What was compiled in this thread, which ends."""
+    learnt, ident = learnt_of(model), get_ident()
+    for kept in (learnt.rounds, learnt.halves):
+        for key in [key for key in list(kept) if key[0] == ident]:
+            kept.pop(key, None)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled, and never taken for another.
+
+    MLX finds a trace, in each thread, by its function's address and the shapes of what goes in, and of a function that
+    has run in two threads it forgets the trace of one alone: another function at the same address would run the other.
+    So rounds are each thread's own, and each is given an empty array of a shape of its own.
+    """
+    mark = mx.zeros((0, next(marks)))
+    mx.eval(mark)
+    own = mx.compile(lambda mark, *arguments: function(*arguments))
+    return lambda *arguments: own(mark, *arguments)
+
+
+def has_kernels(model: Model, stages: Stages, rows: int) -> bool:
+    if model.group is not None and mx.default_device().type == mx.cpu:
+        return False  # no other process could run a part of a model alone
+    warmups, key = learnt_of(model).warmups, (stages, rows)
+    if key not in warmups:
+        warmups[key] = Warmup(model, key)
+    return warmups[key].is_done(partial(run_rounds, model, stages, rows))
+
+
+def run_rounds(model: Model, stages: Stages, rows: int) -> None:
     """One compiled round of each draft length."""
-    sampler = Sampler(Sampling(), law, model.config.text.vocab_size)
+    sampler = Sampler(Sampling(temperature=1), model.config.generation, model.config.text.vocab_size)
     caches = model.caches(ROUND * (MAX_DRAFTS + 2))
     for hidden in model.read(Prompt(token_ids=[0]), caches):  # noqa: B007
         pass
     state = first_state(model, sampler, [0], hidden, 0)
+    for name in optional(stages):
+        state[name] = mx.zeros((1, model.config.text.vocab_size), OPTIONAL[name])
+    state = {name: mx.repeat(array, rows, axis=0) for name, array in state.items()}
+    caches.take([tuple(mx.repeat(array, rows, axis=0) for array in own) for own in caches.arrays])
+    mx.eval(state, caches.arrays)
     for length in range(1 if model.drafter is None else MAX_DRAFTS + 1):
-        tokens, state = launch(make_round(model, sampler, length), state, caches)
+        tokens, state = launch(make_round(model, stages, length), state, caches)
+        state.pop("told", None)
         mx.eval(tokens, state)
 
 
-def make_round(model: Model, sampler: Sampler, length: int) -> Round:
-    return mx.compile(plain_round(model, sampler, length))
+def make_round(model: Model, stages: Stages, length: int) -> Round:
+    return compiled(plain_round(model, stages, length))
 
 
-def plain_round(owner: Model, sampler: Sampler, length: int) -> Round:
+def plain_round(owner: Model, stages: Stages, length: int) -> Round:
     model = cast(Model, weakref.proxy(owner))  # it keeps the round: if that kept it, `del model` would free no weights
+    choices = allowed(stages, model.config.text.vocab_size)
 
     def round_(state: State, arrays: list[Arrays]) -> tuple[mx.array, State, list[Arrays]]:
         caches = traced(arrays, model.config.text)
-        drafts, q = draft(model, sampler, length, state, caches)
-        tokens, state = verify(model, sampler, state, caches, drafts, q)
+        drafts, q = draft(model, stages, choices, length, state, caches)
+        tokens, state = verify(model, stages, choices, state, caches, drafts, q)
         return tokens, state, caches.arrays
 
     return round_
 
 
-def round_keys(state: State) -> list[mx.array]:
-    """Of a round's random numbers: the next round's own, for drafting, for accepting, for drawing."""
-    return list(mx.random.split(state["random"], 4))
+def make_halves(owner: Model, stages: Stages, length: int) -> tuple[Draft, Verify]:
+    model = cast(Model, weakref.proxy(owner))
+    choices = allowed(stages, model.config.text.vocab_size)
+
+    def first(state: State, arrays: list[Arrays]) -> tuple[mx.array, mx.array]:
+        drafts, q = draft(model, stages, choices, length, state, traced(arrays, model.config.text))
+        return mx.stack(drafts, axis=1), mx.concatenate(q, axis=1)
+
+    def second(
+        state: State, arrays: list[Arrays], drafts: mx.array, q: mx.array | None, bits: mx.array, forced: mx.array
+    ) -> tuple[mx.array, State, list[Arrays]]:
+        caches, size = traced(arrays, model.config.text), model.config.text.vocab_size
+        certain = (mx.arange(size) == drafts[:, :, None]).astype(mx.float32)
+        q = certain if q is None else mx.where(forced[:, :, None], certain, q)
+        own = [drafts[:, place] for place in range(length)], [q[:, place : place + 1] for place in range(length)]
+        tokens, state = verify(model, stages, choices & unpacked(bits, size), state, caches, *own)
+        return tokens, state, caches.arrays
+
+    return first, second
 
 
-def draft(model: Model, sampler: Sampler, length: int, state: State, caches: Caches) -> tuple[list[mx.array], mx.array]:
-    """Draft `length` tokens: k arrays [1], and the distributions they were drawn from, [k, V]."""
+def unpacked(bits: mx.array, size: int) -> mx.array:
+    """[…, V / 32] uint32, the lowest bit first -> [..., V] bool."""
+    spread = (bits[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return spread.flatten(-2)[..., :size].astype(mx.bool_)
+
+
+def row_keys(state: State) -> mx.array:
+    """Of a round's random numbers, [B, 3 + MAX_DRAFTS, 2]: the next round's own, for accepting, for drawing, for each
+    draft: the same whatever others draft, so that a row's reply does not hang on its company."""
+    return mx.vmap(lambda key: mx.random.split(key, 3 + MAX_DRAFTS))(state["random"])
+
+
+def draft(
+    model: Model, stages: Stages, choices: mx.array, length: int, state: State, caches: Caches
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Draft `length` tokens: k arrays [B], and the distributions they were drawn from, each [B, 1, V]."""
     if model.drafter is None or not length:
-        return [], mx.zeros((0, model.config.text.vocab_size))
+        return [], []
     drafts: list[mx.array] = []
     q: list[mx.array] = []
     token, hidden, last, seen = state["token"], state["hidden"], state["offset"] - 1, state.get("seen")
-    masks = model.masks(caches, last, 1)
-    for key in mx.random.split(round_keys(state)[1], length):
-        logits, hidden = model.drafter(model.language_model.embed(token[None]), hidden, last, masks, caches.last)
-        q.append(sampler.probabilities(logits[0], None if seen is None else seen[None]))
-        token = sampler.draw(q[-1], key)
+    masks, keys = model.masks(caches, last, 1), row_keys(state)
+    for place in range(length):
+        embedding = model.language_model.embed(token[:, None])
+        logits, hidden = model.drafter(embedding, hidden, last, masks, caches.last)
+        q.append(probabilities(logits, stages, state, choices, None if seen is None else seen[:, None]))
+        token = draw(q[-1][:, 0], keys[:, 3 + place], stages)
         if seen is not None:
-            seen = seen | (mx.arange(seen.shape[0]) == token)
+            seen = seen + (mx.arange(seen.shape[1]) == token[:, None])
         drafts.append(token)
-    return drafts, mx.concatenate(q)
+    return drafts, q
 
 
 def verify(
-    model: Model, sampler: Sampler, state: State, caches: Caches, drafts: list[mx.array], q: mx.array
-) -> tuple[mx.array, State]:
-    """One pass over the newest token and k drafts, arrays [1] drawn from q [k, V]: tokens [k + 1], the next state."""
-    random, _, accept_key, draw_key = round_keys(state)
+    model: Model, stages: Stages, choices: mx.array, state: State, caches: Caches, drafts: list[mx.array],
+    q: list[mx.array],
+) -> tuple[mx.array, State]:  # fmt: skip
+    """One pass over the newest token and k drafts, [B] each drawn from q [B, 1, V]: tokens [B, k + 1], the next
+    state. choices: tokens that may be chosen, [V], or at each place, [B, k + 1, V] bool; the drafter may draft any."""
+    keys, limit, offset = row_keys(state), state["limit"], state["offset"]
     length = len(drafts)
-    tokens = mx.concatenate([state["token"], *drafts])  # [k + 1]
-    offset = state["offset"]
+    tokens = mx.stack([state["token"], *drafts], axis=1)  # [B, k + 1]
+    if length:
+        (tokens,) = model.agreed(tokens)
     masks = model.masks(caches, offset, length + 1)
-    hidden = model.language_model(model.language_model.embed(tokens[None]), offset, masks, caches.layers)
-    logits = model.language_model.head(hidden)[0]  # [k + 1, V]
-    p = sampler.probabilities(logits, seen_by_row(state, drafts))
-    accepted, rest = accept(p, q, tokens[1:], accept_key)
-    token = sampler.draw(rest, draw_key)  # [1]
-    place = mx.arange(length + 1)
-    following = mx.concatenate([tokens[1:], token])
-    tokens = mx.where(place < accepted, following, mx.where(place == accepted, token, NONE))
+    hidden = model.language_model(model.language_model.embed(tokens), offset, masks, caches.layers)
+    logits = model.language_model.head(hidden)  # [B, k + 1, V]
+    p = probabilities(logits, stages, state, choices, seen_by_place(state, drafts))
+    if length:
+        accepted, rest = accept(p, mx.concatenate(q, axis=1), tokens[:, 1:], keys[:, 1], limit)
+    else:
+        accepted, rest = mx.zeros_like(offset), p[:, 0]
+    token = draw(rest, keys[:, 2], stages)  # [B]
+    if stages.pauses and length:
+        accepted, token = paused(state["pauses"], tokens[:, 1:], accepted, token)
+    accepted, token = model.agreed(accepted, token)
+    place, count = mx.arange(length + 1), accepted[:, None]
+    following = mx.concatenate([tokens[:, 1:], token[:, None]], axis=1)
+    tokens = mx.where(place < count, following, mx.where(place == count, token[:, None], NONE))
     state = see(state, tokens) | {
-        "offset": offset + accepted + 1,
-        "random": random,
+        "offset": mx.where(limit < 0, offset, offset + accepted + 1),
+        "random": keys[:, 0],
         "token": token,
-        "hidden": hidden[:, accepted[None]],
+        "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1) if length else hidden,
     }
+    if stages.tells:
+        state["told"] = told(logits, tokens)
     return checked(tokens, logits), state
 
 
+def paused(pauses: mx.array, drafts: mx.array, accepted: mx.array, token: mx.array) -> tuple[mx.array, mx.array]:
+    """Accepted drafts [B, k] up to the first of these [B, 2], which is then the newest, as if it had been drawn."""
+    found = (drafts[:, :, None] == pauses[:, None]).any(axis=2) & (mx.arange(drafts.shape[1]) < accepted[:, None])
+    is_paused = found.any(axis=1)
+    accepted = mx.where(is_paused, found.argmax(axis=1).astype(accepted.dtype), accepted)
+    newest = mx.take_along_axis(drafts, mx.minimum(accepted, drafts.shape[1] - 1)[:, None], axis=1)[:, 0]
+    return accepted, mx.where(is_paused, newest, token)
+
+
 def checked(tokens: mx.array, logits: mx.array) -> mx.array:
-    """The tokens, or none of them if their logits are not finite: the host learns it with them."""
-    return mx.where(mx.isfinite(logits.sum()), tokens, NOT_FINITE)
+    """A row's tokens [B, L], or none of them if its logits are not finite: the host learns it with them."""
+    return mx.where(mx.isfinite(logits.sum(axis=(1, 2)))[:, None], tokens, NOT_FINITE)
 
 
-def accept(p: mx.array, q: mx.array, drafts: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
+def accept(p: mx.array, q: mx.array, drafts: mx.array, keys: mx.array, limit: mx.array) -> tuple[mx.array, mx.array]:
     """Keep each draft with probability min(1, p / q), up to the first that is rejected (Leviathan et al., 2023).
 
-    p [k + 1, V] of the target, q [k, V] of the drafter, drafts [k] drawn from q. Returns how many are accepted, and
-    the distribution [1, V], unnormalized, of the token that follows: max(p - q, 0) after a rejection, else p.
+    p [B, k + 1, V] of the target, q [B, k, V] of the drafter, drafts [B, k] drawn from q, keys [B, 2], limit [B]: the
+    drafts that a row takes at most, as if no more had been drafted. Returns how many are accepted, [B], and the
+    distribution [B, V], unnormalized, of the token that follows: max(p - q, 0) after a rejection, else p.
     """
-    if not drafts.shape[0]:
-        return mx.array(0), p
-    own = drafts[:, None]
-    chance = mx.take_along_axis(p[:-1], own, axis=1)[:, 0]
-    drawn = mx.take_along_axis(q, own, axis=1)[:, 0]
-    kept = mx.random.uniform(shape=drafts.shape, key=key) * drawn < chance
-    accepted = mx.cumprod(kept.astype(mx.int32)).sum()
-    rejected = mx.concatenate([q, mx.zeros_like(q[:1])])[accepted[None]]
-    target = p[accepted[None]]
-    rest = mx.maximum(target - rejected, 0)
+    length = drafts.shape[1]
+    own = drafts[:, :, None]
+    chance = mx.take_along_axis(p[:, :-1], own, axis=2)[:, :, 0]
+    drawn = mx.take_along_axis(q, own, axis=2)[:, :, 0]
+    numbers = mx.vmap(lambda key: mx.random.uniform(shape=(MAX_DRAFTS,), key=key))(keys)[:, :length]
+    kept = (numbers * drawn < chance) & (mx.arange(length) < limit[:, None])
+    accepted = mx.cumprod(kept.astype(mx.int32), axis=1).sum(axis=1)
+    at = accepted[:, None, None]
+    target = mx.take_along_axis(p, at, axis=1)[:, 0]
+    rejected = mx.take_along_axis(q, mx.minimum(at, length - 1), axis=1)[:, 0]
+    was_rejected = accepted < mx.minimum(limit, length)
+    rest = mx.where(was_rejected[:, None], mx.maximum(target - rejected, 0), target)
     # where p and q differ by rounding alone, nothing may be left
-    return accepted, mx.where(rest.sum() > 0, rest, target)
+    return accepted, mx.where(rest.sum(axis=1, keepdims=True) > 0, rest, target)
 
 
-def seen_by_row(state: State, drafts: list[mx.array]) -> mx.array | None:
-    """Tokens seen before each row's choice, [k + 1, V]: a row has seen the drafts before it. None without a penalty."""
+def seen_by_place(state: State, drafts: list[mx.array]) -> mx.array | None:
+    """Tokens seen before each choice, [B, k + 1, V]: it has seen the drafts before it. None without a penalty."""
     if "seen" not in state:
         return None
-    rows = [state["seen"]]
+    places = [state["seen"]]
     for token in drafts:
-        rows.append(rows[-1] | (mx.arange(rows[-1].shape[0]) == token))
-    return mx.stack(rows)
+        places.append(places[-1] + (mx.arange(places[-1].shape[1]) == token[:, None]))
+    return mx.stack(places, axis=1)
 
 
 def see(state: State, tokens: mx.array) -> State:
-    """The state in which these tokens, of which NONE are none, have been seen."""
+    """The state in which these tokens [B, L], of which NONE are none, have been seen."""
     if "seen" not in state:
         return state
-    ids = mx.arange(state["seen"].shape[0])
-    return state | {"seen": state["seen"] | (ids[:, None] == tokens).any(axis=1)}
+    ids = mx.arange(state["seen"].shape[1])
+    return state | {"seen": state["seen"] + (ids[:, None] == tokens[:, None]).sum(axis=2)}
 
 
 def launch(round_: Round, state: State, caches: Caches) -> tuple[mx.array, State]:

@@ -31,6 +31,7 @@ from mlx_gemma4.model.cache import (
     Caches,
     FullCache,
     SlidingCache,
+    along,
     cache_of,
     empty_cache,
     place,
@@ -165,7 +166,7 @@ class Held:
     caches: Caches
     cached: int  # positions that need not be read
     prompt: np.ndarray  # the units of the whole prompt
-    kept: int  # positions whose sliding entries are in pages, where they are wanted
+    first: int  # from there on the caches have sliding entries, as far as their slots go
     parted: tuple[int, int, int] | None = None  # where it parts from what was read, and the two ids
 
 
@@ -227,31 +228,54 @@ class PromptStore:
                 trim(taken, cut)
                 caches = resumed(taken, text, slots)
             taken.marks = forks(prompt, turn)
-            held = Held(taken, caches, cut, own, cut, parted)
+            held = Held(taken, caches, cut, own, max(0, cut - taken.window), parted)
             self.held.append(held)
             return held
 
-    def keep(self, held: Held, length: int) -> None:
-        """Put aside what the sliding layers have of the positions up to `length`, before it is overwritten."""
+    def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:
+        """A request's hold on what it has read without this store."""
+        own = units(prompt)
+        held = Held(Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own, 0)
+        with self.lock:
+            self.held.append(held)
+        return held
+
+    def keep(self, held: Held, length: int, end: int | None = None) -> None:
+        """Put aside what the sliding layers have of the positions up to `length`, before it is overwritten: what a
+        request needs that goes on from a mark, or from within a window before `end`; None: the prompt's."""
         line, caches = held.line, held.caches
         sliding = [layer for layer in caches.layers if isinstance(layer, SlidingCache)]
         if not sliding:
             return
         with self.lock:
-            end = len(held.prompt)
+            end = len(held.prompt) if end is None else end
             wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
             wanted |= set(span(end - 2 * line.window, max(end, length)))
-            first = max(held.kept, length - sliding[0].slots + ROUND)
+            first = max(held.first, length - sliding[0].slots + ROUND)
             for number in span(first, length):
-                start, stop = max(first, number * PAGE), min(length, (number + 1) * PAGE)
+                before = line.pages.get(number)
+                start = max(first, number * PAGE, 0 if before is None else before.last)
+                stop = min(length, (number + 1) * PAGE)
                 if number not in wanted or start >= stop:
                     continue
-                page = joined(line.pages.get(number), ring_page(sliding, start, stop))
+                page = joined(before, ring_page(sliding, start, stop))
                 if not self.fits(page.nbytes):
                     continue
                 line.pages[number] = page
                 mx.eval(page.arrays)
-            held.kept = length
+
+    def share(self, held: Held) -> None:
+        """Let others find a prompt that a request has read whole and goes on from; the arrays are those of both, so
+        that what it writes next is written to a copy."""
+        line, caches = held.line, held.caches
+        with self.lock:
+            full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
+            shared = Line(
+                line.space, held.prompt, full, dict(line.pages), line.window, line.marks, next(self.clock), line.uses
+            )
+            self.lines = [other for other in self.lines if not covers(shared, other)]
+            self.lines.append(shared)
+            self.evict(0)
 
     def give(self, held: Held, ids: list[int]) -> None:
         """Take a line back, with what has been read or written since; ids: those of all its positions."""
@@ -261,7 +285,7 @@ class PromptStore:
             rest = np.zeros((max(0, len(ids) - known), 3), np.uint64)
             rest[:, 0] = ids[known:]
             line.units = np.concatenate([held.prompt[: len(ids)], rest])
-            self.keep(held, len(ids))
+            self.keep(held, len(ids), len(ids))  # a reading that was broken off has not come to its prompt's end
             self.drop(held)
             line.full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
             if not len(line) or (not line.full and not line.pages):
@@ -304,7 +328,7 @@ class PromptStore:
         """What the folder has, if it is more than what memory has."""
         window, unfit, now = window_of(text), set[Path](), time.time()
         while True:
-            chain = disk.chain(space, own, PAGE, unfit)
+            chain = disk.chain(space, own, unfit)
             spans = [found.sliding_span for found in chain]
             most = min(chain[-1].last, len(own) - 1) if chain else 0
             found = usable(spans, window, most, prompt) if most > cut else 0
@@ -322,7 +346,7 @@ class PromptStore:
             if len(whole) < len(fulls) or len(there) < len(pages):
                 continue
             layers = zip(*(page.arrays for page in whole), strict=True)
-            full = [tuple(mx.concatenate([*parts], axis=2) for parts in zip(*own, strict=True)) for own in layers]
+            full = [along(parts) for parts in layers]
             mx.eval(full)
             return Line(space, own[:found], full, there, window, uses=1), found
 
@@ -338,7 +362,7 @@ class PromptStore:
                 save_line(line, self.disk)
             return line
         self.lines.append(line)
-        full = [tuple(mx.contiguous(array[:, :, :cut]) for array in own) for own in line.full]
+        full = Page(0, line.full).upto(cut).arrays
         mx.eval(full)
         return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used, uses=line.uses)
 
@@ -483,8 +507,7 @@ def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
         if own.window is None:
             layers.append(cache_of(own, next(full)))
             continue
-        parts = [page.arrays[place_of] for page in pages]
-        rows = tuple(mx.concatenate([*each], axis=2) for each in zip(*parts, strict=True))
+        rows = along(page.arrays[place_of] for page in pages)
         start = pages[0].first
         cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
         kept = tuple(array[:, :, first - start : end - start] for array in rows)
@@ -512,6 +535,4 @@ def joined(before: Page | None, page: Page) -> Page:
     """A page with what was there of it before, if nothing is missing between."""
     if before is None or before.last != page.first:
         return page
-    pairs = zip(before.arrays, page.arrays, strict=True)
-    arrays = [tuple(mx.concatenate([*each], axis=2) for each in zip(one, two, strict=True)) for one, two in pairs]
-    return Page(before.first, arrays)
+    return Page(before.first, [along(pair) for pair in zip(before.arrays, page.arrays, strict=True)])

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 
 import mlx
 import mlx.core as mx
@@ -46,15 +47,17 @@ class Warmup:
     """Of the rounds of one model with one law of choice: whether they have their kernels."""
 
     def __init__(self, model: Model, law: object):
+        self.rounds = 0
+        self.child: subprocess.Popen[bytes] | None = None
+        self.done = mx.default_device().type != mx.cpu or shutil.which("g++") is None  # without, MLX fuses nothing
+        if self.done:
+            return
         arrays = parameters(model)
         shapes = [(path, array.shape, array.dtype) for path, array in arrays.items()]
         described = repr((__version__, model.config, shapes, law)).encode()
         self.mark = f"rounds-{hashlib.blake2b(described, digest_size=16).hexdigest()}"
-        self.rounds = 0
-        self.child: subprocess.Popen[bytes] | None = None
-        self.done = mx.default_device().type != mx.cpu or shutil.which("g++") is None  # without, MLX fuses nothing
-        self.small = self.done or sum(array.nbytes for array in arrays.values()) <= LARGEST
-        self.done = self.done or (self.small and (kernel_folder(Path(tempfile.gettempdir())) / self.mark).exists())
+        self.small = sum(array.nbytes for array in arrays.values()) <= LARGEST
+        self.done = self.small and (kernel_folder(Path(tempfile.gettempdir())) / self.mark).exists()
 
     def is_done(self, task: Callable[[], None]) -> bool:
         """Asked before each round. After some the other process is started.
@@ -78,12 +81,14 @@ class Warmup:
                 pickle.dump(sys.path, file)
                 pickle.dump(Build(task, self.mark), file)
                 file.seek(0)
-                return subprocess.Popen(
+                child = subprocess.Popen(
                     [sys.executable, "-c", CHILD], stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     start_new_session=True,
                 )  # fmt: skip
         except OSError:  # no room, no right, no memory: plain rounds are right too
             return None
+        Thread(target=child.wait, daemon=True).start()  # its end is taken note of though the model be gone by then
+        return child
 
 
 class Build:

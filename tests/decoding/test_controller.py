@@ -7,7 +7,7 @@ import pytest
 from rounds import GREEDY
 
 from mlx_gemma4 import Prompt, generate
-from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller, FixedLength, Pace
+from mlx_gemma4.decoding.controller import MAX_DRAFTS, Acceptance, Controller
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 
@@ -31,9 +31,10 @@ class Machine:
         self.cost, self.acceptance, self.noise, self.timed = cost, acceptance, noise, timed
         self.load: Sequence[float] = (1.0,)  # what all rounds are slowed down by: one of these, for 50 rounds or so
         self.rng = np.random.default_rng(seed)
+        self.row = Acceptance()
         self.lengths: list[int] = []
 
-    def run(self, pace: Pace, rounds: int) -> float:
+    def run(self, pace: Controller, rounds: int) -> float:
         """Tokens a second over so many rounds."""
         tokens = seconds = 0.0
         load = self.rng.choice(self.load)
@@ -44,7 +45,7 @@ class Machine:
             assert 0 <= length <= MAX_DRAFTS
             accepted = int(np.append(self.rng.random(length) < self.acceptance, False).argmin())
             took = load * self.cost(length) * float(np.exp(self.noise * self.rng.standard_normal()))
-            pace.record(length, accepted, took if self.rng.random() < self.timed else None)
+            pace.record(length, [(self.row, accepted)], took if self.rng.random() < self.timed else None)
             tokens, seconds = tokens + accepted + 1, seconds + self.cost(length)
             self.lengths.append(length)
         return tokens / seconds
@@ -157,7 +158,7 @@ def test_a_hiccup_changes_nothing() -> None:
     machine, controller = Machine(linear(0.1), 0.8), Controller()
     machine.run(controller, 600)
     length = controller.choose()
-    controller.record(length, 0, 30.0)
+    controller.record(length, [(machine.row, 0)], 30.0)
     machine.lengths.clear()
     assert machine.run(controller, 100) > 0.85 * machine.best
     assert np.mean(np.array(machine.lengths) >= 2) > 0.9
@@ -180,9 +181,9 @@ def test_a_model_keeps_its_controller_over_requests(
     makers: set[int] = set()
     record = Controller.record
 
-    def recorded(self: Controller, length: int, accepted: int, seconds: float | None) -> None:
+    def recorded(self: Controller, length: int, accepted: list[tuple[Acceptance, int]], seconds: float | None) -> None:
         makers.add(id(self))
-        records.append((length, accepted))
+        records.append((length, sum(count for _, count in accepted)))
         record(self, length, accepted, seconds)
 
     monkeypatch.setattr(Controller, "record", recorded)
@@ -191,9 +192,3 @@ def test_a_model_keeps_its_controller_over_requests(
     assert len(records) == sum(own.rounds for own in stats)
     assert sum(length for length, _ in records) == sum(own.drafted_tokens for own in stats)
     assert sum(accepted for _, accepted in records) == sum(own.accepted_tokens for own in stats)
-
-
-def test_a_fixed_length_stays() -> None:
-    machine, pace = Machine(linear(1.0), 0.0), FixedLength(5)
-    machine.run(pace, 50)
-    assert set(machine.lengths) == {5}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_gemma4 import Sampling, generate
 from mlx_gemma4.config import GenerationConfig
-from mlx_gemma4.decoding.sampling import Sampler, largest
+from mlx_gemma4.decoding.sampling import IN_PROMPT, Sampler, draw, largest, told
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
@@ -119,6 +119,37 @@ def test_probabilities_are_those_of_transformers_filters(
     assert np.array(found)[np.stack(expected) > 1e-30].all()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_penalties_and_biases_are_added_to_the_logits_as_openai_counts_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((3, 40)) * 4).astype(np.float32)
+    counts, told = rng.integers(0, 4, (3, 40)) * (rng.random((3, 40)) < 0.4), rng.random((3, 40)) < 0.3
+    frequency, presence, repetition = (float(rng.uniform(*bounds)) for bounds in ((-2, 2), (-2, 2), (0.5, 2)))
+    bias = {int(token): float(rng.uniform(-100, 100)) for token in rng.choice(40, 3)} | {39: -np.inf}
+    x = logits.astype(np.float64)
+    x = np.where((counts > 0) | told, np.where(x < 0, x * repetition, x / repetition), x)
+    x -= frequency * counts + presence * (counts > 0)
+    x[:, [*bias]] += [*bias.values()]
+    sampling = Sampling(
+        temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=repetition, frequency_penalty=frequency,
+        presence_penalty=presence,
+    )  # fmt: skip
+    found = Sampler(sampling, PLAIN, 40, bias).probabilities(mx.array(logits), mx.array(counts + IN_PROMPT * told))
+    assert np.array(found) == pytest.approx(np.stack([softmax(row) for row in x]), abs=2e-5)
+
+
+@pytest.mark.parametrize("vocab", [5, 20, 21, 500, 70_000])
+def test_what_is_told_is_of_the_logits_alone(vocab: int) -> None:
+    logits = np.random.default_rng(vocab).standard_normal((2, 3, vocab)).astype(np.float32) * 3
+    tokens = mx.array([[0, 1, 2], [4, 3, -1]])
+    found, count = np.array(told(mx.array(logits), tokens)), min(20, vocab)
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
+    assert found[0, 1, 0] == pytest.approx(expected[0, 1, 1], abs=3e-4)
+    assert found[:, :, 1 : count + 1] == pytest.approx(-np.sort(-expected, axis=-1)[:, :, :count], abs=3e-4)
+    ids = found[:, :, count + 1 :].astype(int)
+    assert np.take_along_axis(expected, ids, axis=-1) == pytest.approx(found[:, :, 1 : count + 1], abs=3e-4)
+
+
 def test_ties_at_the_bound_stay_together() -> None:
     """As transformers' top-k has them; the draw among equals is fair then."""
     logits = mx.array([[2.0, 1.0, 1.0, 1.0, 0.0]])
@@ -136,7 +167,7 @@ def test_temperature_zero_is_all_on_the_best_that_is_not_suppressed(vocab: int) 
     sampler = Sampler(Sampling(temperature=0, top_k=3, top_p=0.5), GenerationConfig((1,), suppress), vocab)
     found = sampler.probabilities(mx.array(logits))
     assert np.array_equal(np.array(found), np.eye(vocab, dtype=np.float32)[logits_left.argmax(axis=-1)])
-    assert sampler.draw(found, mx.random.key(0)).tolist() == logits_left.argmax(axis=-1).tolist()
+    assert draw(found, keys(0, 5), sampler.stages).tolist() == logits_left.argmax(axis=-1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
@@ -168,13 +199,18 @@ def test_what_is_not_given_comes_from_the_checkpoint() -> None:
 # --- draws -------------------------------------------------------------------------------------
 
 
+def keys(seed: int, count: int) -> mx.array:
+    """Of so many rows, [count, 2]."""
+    return mx.random.split(mx.random.key(seed), count)
+
+
 def test_draws_follow_the_probabilities() -> None:
     """Chi-square: 31.26 is passed once in a thousand times by 11 degrees of freedom."""
     count = 20_000
     logits = mx.random.normal((1, 14), key=mx.random.key(3))
     sampler = Sampler(Sampling(temperature=1.3, top_k=12), PLAIN, 14)
     probabilities = sampler.probabilities(logits)
-    drawn = sampler.draw(mx.repeat(probabilities, count, axis=0), mx.random.key(4))
+    drawn = draw(mx.repeat(probabilities, count, axis=0), keys(4, count), sampler.stages)
     assert drawn.dtype == mx.int32
     p = np.array(probabilities, np.float64)[0]
     counts = np.bincount(np.array(drawn), minlength=14)
@@ -186,7 +222,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_draws_need_no_normed_probabilities() -> None:
     sampler = Sampler(Sampling(), PLAIN, 4)
-    drawn = np.array(sampler.draw(mx.array([[0.0, 0.03, 0.0, 0.01]] * 10_000), mx.random.key(5)))
+    drawn = np.array(draw(mx.array([[0.0, 0.03, 0.0, 0.01]] * 10_000), keys(5, 10_000), sampler.stages))
     assert set(drawn) == {1, 3}
     assert np.mean(drawn == 1) == pytest.approx(0.75, abs=0.02)  # 4.6 standard deviations
 
@@ -199,14 +235,14 @@ def test_suppressed_tokens_are_never_drawn(temperature: float) -> None:
     sampler = Sampler(Sampling(temperature=temperature), GenerationConfig((1,), suppress), 10)
     probabilities = sampler.probabilities(mx.array(logits))
     assert not np.array(probabilities)[0, list(suppress)].any()
-    drawn = sampler.draw(mx.repeat(probabilities, 5000, axis=0), mx.random.key(6))
+    drawn = draw(mx.repeat(probabilities, 5000, axis=0), keys(6, 5000), sampler.stages)
     assert not set(drawn.tolist()) & set(suppress)
 
 
 def test_same_key_draws_the_same() -> None:
     sampler = Sampler(Sampling(temperature=1.0), PLAIN, 100)
     probabilities = mx.full((50, 100), 0.01)
-    first, again, other = (sampler.draw(probabilities, mx.random.key(key)).tolist() for key in (1, 1, 2))
+    first, again, other = (draw(probabilities, keys(key, 50), sampler.stages).tolist() for key in (1, 1, 2))
     assert first == again != other
 
 

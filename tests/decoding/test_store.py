@@ -226,14 +226,14 @@ def test_what_failed_is_not_given_back(paged: Loaded, monkeypatch: pytest.Monkey
     stream = stream_generate(*paged, prompt, max_tokens=20, sampling=GREEDY, store=store)
     next(stream)
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_gemma4.engine.generation.tokens_of", lambda array: 1 / 0)
+        patched.setattr("mlx_gemma4.decoding.batch.tokens_of", lambda array: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(stream)
     assert not store.lines and not store.held
     stream = stream_generate(*paged, prompt, max_tokens=20, sampling=GREEDY, store=store)
     next(stream)
     with monkeypatch.context() as patched:
-        patched.setattr("mlx_gemma4.engine.generation.tokens_of", interrupted)
+        patched.setattr("mlx_gemma4.decoding.batch.tokens_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert [len(line) for line in store.lines] == [300] and not store.held

@@ -1,6 +1,10 @@
+import gc
+import os
 import shutil
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,7 +49,7 @@ def test_plain_rounds_give_what_compiled_ones_give(tiny: tuple[Model, Processor]
         state: State = first_state(model, sampler, IDS, hidden[:, -1:], 7)
         found = []
         for _ in range(6):
-            tokens, state = launch(make(model, sampler, 0), state, caches)  # type: ignore[operator]
+            tokens, state = launch(make(model, sampler.stages, 0), state, caches)  # type: ignore[operator]
             found.append(tokens.tolist())
         return found
 
@@ -95,3 +99,24 @@ def test_what_another_process_has_built_is_found(tiny: tuple[Model, Processor], 
     assert [file.name for file in unpatched.iterdir()] == ["mlx"]  # what it needed itself is gone
     assert Warmup(tiny[0], "law").is_done(one_kernel)
     assert not Warmup(tiny[0], "another law").is_done(one_kernel)
+
+
+def is_there(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_model_may_be_gone_before_the_other_process_ends(tiny: tuple[Model, Processor], unpatched: Path) -> None:
+    """No warning, which is an error here, and no process whose end nobody has taken note of."""
+    child = Warmup(tiny[0], "law").start(partial(time.sleep, 1))
+    assert child is not None
+    number = child.pid
+    del child
+    gc.collect()
+    end = time.monotonic() + 60
+    while is_there(number) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_there(number)

@@ -1,0 +1,313 @@
+"""`response_format` -> a grammar of the answer, in llguidance's form. ValueError, one line, for what cannot be held."""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+from urllib.parse import unquote
+
+from llguidance import LLMatcher
+
+from mlx_gemma4.errors import a, shown, unbroken
+from mlx_gemma4.media.source import unheard
+from mlx_gemma4.prompt.messages import check_json
+
+logger = logging.getLogger("mlx_gemma4")
+
+Schema = dict[str, Any]
+
+# Between the parts of JSON: without bounds, line breaks go on for ever; without any, models end lists early.
+WHITE_SPACE = r"( |\n {0,40})"
+LONGEST = 1_000_000  # characters of a schema or grammar
+
+FORMS = '"json", a JSON schema, or a dict with the type regex, lark, json_schema or json_object'
+FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
+# Keywords that say something of the values and that no grammar of llguidance holds.
+UNHELD = {
+    "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
+    "unevaluatedProperties", "unevaluatedItems", "contains", "minContains", "maxContains", "uniqueItems",
+    "$dynamicRef", "$recursiveRef", "$vocabulary", "divisibleBy", "disallow", "extends",
+}  # fmt: skip
+# Where schemas stand in a schema.
+ONE_SCHEMA = {
+    "items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
+    "unevaluatedProperties", "unevaluatedItems",
+}  # fmt: skip
+LISTED_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
+NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
+NULL: Schema = {"type": "null"}
+
+
+def response_grammar(response_format: Any) -> str | None:
+    """The grammar of an answer; None if any text will do. ValueError if it is wrong or cannot be held."""
+    if response_format is None:
+        return None
+    if response_format == "json":
+        return schema_grammar({"type": ["object", "array"]})
+    if not isinstance(response_format, Mapping):
+        raise ValueError(f"response_format is {shown(response_format)}; expected {FORMS}")
+    form = dict(response_format)
+    match form.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return schema_grammar({"type": "object"})
+        case "json_schema":
+            return schema_grammar(wrapped_schema(form))
+        case "regex":
+            return checked(LLMatcher.grammar_from_regex(text_of(form, "regex")))
+        case "lark":
+            return lark_grammar(text_of(form, "grammar"))
+        case str() as kind if kind not in TYPES:
+            raise ValueError(f"response_format has the type {shown(kind)}; expected {FORMS}")
+    return schema_grammar(form)
+
+
+TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
+
+
+def wrapped_schema(form: Schema) -> Any:
+    """OpenAI's two spellings: beside the type, or under `json_schema`."""
+    inner = form.get("json_schema", form)
+    if not isinstance(inner, Mapping) or inner.get("schema") is None:
+        raise ValueError(
+            'response_format has no schema; expected {"type": "json_schema", "json_schema": {"schema": …}}'
+        )
+    return inner["schema"]
+
+
+def text_of(form: Schema, key: str) -> str:
+    text = form.get(key)
+    if not isinstance(text, str):
+        raise ValueError(f"response_format has {a(text)} for its {key}; expected a string")
+    if len(text) > LONGEST:
+        raise ValueError(f"response_format has a {key} of {len(text)} characters; expected at most {LONGEST}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"response_format has half a surrogate pair in its {key}") from None
+    return text
+
+
+# What changes how a rule is drawn, or takes back what was written, would break the law of the drafts.
+RULE_OPTIONS = re.compile(r"\[[^\]<>]*?\b(stop|stop_capture|max_tokens|temperature)\b[^\]<>]*\]\s*:")
+QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|(?://|#)[^\n]*|/(?:\\.|[^/\\])+/')  # as llguidance's lexer has them
+
+
+def lark_grammar(text: str) -> str:
+    grammar = LLMatcher.grammar_from_lark(text)
+    found = RULE_OPTIONS.search(QUOTED.sub('""', text))
+    if found:
+        raise ValueError(f"response_format has a rule with the option {found[1]}, which cannot be held with drafts")
+    result = checked(grammar)
+    _, notes = validation(grammar)
+    if any("can't validate" in note for note in notes):  # of tokens, without a tokenizer
+        raise ValueError("response_format has a grammar that names control tokens; expected text alone")
+    return result
+
+
+def validation(grammar: str) -> tuple[bool, list[str]]:
+    """Whether llguidance refuses a grammar, and why, or what it notes of it."""
+    try:
+        with unheard(2):
+            return LLMatcher.validate_grammar_with_warnings(grammar)
+    except BaseException as error:  # a panic of its Rust is no Exception: its messages cut text inside characters
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        return True, [f"llguidance fails: {unbroken(error)[:100]}"]
+
+
+@lru_cache(maxsize=256)
+def checked(grammar: str) -> str:
+    """ValueError for a grammar that llguidance does not take."""
+    wrong, messages = validation(grammar)
+    if not wrong:
+        return grammar
+    lines = [line.strip() for line in messages[0].splitlines()]
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    unheld = re.match(r"Unimplemented keys: \[(.*)\]", reason)
+    if unheld:
+        reason = f"the keywords {unheld[1].replace(chr(34), '')} cannot be held"
+    elif reason.startswith("oneOf constraints"):
+        reason = "the members of its oneOf may overlap; expected anyOf"
+    raise ValueError(f"response_format: {unbroken(reason)[:160]}")
+
+
+# --- JSON schemas ------------------------------------------------------------------------------
+
+
+def schema_grammar(schema: Any) -> str:
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"response_format has {a(schema)} for its schema; expected a dict")
+    schema = check_json(dict(schema), "response_format")
+    text = json.dumps(schema, ensure_ascii=False)
+    if len(text) > LONGEST:
+        raise ValueError(f"response_format has {len(text)} characters; expected at most {LONGEST}")
+    return cached_schema_grammar(text)
+
+
+@lru_cache(maxsize=256)
+def cached_schema_grammar(text: str) -> str:
+    unheld: set[str] = set()
+    dropped: set[str] = set()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("response_format has half a surrogate pair in its schema") from None
+    try:
+        schema = held(json.loads(text), unheld, dropped)
+        if unheld:
+            names = f"keyword{'s' if len(unheld) > 1 else ''} {', '.join(sorted(unheld))}"
+            raise ValueError(f"response_format: the {names} cannot be held")
+        if not Ends(schema).ends(schema):
+            raise ValueError("response_format: no value of finite size fits its schema")
+        schema.pop("x-guidance", None)
+        grammar = checked(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE}))
+    except RecursionError:
+        raise ValueError("response_format: its schema is nested too deep") from None
+    if dropped:
+        logger.warning("response_format: strings are not held to the formats %s", ", ".join(sorted(dropped)))
+    return grammar
+
+
+def inner_schemas(schema: Schema, change: Callable[[Any], Any]) -> Schema:
+    """The schema with each schema in it changed; what stands in constants, names and annotations stays."""
+    result = dict(schema)
+    for key, value in schema.items():
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
+            result[key] = {name: change(inner) for name, inner in value.items()}
+        elif key in LISTED_SCHEMAS and isinstance(value, list):
+            result[key] = [change(inner) for inner in value]
+        elif key in ONE_SCHEMA and isinstance(value, dict):
+            result[key] = change(value)
+    return result
+
+
+def held(schema: Any, unheld: set[str], dropped: set[str]) -> Any:
+    """A schema as llguidance takes it: without formats that it does not know, and with null where it is nullable.
+
+    unheld, dropped: gather the keywords and the formats that it cannot hold.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    schema = inner_schemas(schema, lambda inner: held(inner, unheld, dropped))
+    drop_what_says_nothing(schema)
+    unheld |= UNHELD & schema.keys()
+    form = schema.get("format")
+    if isinstance(form, str) and form not in FORMATS:
+        dropped.add(form[:40])
+        del schema["format"]
+    return with_null(schema) if schema.pop("nullable", False) is True else schema
+
+
+def drop_what_says_nothing(schema: Schema) -> None:
+    """Take out keywords that allow all, and write others as llguidance knows them."""
+    for key, nothing in (("uniqueItems", False), ("not", False)):
+        if key in schema and schema[key] is nothing:
+            del schema[key]
+    for key, other in (("minContains", "contains"), ("maxContains", "contains"), ("then", "if"), ("else", "if")):
+        if other not in schema:
+            schema.pop(key, None)
+    if "then" not in schema and "else" not in schema:
+        schema.pop("if", None)
+    schema.pop("$dynamicAnchor", None)
+    applied = {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "contains", "$dynamicRef"}
+    for key, known in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+        if key in schema and schema[key] in (True, {}):
+            del schema[key]
+        elif key in schema and known not in schema and applied.isdisjoint(schema):
+            schema[known] = schema.pop(key)  # nothing beside it evaluates more
+    if schema.get("propertyNames") in (True, {}):
+        schema.pop("propertyNames", None)
+    for key in COUNTS & schema.keys():
+        if isinstance(schema[key], float) and schema[key].is_integer():
+            schema[key] = int(schema[key])
+
+
+def with_null(schema: Schema) -> Schema:
+    """A schema that takes null too, whose parts stay where pointers find them."""
+    if "type" in schema:
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        schema["type"] = [*types, *([] if "null" in types else ["null"])]
+    if isinstance(schema.get("enum"), list) and None not in schema["enum"]:
+        schema["enum"] = [*schema["enum"], None]
+    if "const" in schema:
+        schema["enum"] = [schema.pop("const"), None]
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            schema[key] = [*schema[key], NULL]
+    if isinstance(schema.get("allOf"), list):
+        schema["allOf"] = [{"anyOf": [member, NULL]} for member in schema["allOf"]]
+    if "$ref" in schema:
+        schema["allOf"] = [*schema.get("allOf", []), {"anyOf": [{"$ref": schema.pop("$ref")}, NULL]}]
+    return schema
+
+
+class Ends:
+    """Whether some value of finite size fits a schema: not where all that it requires leads back to it."""
+
+    def __init__(self, root: Schema):
+        self.root = root
+        self.targets = {reference: False for reference in references(root)}
+        while found := [name for name, known in self.targets.items() if not known and self.ends(self.target(name))]:
+            self.targets |= dict.fromkeys(found, True)
+
+    def target(self, reference: str) -> Any:
+        """What a pointer names; True for what is not found, which llguidance has an error for."""
+        place: Any = self.root
+        if reference != "#" and not reference.startswith("#/"):
+            return True
+        for step in unquote(reference[1:]).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(place, list) and step.isdecimal() and int(step) < len(place):
+                place = place[int(step)]
+            elif isinstance(place, dict) and step in place:
+                place = place[step]
+            else:
+                return True
+        return place
+
+    def ends(self, schema: Any) -> bool:
+        if not isinstance(schema, dict):
+            return schema is not False
+        if isinstance(schema.get("$ref"), str) and not self.targets.get(schema["$ref"], True):
+            return False
+        for key, together in (("allOf", all), ("anyOf", any), ("oneOf", any)):
+            members = schema.get(key)
+            if isinstance(members, list) and members and not together(self.ends(member) for member in members):
+                return False
+        if "const" in schema or "enum" in schema or "type" not in schema:
+            return True
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        return any(self.type_ends(kind, schema) for kind in types)
+
+    def type_ends(self, kind: Any, schema: Schema) -> bool:
+        if kind == "object" and isinstance(schema.get("required"), list):
+            properties = schema.get("properties")
+            known = properties if isinstance(properties, dict) else {}
+            other = schema.get("additionalProperties", True)
+            return all(self.ends(known.get(name, other)) for name in schema["required"] if isinstance(name, str))
+        least = schema.get("minItems")
+        if kind == "array" and isinstance(least, (int, float)) and least > 0:
+            first = schema.get("prefixItems")
+            first = first[: int(least)] if isinstance(first, list) else []
+            rest = [schema.get("items", True)] if least > len(first) else []
+            return all(self.ends(inner) for inner in [*first, *rest] if not isinstance(inner, list))
+        return True
+
+
+def references(schema: Any) -> Iterator[str]:
+    """Every reference, wherever it stands."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for inner in schema.values():
+            yield from references(inner)
+    elif isinstance(schema, list):
+        for inner in schema:
+            yield from references(inner)

@@ -1,0 +1,247 @@
+"""Whatever the grammar of calls allows is read back by the template's own reader, and fits the tool's schema."""
+
+import json
+import re
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import Environment
+from llguidance import LLMatcher
+from mcp_tools import TOOLS, tool
+from walks import Walker
+
+from mlx_gemma4 import Prompt
+from mlx_gemma4.decoding.calls import call_grammar, in_order, literal, whole_pattern
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.messages import check_tools
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.reply.toolcall import needs_quotes
+
+Loaded = tuple[Model, Processor]
+Schema = dict[str, Any]
+ASKED = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def walker(tiny: Loaded) -> Walker:
+    return Walker(tiny[1])
+
+
+def declared(tools: list[Schema]) -> Prompt:
+    """As a prompt would have them; written out they are too long for the toy's context."""
+    return Prompt([2], tools=tuple(check_tools(tools)))
+
+
+def calls_of(walker: Walker, tools: list[Schema], count: int, choice: str = "required") -> list[Schema]:
+    """The calls of random replies."""
+    prompt = declared(tools)
+    form, found = walker.form(prompt, tool_choice=choice), list[Schema]()
+    for _ in range(count):
+        constraint, tokens = walker.walk(form, prompt)
+        if not constraint.calls:  # cut off
+            continue
+        parser = walker.read(tokens, prompt)
+        text = walker.processor.tokenizer.decode(tokens, skip_special_tokens=False)
+        assert len(parser.tool_calls) >= len(constraint.calls), text
+        assert not constraint.is_finished or not parser.take_notes(), text
+        found += parser.tool_calls[: len(constraint.calls)]
+    return found
+
+
+def arguments(walker: Walker, schema: Schema, count: int = 25) -> list[Schema]:
+    """What random calls of a tool with this schema say, which all fit it."""
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": schema}}]
+    found = [call["arguments"] for call in calls_of(walker, tools, count)]
+    assert found
+    for own in found:
+        jsonschema.validate(own, schema, jsonschema.Draft202012Validator)
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(TOOLS)))
+def test_calls_of_published_tools_fit_their_schemas(walker: Walker, number: int) -> None:
+    own = TOOLS[number]["function"]
+    found = calls_of(walker, [TOOLS[number]], 6)
+    assert found
+    for call in found:
+        assert call["name"] == own["name"]
+        jsonschema.validate(call["arguments"], openapi(own["parameters"]), jsonschema.Draft202012Validator)
+
+
+def openapi(schema: Any) -> Any:
+    """With null where it is nullable, which JSON Schema does not know."""
+    if isinstance(schema, list):
+        return [openapi(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: openapi(value) for key, value in schema.items() if key != "nullable"}
+    return {"anyOf": [inner, {"type": "null"}]} if schema.get("nullable") is True else inner
+
+
+def test_thirty_tools_are_told_apart_by_name(walker: Walker) -> None:
+    schemas = {own["function"]["name"]: openapi(own["function"]["parameters"]) for own in TOOLS}
+    found = calls_of(walker, TOOLS, 60)
+    assert len({call["name"] for call in found}) > 5
+    for call in found:
+        jsonschema.validate(call["arguments"], schemas[call["name"]], jsonschema.Draft202012Validator)
+
+
+def test_a_named_tool_is_called_once(walker: Walker) -> None:
+    prompt = declared(TOOLS)
+    form = walker.form(prompt, tool_choice="git_branch")
+    finished = 0
+    for _ in range(8):
+        constraint, tokens = walker.walk(form, prompt)
+        if constraint.is_finished:
+            finished += 1
+            assert [call["name"] for call in walker.read(tokens, prompt).tool_calls] == ["git_branch"]
+            assert tokens[-1] == walker.controls.tool_call_close
+    assert finished
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=6), inner, max_size=3),
+    max_leaves=6,
+).filter(lambda value: "▁" not in json.dumps(value, ensure_ascii=False))
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda key: "▁" not in key), VALUES, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_call_of_constants_is_the_templates_own(walker: Walker, values: Schema) -> None:
+    """So a kept prompt is found again when the call comes back in it."""
+    own = tool("f", {key: {"const": value} for key, value in values.items()}, list(values), additionalProperties=False)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": values}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "x"}
+    ids = walker.processor([*ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, result]).token_ids
+    first, last = ids.index(walker.controls.tool_call_open), ids.index(walker.controls.tool_call_close)
+    prompt = declared([own])
+    constraint, written = walker.constraint(walker.form(prompt, tool_choice="f"), prompt), ids[first : last + 1]
+    for token, mask in zip(written, constraint.masks_for(written), strict=False):
+        assert walker.bits(mask)[token]
+    assert constraint.advance(written) == len(written) and constraint.is_finished
+
+
+RECURSIVE = {
+    "$ref": "#/$defs/A",
+    "$defs": {
+        "A": {"type": "object", "properties": {"a": {"$ref": "#/$defs/B"}}},
+        "B": {"type": ["array"], "items": {"$ref": "#/$defs/A"}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": ["string", "null"]}, "b": {"type": "integer"}}},
+        {"type": "object", "properties": {"a": {"enum": [1, "1", None]}}, "required": ["a"]},
+        {"type": "object", "properties": {"s": {"type": "string", "minLength": 3, "maxLength": 5}}, "required": ["s"]},
+        {"type": "object", "properties": {"s": {"type": "string", "maxLength": 0}}, "required": ["s"]},
+        {"type": "object", "properties": {"s": {"type": "string", "pattern": "^b+$|^x"}}, "required": ["s"]},
+        {"type": "object", "properties": {"s": {"type": "string", "pattern": '[/"]\\d'}}, "required": ["s"]},
+        {"type": "object", "properties": {"n": {"type": "number", "minimum": 3}}, "required": ["n"]},
+        {"type": "object", "properties": {"n": {"type": "integer", "maximum": -7}}, "required": ["n"]},
+        {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 7}}, "required": ["n"]},
+        {"type": "object", "properties": {"l": {"type": "array", "minItems": 2, "maxItems": 3}}, "required": ["l"]},
+        {"type": "object", "properties": {"l": {"prefixItems": [{"type": "integer"}, {"type": "null"}]}}},
+        {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1},
+        {"type": "object", "additionalProperties": {"type": "integer"}, "properties": {"a": {"type": "string"}}},
+        {"type": "object", "required": ["x"]},
+        {"anyOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {}}}]},
+        RECURSIVE,
+        {"type": "object", "properties": {"next": {"$ref": "#"}, "value": {"type": "integer"}}, "required": ["value"]},
+        {"type": "object", "properties": {"a": {"allOf": [{"type": "number"}, {"minimum": 2}, {"maximum": 4}]}}},
+        {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, "x", 2.0, 2.5]}}, "required": ["a"]},
+        {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}, "required": ["d"]},
+        {"type": "object", "properties": {"A": {"type": "boolean"}, "a": {"type": "null"}, "_": {"type": "array"}}},
+        {},
+    ],
+    ids=json.dumps,
+)
+def test_what_a_schema_says_is_held(walker: Walker, schema: Schema) -> None:
+    arguments(walker, schema)
+
+
+def test_optional_arguments_come_and_stay_away(walker: Walker) -> None:
+    found = arguments(walker, {"type": "object", "properties": {key: {"enum": [1, 2]} for key in "abc"}}, 150)
+    assert {"".join(own) for own in found} == {"", "a", "b", "c", "ab", "ac", "bc", "abc"}
+
+
+def test_of_declared_arguments_no_others_are_made_up(walker: Walker) -> None:
+    assert all(own == {} for own in arguments(walker, {"type": "object", "properties": {}}))
+    for own in arguments(walker, {"type": "object", "properties": {"a": {"type": "integer"}}}):
+        assert own.keys() <= {"a"}
+
+
+LOOP = {"properties": {"l": {"type": "array", "minItems": 1, "items": {"$ref": "#/properties/l"}}}, "required": ["l"]}
+NOTHING = {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "note"),
+    [
+        ({"properties": {"a": {"type": "array", "items": {"const": 1}, "uniqueItems": True}}}, "uniqueItems of a"),
+        ({"properties": {"a": {"not": {"type": "string"}}}}, "not of a"),
+        ({"properties": {"a": {"$ref": "https://example.com/x"}}, "required": ["a"]}, r"\$ref of a"),
+        ({"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}, "the pattern of a"),
+        ({"properties": {"a": {"type": "string", "format": "int64"}}}, "the format int64 of a"),
+        ({"properties": {"a": {"type": "thing"}}}, "the type thing of a"),
+        (NOTHING, "a, which nothing fits"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "a, which has no end"),
+        (LOOP, "l, which has no end"),
+        ({"anyOf": [False]}, "all of it"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_held_is_free_and_noted(
+    walker: Walker, caplog: pytest.LogCaptureFixture, schema: Schema, note: str
+) -> None:
+    """And the other tools are held as if it were not there."""
+    odd = {"type": "function", "function": {"name": "odd", "description": note, "parameters": schema}}
+    even = tool("even", {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, ["n"])
+    call_grammar(check_tools([odd, even]), None, 52, 49)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert re.search(note, line) and "\n" not in line
+    found = calls_of(walker, [odd, even], 40)
+    assert {call["name"] for call in found} == {"odd", "even"}
+    for call in found:
+        if call["name"] == "even":
+            assert 1 <= call["arguments"]["n"] <= 9
+
+
+def test_the_end_of_the_reply_is_barred_inside_a_call(walker: Walker) -> None:
+    prompt = declared([tool("f", {"s": {"type": "string"}}, ["s"])])
+    constraint = walker.constraint(walker.form(prompt), prompt)
+    for token in walker.ids('<|tool_call>call:f{s:<|"|>some text<|"|>}'):
+        constraint.advance([token])
+        assert not walker.bits(constraint.mask())[[1, 106, 50, 48, 100, 101]].any()
+    assert walker.allowed(constraint) == [walker.controls.tool_call_close]
+
+
+def test_keys_of_any_name_are_read_back(walker: Walker) -> None:
+    """Bare or between quotes; as the reader of calls says which need them."""
+    found = arguments(walker, {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 1}, 60)
+    assert sum(not needs_quotes(key) for own in found for key in own) > 10
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_a_literal(text: str) -> None:
+    grammar = LLMatcher.grammar_from_lark(f"start: {literal(text).lark}")
+    assert LLMatcher.validate_grammar_with_warnings(grammar) == (False, [])
+
+
+@pytest.mark.parametrize("pattern", ["a^b", "a$b", r"\bword", "(^a)", "x|(y$)z", "(a", "a)"])
+def test_anchors_inside_a_pattern_are_not_understood(pattern: str) -> None:
+    assert whole_pattern(pattern) is None
+
+
+@given(st.lists(st.text("abcABC_19é", min_size=1, max_size=4), unique_by=str.lower, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_keys_are_in_the_templates_order(keys: list[str]) -> None:
+    template = Environment().from_string("{{ keys | dictsort | map(attribute=0) | join(' ') }}")
+    assert " ".join(in_order(keys)) == template.render(keys=dict.fromkeys(keys))
