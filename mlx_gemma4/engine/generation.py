@@ -1,30 +1,33 @@
 """From a request to a reply, piece by piece."""
 
+import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_gemma4.decoding.controller import FixedLength, Pace, RoundClock
-from mlx_gemma4.decoding.round import NONE, State, compiled_round, first_state, launch, learnt_of
+from mlx_gemma4.decoding.batch import Batch, Seat, tokens_of
+from mlx_gemma4.decoding.round import NOT_FINITE, State, first_state
 from mlx_gemma4.decoding.sampling import Sampler, Sampling, settled
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.reading import opened
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a
-from mlx_gemma4.model.cache import ROUND, Caches
 from mlx_gemma4.model.model import Model, check_process
-from mlx_gemma4.planner import check_memory, footprint, predict
+from mlx_gemma4.planner import check_memory, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
-from mlx_gemma4.reply.repetition import parse_repetition_detection
-from mlx_gemma4.reply.reply import Piece, Reply, collect
-from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece, Reply, collect
+from mlx_gemma4.weights.load import footprint_of
+
+if TYPE_CHECKING:
+    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
 
 SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
 
@@ -58,20 +61,37 @@ def generate(
     store: PromptStore | None = None,
     preserve_thinking: bool = False,
     repetition_detection: str | Mapping[str, int] = "auto",
+    stop: str | Sequence[str] = (),
+    thinking_budget: int | None = None,
+    continue_final_message: bool = False,
+    logprobs: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    response_format: Any = None,
+    tool_choice: str = "auto",
+    parallel_tool_calls: bool = True,
 ) -> Reply:
     """The whole reply to a request.
 
     request: a string (one user turn, with `images`, `audios`, `videos` placed before it and `system` in a turn of
     its own), chat messages, or a `Prompt`. store: where what is read is kept, and found again. repetition_detection:
     "auto", "off", or a dict with max_pattern_size, min_pattern_size and min_count, as vLLM has it: a reply that does
-    nothing but repeat a block ends, with the finish_reason "repetition". ValueError if any of it is wrong, MemoryError
-    if this machine cannot hold the model and the prompt.
+    nothing but repeat a block ends, with the finish_reason "repetition". response_format: what the answer is held to,
+    "json", a JSON schema, or a dict with the type regex, lark, json_schema or json_object. tool_choice: "auto", "none",
+    "required" or a tool's name. parallel_tool_calls False: one call at most. stop: texts before the first of which the
+    answer ends. logprobs: how many of the likeliest tokens are told at each place, from 0, the chosen one alone, to 20,
+    by the model's own law; None: nothing. logit_bias: what is added to the logits of token ids. thinking_budget: tokens
+    of a thought, which then ends with its line, or soon; 0: it does not think. continue_final_message: the last message
+    is the assistant's, and the reply is what follows in it. ValueError if any of it is wrong, MemoryError if this
+    machine cannot hold the model and the prompt.
     """
     return collect(
         stream_generate(
             model, processor, request, images, audios, videos, system, tools, thinking, image_budget, max_tokens,
             sampling, draft_length, store=store, preserve_thinking=preserve_thinking,
-            repetition_detection=repetition_detection,
+            repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
+            thinking_budget=thinking_budget,
+            continue_final_message=continue_final_message, response_format=response_format, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
         )
     )  # fmt: skip
 
@@ -94,23 +114,32 @@ def stream_generate(
     store: PromptStore | None = None,
     preserve_thinking: bool = False,
     repetition_detection: str | Mapping[str, int] = "auto",
+    stop: str | Sequence[str] = (),
+    thinking_budget: int | None = None,
+    continue_final_message: bool = False,
+    logprobs: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    response_format: Any = None,
+    tool_choice: str = "auto",
+    parallel_tool_calls: bool = True,
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
     if not isinstance(model, Model):
         raise ValueError(f"model is {a(model)}; expected what load returns")
-    request_ = Request(
-        content=request, images=images, audios=audios, videos=videos, system=system, tools=tools, thinking=thinking,
-        image_budget=image_budget, preserve_thinking=preserve_thinking,
-    )  # fmt: skip
     options = Options(
-        max_tokens=max_tokens,
-        sampling=sampling,
-        draft_length=draft_length,
-        repetition_detection=repetition_detection,
-    )
+        max_tokens=max_tokens, sampling=sampling, draft_length=draft_length, repetition_detection=repetition_detection,
+        stop=stop, logprobs=logprobs, logit_bias=logit_bias,
+        thinking_budget=thinking_budget, response_format=response_format, tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
+    )  # fmt: skip
+    request_ = Request(
+        content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
+        thinking=options.thinks(thinking), image_budget=image_budget, preserve_thinking=preserve_thinking,
+        continue_final_message=continue_final_message,
+    )  # fmt: skip
     prompt, prepared = request_.timed_prompt(processor)
     events = generation_events(model, processor, prompt, options, prepared, store)
-    check_memory(footprint(model.config, parameters(model)), len(prompt), max_tokens)
+    check_memory(footprint_of(model), len(prompt), max_tokens)
     return (event for event in events if isinstance(event, Piece))
 
 
@@ -129,20 +158,24 @@ def generation_events(
     """
     check_process()
     check_length(prompt, model.config)
-    return run(model, processor, prompt, options, choose_pace(model, options), prepared, store)
+    constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
+    return run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
 
 
-def choose_pace(model: Model, options: Options) -> Pace:
-    """With a seed "auto" is one length: which random number decides on which token must not hang on measured times."""
+def drafts_of(model: Model, options: Options) -> int | None:
+    """Drafts of every round; None: as many as pay. With a seed "auto" is one length: which random number decides on
+    which token must not hang on measured times."""
     length, sampling = options.draft_length, options.sampling
     if model.drafter is None and length not in ("auto", 0):
         raise ValueError(f"draft_length is {length} and the model has no drafter; expected 0, or load one")
     if length != "auto":
-        return FixedLength(int(length))
+        return int(length)
     if model.drafter is None:
-        return FixedLength(0)
+        return 0
+    if model.group is not None:  # measured times differ from machine to machine
+        return SEEDED_LENGTH
     is_greedy = settled(sampling, model.config.generation).temperature == 0
-    return learnt_of(model).controller if sampling.seed is None or is_greedy else FixedLength(SEEDED_LENGTH)
+    return None if sampling.seed is None or is_greedy else SEEDED_LENGTH
 
 
 def run(
@@ -150,17 +183,17 @@ def run(
     processor: Processor,
     prompt: Prompt,
     options: Options,
-    pace: Pace,
+    drafts: int | None,
+    constraint: "Constraint | None",
     prepared: float,
     store: PromptStore | None,
 ) -> Iterator[Reading | Piece]:
-    config, length, sampling = model.config, len(prompt), options.sampling
-    limit = min(int(options.max_tokens), config.text.max_position_embeddings - length)
-    repetition = parse_repetition_detection(options.repetition_detection)
-    row = Row(processor, prompt, config.generation.eos_token_ids, limit, repetition, prepared)
-    sampler = Sampler(sampling, config.generation, config.text.vocab_size)
+    length, sampling = len(prompt), options.sampling
+    row = row_of(model, processor, prompt, options, prepared, constraint)
+    limit = row.limit
+    sampler = sampler_of(model, processor, options)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    needed = predict(footprint(config, parameters(model)), length, limit).peak
+    needed = predict(footprint_of(model), length, limit).peak
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),
@@ -172,54 +205,63 @@ def run(
         for hidden in model.read(prompt, caches, reading.chunk):  # noqa: B007
             reading.keep()
             yield Reading(caches.length, length)
-        state = first_state(model, sampler, prompt.token_ids, hidden[:, -1:], seed)
-        tokens = tokens_of(state["token"])
-        piece = row.take(tokens)
+        state, tokens, told = first_token(model, sampler, prompt, hidden[:, -1:], seed, constraint)
+        piece = row.take(tokens, told=told)
         reading.ids += tokens
         yield piece
         if row.finish_reason is None:
-            for drafted, tokens in decode(model, sampler, caches, state, pace, limit):
-                piece = row.take(tokens, drafted)
-                reading.ids += tokens
-                yield piece
-                if row.finish_reason is not None:
-                    break
+            batch, seat = Batch(model), seat_of(sampler, length, limit, drafts, constraint)
+            batch.put(seat, caches, state)
+            try:
+                while row.finish_reason is None:
+                    for given in batch.step():
+                        if given.error is not None:
+                            raise given.error
+                        piece = row.take(given.tokens, given.drafted, given.told)
+                        reading.ids += given.tokens
+                        yield piece
+            finally:
+                caches.take(batch.remove(seat))
     yield row.finish()
 
 
-def decode(
-    model: Model, sampler: Sampler, caches: Caches, state: State, pace: Pace, limit: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Rounds until `limit` tokens: (tokens drafted, ids). The prompt is cached and the newest token is known.
-
-    The host runs one round behind: while it reads the tokens of one round, the device works on the next.
-    """
-    count, length = 1, caches.length  # tokens known, positions before them
-    waiting: tuple[int, mx.array] | None = None
-    clock = RoundClock()
-    while count < limit:
-        following = None
-        least, most = (1, waiting[0] + 1) if waiting else (0, 0)  # tokens of the round that is waited for
-        if count + least < limit:
-            draft = pace.choose()
-            caches.reserve(length + count - 1 + most + ROUND)
-            round_, is_new = compiled_round(model, sampler, draft, caches)
-            clock.launched(draft, is_new)
-            tokens, state = launch(round_, state, caches)
-            following = draft, tokens
-        if waiting is not None:
-            draft, tokens = waiting
-            ids = [token for token in tokens_of(tokens) if token != NONE]
-            count += len(ids)
-            pace.record(draft, len(ids) - 1, clock.read())
-            yield draft, ids
-            clock.resumed()
-        waiting = following
+def row_of(
+    model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float,
+    constraint: "Constraint | None",
+) -> Row:  # fmt: skip
+    limit = min(int(options.max_tokens), model.config.text.max_position_embeddings - len(prompt))
+    return Row(processor, prompt, model.config.generation.eos_token_ids, limit, options, prepared, constraint)
 
 
-def tokens_of(array: mx.array) -> list[int]:
-    """The one place where the host waits for the device."""
-    return cast(list[int], array.tolist())
+def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
+    bias = {int(token): float(value) for token, value in (options.logit_bias or {}).items()}
+    call = processor.tokenizer.token_to_id(TOOL_CALL_OPEN)
+    if options.tool_choice == "none" and call is not None:
+        bias[call] = -math.inf
+    config = model.config
+    tells = options.logprobs is not None
+    return Sampler(options.sampling, config.generation, config.text.vocab_size, bias, tells)
+
+
+def first_token(
+    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int, constraint: "Constraint | None"
+) -> tuple[State, list[int], np.ndarray | None]:
+    """The state of a row whose prompt has been read, its first token, and how likely that was, if it is to be told.
+    hidden: [1, 1, D], of the last position."""
+    bits = None if constraint is None or not constraint.binds else mx.array(constraint.mask())[None, None]
+    state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits)
+    if constraint is not None:
+        state["pauses"] = mx.array([constraint.pauses])
+    tokens = tokens_of(state["token"])
+    if constraint is not None and NOT_FINITE not in tokens:
+        constraint.advance(tokens)
+    told = state.pop("told", None)
+    return state, tokens, None if told is None else np.asarray(told)[0]
+
+
+def seat_of(sampler: Sampler, length: int, limit: int, drafts: int | None, constraint: "Constraint | None") -> Seat:
+    stages = sampler.stages if constraint is None else replace(sampler.stages, pauses=True)
+    return Seat(stages, length, limit, drafts, constraint)
 
 
 class BoundedMemory:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import mlx.core as mx
+
+from mlx_gemma4.config import TextConfig
 from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
 from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
@@ -44,6 +47,23 @@ class Opened:
         if self.store is not None and self.held is not None:
             self.store.keep(self.held, self.caches.length)
 
+    def put_aside(self, store: PromptStore, space: bytes, prompt: Prompt, text: TextConfig) -> None:
+        """Give all that is known to a store, to be taken out again."""
+        held = store.adopt(space, prompt, text, self.caches) if self.held is None else self.held
+        store.give(held, self.known)
+        self.held = None
+
+    def forget(self) -> None:
+        """Give nothing back: the entries are lost."""
+        if self.store is not None and self.held is not None:
+            self.store.drop(self.held)
+            self.held = None
+
+    def share(self) -> None:
+        """Let others find the whole prompt, which has been read, while a reply to it is written."""
+        if self.store is not None and self.held is not None:
+            self.store.share(self.held)
+
 
 @contextmanager
 def opened(
@@ -69,6 +89,10 @@ def opened(
     store.leave(memory_limit() - needed)
     space, turn = space_of(model, scope), processor.tokenizer.token_to_id(TURN_OPEN)
     held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
+    if not is_everywhere(model.group, held.caches.length):
+        store.drop(held)
+        yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
+        return
     if held.parted is not None:
         log_parting(processor, prompt, held)
     # no more at once than a window, or the ring would have lost what is to be kept
@@ -86,7 +110,8 @@ def opened(
     except BaseException:
         store.drop(held)
         raise
-    store.give(held, reading.known)
+    if reading.held is not None:
+        store.give(held, reading.known)
 
 
 def fingerprint_of(model: Model) -> bytes:
@@ -105,6 +130,14 @@ def space_of(model: Model, scope: str = "") -> bytes:
         (VERSION, str(model.language_model.dtype), config.text, config.vision, config.audio, scope)
     ).encode()
     return hashlib.blake2b(fingerprint_of(model) + described, digest_size=16).digest()
+
+
+def is_everywhere(group: mx.distributed.Group | None, length: int) -> bool:
+    """Whether all machines that share a model have found as much as this one."""
+    if group is None:
+        return True
+    found = mx.distributed.all_gather(mx.array([length]), group=group)
+    return bool((found == length).all())
 
 
 def log_parting(processor: Processor, prompt: Prompt, held: Held) -> None:

@@ -1,17 +1,25 @@
 """What a caller asks for, as one value: checked, and free of the model."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from mlx_gemma4.decoding.controller import check_draft_length
-from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.decoding.sampling import TOP, Sampling
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.prompt.messages import request_messages
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, is_whole
 from mlx_gemma4.reply.repetition import parse_repetition_detection
+from mlx_gemma4.reply.reply import Controls
+from mlx_gemma4.reply.stop import check_stop
+
+if TYPE_CHECKING:
+    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
+
+MOST_BIAS = 100  # as OpenAI has it: with logits within 30, such a token is certain or never said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,13 @@ class Options:
     sampling: Sampling = Sampling()
     draft_length: int | str = "auto"
     repetition_detection: str | Mapping[str, int] = "auto"
+    stop: str | Sequence[str] = ()  # texts before which the answer ends
+    logprobs: int | None = None  # the likeliest tokens told at each place, 0 for the chosen one alone; None: nothing
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids
+    thinking_budget: int | None = None  # tokens of a thought, until its next line ends; None: no bound
+    response_format: Any = None  # what the answer is held to: grammar.response_grammar
+    tool_choice: str = "auto"  # "auto" | "none" | "required" | a tool's name
+    parallel_tool_calls: bool = True  # a reply may have more than one
     scope: str = ""  # whose request it is: what has been read for others is not found in a store
 
     def __post_init__(self) -> None:
@@ -31,6 +46,65 @@ class Options:
             raise ValueError(f"sampling is {shown(self.sampling)}; expected Sampling(…)")
         check_draft_length(self.draft_length)
         parse_repetition_detection(self.repetition_detection)
+        check_stop(self.stop)
+        if self.logprobs is not None and not (is_whole(self.logprobs) and 0 <= self.logprobs <= TOP):
+            raise ValueError(f"logprobs is {shown(self.logprobs)}; expected None, or a whole number from 0 to {TOP}")
+        check_bias(self.logit_bias)
+        budget = self.thinking_budget
+        if budget is not None and (not is_whole(budget) or not 0 <= budget < 2**63):
+            raise ValueError(f"thinking_budget is {shown(budget)}; expected None, or a whole number, 0 or more")
+        if not isinstance(self.tool_choice, str):
+            raise ValueError(
+                f"tool_choice is {shown(self.tool_choice)}; expected auto, none, required or a tool's name"
+            )
+        if not isinstance(self.parallel_tool_calls, bool):
+            raise ValueError(f"parallel_tool_calls is {shown(self.parallel_tool_calls)}; expected True or False")
+        if self.response_format is not None:
+            from mlx_gemma4.decoding.grammar import response_grammar  # here: it loads llguidance
+
+            response_grammar(self.response_format)
+
+    def thinks(self, thinking: bool) -> bool:
+        """Whether a prompt is to ask for a thought."""
+        return thinking and self.thinking_budget != 0 if isinstance(thinking, bool) else thinking
+
+    def constraint(self, processor: Processor, prompt: Prompt, stops: Collection[int]) -> "Constraint | None":
+        """What the reply to a prompt is held to, if to anything. stops: the tokens that end a reply.
+
+        ValueError for a form that cannot be held, for a tool_choice that the prompt's tools do not have, and for a
+        logit_bias beyond the vocabulary.
+        """
+        vocab_size = processor.config.text.vocab_size
+        if self.logit_bias and max(self.logit_bias) >= vocab_size:
+            raise ValueError(f"logit_bias has the token id {max(self.logit_bias)}; the vocabulary has {vocab_size}")
+        no_tools = self.tool_choice == "none" or (self.tool_choice == "auto" and not prompt.tools)
+        is_free = self.response_format is None and no_tools
+        if is_free and self.thinking_budget is None:
+            return None
+        from mlx_gemma4.decoding.constraint import Constraint, form_of, vocabulary_of
+
+        controls = Controls.from_tokenizer(processor.tokenizer)
+        form = form_of(
+            prompt, controls, self.response_format, self.tool_choice, self.parallel_tool_calls, self.thinking_budget
+        )
+        if form is None:
+            return None
+        constraint = Constraint(form, vocabulary_of(processor), controls, stops, prompt)
+        constraint.begin(processor.control.encode(prompt.begun))
+        return constraint
+
+
+def check_bias(bias: Any) -> None:
+    if bias is not None and not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias is {a(bias)}; expected a dict of token ids and numbers")
+    for token, value in (bias or {}).items():
+        if not is_whole(token) or not 0 <= token < 2**31:
+            raise ValueError(f"logit_bias has the key {shown(token)}; expected a token id")
+        numeric = isinstance(value, Real) and not isinstance(value, bool)
+        if not numeric or not -MOST_BIAS <= value <= MOST_BIAS:
+            raise ValueError(
+                f"logit_bias[{token}] is {shown(value)}; expected a number from -{MOST_BIAS} to {MOST_BIAS}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +120,7 @@ class Request:
     thinking: bool = False
     image_budget: int | None = None
     preserve_thinking: bool = False
+    continue_final_message: bool = False
 
     def timed_prompt(self, processor: Processor) -> tuple[Prompt, float]:
         """The prompt, and the seconds that making it took."""
@@ -66,10 +141,11 @@ class Request:
                 "images, audios, videos and system go with a request that is a string; put them in the messages"
             )
         if isinstance(content, Prompt):
-            if self.tools or self.thinking is not False or self.image_budget is not None or self.preserve_thinking:
+            given = (self.tools, self.thinking is not False, self.preserve_thinking, self.continue_final_message)
+            if any(given) or self.image_budget is not None:
                 raise ValueError(
-                    "tools, thinking, preserve_thinking and image_budget go with messages; a Prompt is taken as it "
-                    "stands"
+                    "tools, thinking, preserve_thinking, continue_final_message and image_budget go with messages; a "
+                    "Prompt is taken as it stands"
                 )
             return content
         return processor(
@@ -78,4 +154,5 @@ class Request:
             thinking=self.thinking,
             image_budget=self.image_budget,
             preserve_thinking=self.preserve_thinking,
+            continue_final_message=self.continue_final_message,
         )

@@ -3,15 +3,22 @@
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_gemma4.decoding.round import NOT_FINITE
+from mlx_gemma4.engine.request import Options
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.prompt.tools import argument_schemas
-from mlx_gemma4.reply.repetition import Repetition, RepetitionSettings
+from mlx_gemma4.reply.repetition import Repetition, parse_repetition_detection
 from mlx_gemma4.reply.reply import Controls, Piece, ReplyParser, Stats
+from mlx_gemma4.reply.stop import check_stop
+
+if TYPE_CHECKING:
+    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
 
 
 @dataclass
@@ -41,14 +48,19 @@ class Row:
         prompt: Prompt,
         stops: Collection[int],
         limit: int,
-        repetition: RepetitionSettings | None,
+        options: Options,
         prepared: float,
+        constraint: "Constraint | None" = None,
     ):
         """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
-        which count for the time to first token."""
+        which count for the time to first token. constraint: what the reply is held to; it follows the same tokens.
+        Where a text of `stop` ends the answer, the ids are those up to the token that completes it."""
+        self.constraint = constraint
         self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
         controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
-        self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes)
+        self.logprobs, stop = options.logprobs, check_stop(options.stop)
+        self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes, stop)
+        repetition = parse_repetition_detection(options.repetition_detection)
         self.repetition = None if repetition is None else Repetition(repetition)
         self.count = 0
         self.cached = 0  # tokens of the prompt that need not be read
@@ -56,8 +68,9 @@ class Row:
         self.tally = Tally()
         self.started = self.first_at = self.last_at = time.perf_counter()
 
-    def take(self, tokens: list[int], drafted: int | None = None) -> Piece:
-        """What a round gave; drafted: how many it drafted, None for the first token, which no round gave."""
+    def take(self, tokens: list[int], drafted: int | None = None, told: np.ndarray | None = None) -> Piece:
+        """What a round gave; drafted: how many it drafted, None for the first token, which no round gave. told: how
+        likely the tokens were (sampling.told), a row for each, if the request asks for it."""
         if NOT_FINITE in tokens:
             raise RuntimeError(
                 f"the logits after {self.count} tokens of the reply are not finite; expected sound weights, "
@@ -66,14 +79,32 @@ class Row:
         if drafted is not None:
             self.tally.add(drafted, len(tokens) - 1)
         ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
+        if len(ids) == len(tokens) and self.constraint is not None and self.constraint.is_finished:
+            self.finish_reason = "stop"  # nothing may follow
         repeated = None if self.repetition is None else self.repetition.feed(ids)
         if repeated is not None:
             ids, self.finish_reason = ids[:repeated], "repetition"
-        self.count += len(ids)
         self.last_at = time.perf_counter()
         if drafted is None:
             self.first_at = self.last_at
-        return Piece(*self.parser.feed(ids), ids, notes=self.parser.take_notes())
+        text, thinking = [], []
+        for place, token in enumerate(ids):
+            printable = self.parser.feed([token])
+            text.append(printable[0])
+            thinking.append(printable[1])
+            if self.parser.stopped:
+                ids, self.finish_reason = ids[: place + 1], "stop"
+                break
+        self.count += len(ids)
+        logprobs = None if told is None else [self.entry(*pair) for pair in zip(ids, told, strict=False)]
+        notes, calls = self.parser.take_notes(), self.parser.take_calls()
+        return Piece("".join(text), "".join(thinking), ids, notes=notes, calls=calls, logprobs=logprobs)
+
+    def entry(self, token: int, told: np.ndarray) -> dict[str, Any]:
+        """Of `logprobs`."""
+        own, (values, ids) = float(told[0]), told[1:].reshape(2, -1)[:, : self.logprobs]
+        top = {int(index): float(value) for index, value in zip(ids, values, strict=True)}
+        return {"token_id": token, "logprob": own, "top": top}
 
     def finish(self) -> Piece:
         """The last piece."""
@@ -83,8 +114,16 @@ class Row:
         if self.finish_reason == "repetition" and self.repetition is not None:
             notes.append(self.repetition.note())
         rest = parser.finish("stop" if self.finish_reason == "stop" else "length")  # a call that was cut is none
+        if parser.stopped:
+            self.finish_reason = "stop"
         notes += parser.take_notes()
-        return Piece(*rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message)
+        if self.constraint is not None and self.constraint.repeated and len(parser.tool_calls) > 1:
+            parser.tool_calls.pop()
+            notes.append("the reply ended at a call that it had made before")
+        return Piece(
+            *rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message, parser.take_calls(),
+            stop=parser.stopped,
+        )  # fmt: skip
 
     def stats(self) -> Stats:
         length, tally = len(self.prompt), self.tally
@@ -101,6 +140,7 @@ class Row:
             accepted_tokens=sum(tally.accepted),
             acceptance_by_position=[hits / tries for hits, tries in zip(tally.accepted, tally.drafted, strict=True)],
             tokens_per_round=1 + sum(tally.accepted) / max(tally.rounds, 1),
+            thinking_tokens=self.parser.thinking_tokens,
         )
 
 

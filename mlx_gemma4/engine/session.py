@@ -18,15 +18,16 @@ from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.planner import check_memory, footprint
+from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_messages, check_part, request_messages
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
-from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.weights.load import footprint_of
 
 MESSAGES, ABOUT, MEDIA_FOLDER, STORE_FOLDER = "messages.json", "session.json", "media", "store"
 FORMAT = 1
+DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,30 @@ class Session:
         sampling: Sampling = Sampling(),
         draft_length: int | str = "auto",
         repetition_detection: str | Mapping[str, int] = "auto",
+        *,
+        stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
+        continue_final_message: bool = False,
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        response_format: Any = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Reply:
         """The reply to a user turn, the media before its text; both are then in `messages`.
 
         text None, and no media: to the messages as they are, for instance after a tool's answer has been appended.
-        ValueError if any of it is wrong, and the messages stay as they were.
+        continue_final_message: without a text, the reply goes on in the last message, which is the assistant's, and
+        what is new joins it. ValueError if any of it is wrong, and the messages stay as they were.
         """
         return collect(
-            self.stream(text, images, audios, videos, max_tokens, sampling, draft_length, repetition_detection)
-        )
+            self.stream(
+                text, images, audios, videos, max_tokens, sampling, draft_length, repetition_detection, stop=stop,
+                logprobs=logprobs, logit_bias=logit_bias,
+                thinking_budget=thinking_budget, continue_final_message=continue_final_message,
+                response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+            )
+        )  # fmt: skip
 
     def stream(
         self,
@@ -90,6 +106,15 @@ class Session:
         sampling: Sampling = Sampling(),
         draft_length: int | str = "auto",
         repetition_detection: str | Mapping[str, int] = "auto",
+        *,
+        stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
+        continue_final_message: bool = False,
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        response_format: Any = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Iterator[Piece]:
         """As `send`, piece by piece. A reply that is left before its end leaves the messages as they were."""
         turn = (
@@ -102,37 +127,57 @@ class Session:
             sampling=sampling,
             draft_length=draft_length,
             repetition_detection=repetition_detection,
+            stop=stop,
+            logprobs=logprobs,
+            logit_bias=logit_bias,
+            thinking_budget=thinking_budget,
+            response_format=response_format,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
         )
-        prompt, prepared = self.prompt(turn)
-        events = self.events(turn, prompt, prepared, options)
-        check_memory(footprint(self.model.config, parameters(self.model)), len(prompt), max_tokens)
+        prompt, prepared = self.prompt(turn, options, continue_final_message)
+        events = self.events(turn, prompt, prepared, options, continue_final_message)
+        check_memory(footprint_of(self.model), len(prompt), max_tokens)
         return (event for event in events if isinstance(event, Piece))
 
-    def prompt(self, turn: list[dict[str, Any]]) -> tuple[Prompt, float]:
+    def prompt(
+        self, turn: list[dict[str, Any]], options: Options = DEFAULTS, continue_final_message: bool = False
+    ) -> tuple[Prompt, float]:
         """What the model reads with these messages added, and the seconds that making it took."""
         own = self.settings
         request = Request(
             content=[*self.messages, *turn],
             tools=own.tools,
-            thinking=own.thinking,
+            thinking=options.thinks(own.thinking),
             image_budget=own.image_budget,
+            continue_final_message=continue_final_message,
         )
         return request.timed_prompt(self.processor)
 
     def events(
-        self, turn: list[dict[str, Any]], prompt: Prompt, prepared: float, options: Options
+        self,
+        turn: list[dict[str, Any]],
+        prompt: Prompt,
+        prepared: float,
+        options: Options,
+        continue_final_message: bool = False,
     ) -> Iterator[Reading | Piece]:
         """What happens when these messages are added: how far their prompt is read, then the pieces of the reply."""
         events = generation_events(self.model, self.processor, prompt, options, prepared, self.store)
-        return self.recorded(turn, events)
+        return self.recorded(turn, events, continue_final_message)
 
-    def recorded(self, turn: list[dict[str, Any]], events: Iterator[Reading | Piece]) -> Iterator[Reading | Piece]:
+    def recorded(
+        self, turn: list[dict[str, Any]], events: Iterator[Reading | Piece], continues: bool
+    ) -> Iterator[Reading | Piece]:
         pieces: list[Piece] = []
         for event in events:
             if isinstance(event, Piece):
                 pieces.append(event)
                 if event.finish_reason is not None:
-                    self.messages += [*turn, collect(pieces).message]
+                    message = collect(pieces).message
+                    if continues:
+                        message = continued(self.messages.pop(), message)
+                    self.messages += [*turn, message]
             yield event
 
     def fork(self) -> "Session":
@@ -149,6 +194,13 @@ class Session:
         ValueError if messages or media cannot be written as they are; what was saved before is then still there.
         """
         folder = Path(folder).expanduser()
+        self.save_messages(folder)
+        # of a store that conversations share, no more than this one's
+        own = (space_of(self.model), self.prompt([])[0]) if self.messages else None
+        self.store.save(folder / STORE_FOLDER, own)
+
+    def save_messages(self, folder: Path) -> None:
+        """As `save`, without what was read: that is larger by far, and can be read again."""
         if self.messages:
             check_messages(self.messages)
         try:
@@ -163,9 +215,6 @@ class Session:
                 part.replace(folder / name)
         except OSError as error:
             raise OSError(f"the session's folder {str(folder)!r} cannot be written: {one_line(error)}") from None
-        # of a store that conversations share, no more than this one's
-        own = (space_of(self.model), self.prompt([])[0]) if self.messages else None
-        self.store.save(folder / STORE_FOLDER, own)
 
     @classmethod
     def load(
@@ -177,6 +226,13 @@ class Session:
         own = cls(model, processor, store=PromptStore(folder=saved.folder / STORE_FOLDER) if store is None else store)
         own.settings, own.messages = saved.settings, saved.messages
         return own
+
+
+def continued(message: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """An assistant message with what has been written on."""
+    content, text = message["content"], more["content"]
+    whole = content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
+    return more | message | {"content": whole}
 
 
 @dataclass(frozen=True)

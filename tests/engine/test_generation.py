@@ -20,6 +20,7 @@ from toy_checkpoint import TINY
 
 from mlx_gemma4 import Prompt, Sampling, collect, generate, load, stream_generate
 from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.decoding import batch
 from mlx_gemma4.decoding import round as speculate
 from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller, RoundClock
 from mlx_gemma4.decoding.round import learnt_of
@@ -240,7 +241,7 @@ def test_a_cache_may_grow_while_tokens_are_generated(
     reply = generate(
         model, processor, Prompt(IDS[:3]), max_tokens=count, sampling=sampling, draft_length=length
     )  # fmt: skip
-    assert {slots for _, _, slots in learnt_of(model).rounds} == {128, 256, 384, 512}
+    assert {slots for *_, slots in learnt_of(model).rounds} == {128, 256, 384, 512}
     grown = [*IDS[:3], *reply.token_ids]
     logits = np.array(model.logits(Prompt(grown)))[0]
     sampler = Sampler(sampling, model.config.generation, TINY.vocab)
@@ -449,7 +450,7 @@ def test_what_was_measured_before_does_not_change_what_a_seed_gives(
     replies = []
     for best in (0, 2, 7):
         times = {0: deque([1.0] * 3), 2: deque([1.0] * 2), best: deque([1.0] * 3)}
-        monkeypatch.setattr(learnt_of(model), "controller", Controller(times=times, best=best))
+        monkeypatch.setattr(learnt_of(model), "controllers", {1: Controller(times=times, best=best)})
         replies.append(reply_of(endless, "auto", 30, sampling).token_ids)
     assert replies[0] == replies[1] == replies[2]
 
@@ -490,7 +491,8 @@ def say(planted: Loaded, configure: Callable[..., None], monkeypatch: pytest.Mon
             run = [left.pop(0) for _ in range(min(len(left), int(rng.integers(1, array.size + 1))))]
             return run + [-1] * (array.size - len(run))
 
-        monkeypatch.setattr(generation, "tokens_of", tokens_of)
+        for module in (generation, batch):
+            monkeypatch.setattr(module, "tokens_of", tokens_of)
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         return generate(*planted, Prompt(ids), max_tokens=max_tokens, sampling=GREEDY, draft_length=2)
 

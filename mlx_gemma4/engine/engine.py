@@ -1,0 +1,486 @@
+"""Many requests at once: any thread asks, one thread reads and decodes."""
+
+import atexit
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from queue import SimpleQueue
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4.decoding.batch import MOST_ROWS, Batch, Given, Seat, size_of
+from mlx_gemma4.decoding.disk import PAGE, common
+from mlx_gemma4.decoding.round import State, forget_thread
+from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.decoding.store import PromptStore, units
+from mlx_gemma4.engine.generation import bounded_memory, drafts_of, first_token, row_of, sampler_of, seat_of
+from mlx_gemma4.engine.reading import Opened, opened, space_of
+from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.row import Row
+from mlx_gemma4.errors import a, shown
+from mlx_gemma4.model.cache import ROUND
+from mlx_gemma4.model.model import Model, check_process
+from mlx_gemma4.planner import batch_bytes, check_memory, footprint, memory_limit, predict
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import Prompt, check_length
+from mlx_gemma4.reply.reply import Piece, Reply, collect
+from mlx_gemma4.weights.load import parameters
+
+if TYPE_CHECKING:
+    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
+
+# Tokens read at once while rows are decoding: one chunk is what such a row waits for longest.
+SHORT_CHUNK = 128
+AHEAD = 2  # so many requests are prepared for each row, where many are asked
+FORESEEN = 1024  # tokens of a reply that must fit for its row to be taken in beside others
+
+
+@dataclass(eq=False)
+class Work:
+    """A request on its way: it waits, is read, is a row of the batch, and ends."""
+
+    prompt: Prompt
+    options: Options
+    drafts: int | None
+    constraint: "Constraint | None"
+    prepared: float
+    units: np.ndarray  # what its positions depend on
+    pieces: "SimpleQueue[Piece | BaseException | None]" = field(default_factory=SimpleQueue)  # None: no more
+    cancelled: bool = False
+    arrived: int = 0  # tokens that the engine had read before it came
+    ids: list[int] = field(default_factory=list)  # of its prompt, and of its reply when it was parked
+    parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
+    stack: ExitStack = field(default_factory=ExitStack)
+    reading: Opened | None = None
+    row: Row | None = None
+    seat: Seat | None = None
+
+    def __post_init__(self) -> None:
+        self.ids = self.prompt.token_ids
+
+    @property
+    def grown(self) -> Prompt:
+        """The prompt, with the reply of a row that was parked."""
+        return self.prompt if self.parked is None else replace(self.prompt, token_ids=self.ids)
+
+    @property
+    def known(self) -> Prompt:
+        """What is to be read before it goes on: of a reply the newest token has no entries."""
+        return self.prompt if self.parked is None else replace(self.prompt, token_ids=self.ids[:-1])
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be read."""
+        whole = len(self.prompt) if self.parked is None else len(self.ids) - 1
+        return whole - (0 if self.reading is None else self.reading.caches.length)
+
+    @property
+    def positions(self) -> int:
+        return len(self.prompt) + (0 if self.row is None else self.row.count)
+
+
+class Stream(Iterator[Piece]):
+    """The pieces of one reply. Dropped or closed early, its row is free within one round."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.ended = False
+
+    def __next__(self) -> Piece:
+        found = None if self.ended else self.work.pieces.get()
+        if isinstance(found, Piece):
+            return found
+        self.ended = True
+        if found is None:
+            raise StopIteration
+        raise found
+
+    def close(self) -> None:
+        """Take no more of it; a thread that waits for a piece gets none."""
+        self.ended = self.work.cancelled = True
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Engine:
+    """Answers many requests at once, at most `max_batch` in one round; the others wait.
+
+    Any thread may submit. Requests that begin alike read what they share once, if there is a `store`. To be closed, or
+    used in a with-statement: replies that are not finished by then end with a RuntimeError. ValueError if model,
+    processor, max_batch or store is wrong.
+    """
+
+    def __init__(self, model: Model, processor: Processor, max_batch: int = 8, store: PromptStore | None = None):
+        if not isinstance(model, Model):
+            raise ValueError(f"model is {a(model)}; expected what load returns")
+        if not isinstance(processor, Processor):
+            raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
+        check_max_batch(max_batch)
+        if model.group is not None:  # whose rounds must come in one order everywhere, whatever arrives when
+            raise ValueError(f"{model.group.size()} machines share the model; expected one, for many requests at once")
+        if store is not None and not isinstance(store, PromptStore):
+            raise ValueError(f"store is {a(store)}; expected a PromptStore, or None")
+        self.model, self.processor, self.max_batch, self.store = model, processor, int(max_batch), store
+        self.shelf = PromptStore() if store is None else store  # for rows that are parked
+        self.footprint = footprint(model.config, parameters(model))
+        self.works: list[Work] = []  # the engine's own thread alone takes out of it
+        self.batch = Batch(model)
+        self.read = 0  # tokens, of all prompts
+        self.debt = 0.0  # seconds that reading has had beyond what rounds had
+        self.closed = False
+        self.news = Condition()
+        self.thread = Thread(target=self.run, name="mlx_gemma4.Engine", daemon=True)
+        self.thread.start()
+        atexit.register(self.close)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def submit(
+        self,
+        request: str | list[dict[str, Any]] | Prompt,
+        images: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        system: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        thinking: bool = False,
+        image_budget: int | None = None,
+        max_tokens: int = 1024,
+        sampling: Sampling = Sampling(),
+        draft_length: int | str = "auto",
+        *,
+        preserve_thinking: bool = False,
+        repetition_detection: str | Mapping[str, int] = "auto",
+        stop: str | Sequence[str] = (),
+        thinking_budget: int | None = None,
+        continue_final_message: bool = False,
+        logprobs: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        response_format: Any = None,
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+        scope: str = "",
+    ) -> Stream:
+        """The reply piece by piece; takes what `generate` takes. The request is checked, and its media are decoded, in
+        the thread that asks. scope: whose request it is; what has been read for others is not found in the store.
+        RuntimeError if the engine is closed."""
+        options = Options(
+            max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
+            repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
+            thinking_budget=thinking_budget,
+            response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+            scope=scope,
+        )  # fmt: skip
+        asked = Request(
+            content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
+            thinking=options.thinks(thinking), image_budget=image_budget, preserve_thinking=preserve_thinking,
+            continue_final_message=continue_final_message,
+        )  # fmt: skip
+        return self.ask(asked, options)
+
+    def ask(self, request: Request, options: Options) -> Stream:
+        """`submit` of what is already checked."""
+        check_process()
+        self.check_open()
+        prompt, prepared = request.timed_prompt(self.processor)
+        check_length(prompt, self.model.config)
+        drafts = drafts_of(self.model, options)
+        constraint = options.constraint(self.processor, prompt, self.model.config.generation.eos_token_ids)
+        check_memory(self.footprint, len(prompt), options.max_tokens)
+        work = Work(prompt, options, drafts, constraint, prepared, units(prompt))
+        with self.news:
+            self.check_open()
+            work.arrived = self.read
+            self.works.append(work)
+            self.news.notify()
+        return Stream(work)
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the engine is closed; expected to submit before close()")
+
+    def close(self) -> None:
+        """End what is not finished, and the thread. Closing again does nothing."""
+        with self.news:
+            self.closed = True
+            self.news.notify()
+        self.thread.join()
+        atexit.unregister(self.close)
+
+    # --- the engine's thread -------------------------------------------------------------------
+
+    def run(self) -> None:
+        while self.is_asked():
+            self.step()
+        for work in [*self.works]:
+            self.end(work, RuntimeError("the engine was closed before the reply was finished"))
+        # what was traced here hangs on this thread's streams: kept until the process ends, MLX would abort it
+        self.batch = Batch(self.model)
+        forget_thread(self.model)
+        mx.clear_streams()
+
+    def is_asked(self) -> bool:
+        """Wait for a request; whether there is one, or else the engine is closed."""
+        with self.news:
+            self.news.wait_for(lambda: self.works or self.closed)
+            return not self.closed
+
+    def step(self) -> None:
+        """One round of all rows, and a chunk of a newcomer's prompt if it is its turn."""
+        for work in [*self.works]:
+            if work.cancelled:
+                self.end(work)
+        if self.debt <= 0 or not self.batch.rows:
+            self.read_chunk()
+        if self.batch.rows:
+            self.decode()
+
+    def decode(self) -> None:
+        started = time.perf_counter()
+        try:
+            self.make_room()
+            if all(work.seat is not None for work in self.works):
+                self.batch.shrink()
+            given = self.batch.step()
+        except Exception as error:  # whatever a round raises, those who wait for it must learn it
+            self.batch = Batch(self.model)
+            for work in [*self.works]:
+                if work.seat is not None:
+                    self.end(work, error)
+            return
+        self.hand_out(given)
+        self.debt = max(0.0, self.debt - (time.perf_counter() - started))
+
+    def hand_out(self, given: list[Given]) -> None:
+        works = {work.seat: work for work in self.works}
+        for own in given:
+            self.hand_on(works[own.seat], own)
+
+    def make_room(self) -> None:
+        """Park the youngest as long as those in work do not fit on; the oldest always goes on."""
+        while len(busy := self.busy) > 1 and self.needed(busy, 2 * ROUND) > memory_limit():
+            if self.batch.waiting is not None:
+                self.hand_out(self.batch.flush())
+            else:
+                self.park(busy[-1])
+                self.batch.shrink()
+
+    def park(self, work: Work) -> None:
+        """Put a row, or what has been read for it, into the store, from which it is taken up again when it fits."""
+        reading = work.reading
+        assert reading is not None
+        if work.seat is not None:
+            arrays, state = self.batch.part(work.seat)
+            reading.caches.take(arrays)
+            work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
+        space = space_of(self.model, work.options.scope)
+        reading.put_aside(self.shelf, space, work.grown, self.model.config.text)
+        work.reading = None
+        work.stack.close()
+        self.leave_room()
+
+    def hand_on(
+        self, work: Work, given: Given | None, first: Sequence[int] = (), told: np.ndarray | None = None
+    ) -> None:
+        """Give what a round gave, or the first token, which none did, to whoever asked."""
+        assert work.row is not None and work.reading is not None
+        tokens, drafted = (list(first), None) if given is None else (given.tokens, given.drafted)
+        told = told if given is None else given.told
+        try:
+            if given is not None and given.error is not None:
+                raise given.error
+            piece = work.row.take(tokens, drafted, told)
+            work.reading.ids += tokens
+            last = None if work.row.finish_reason is None else work.row.finish()
+        except Exception as error:  # an error of one request must not reach the others
+            self.end(work, error)
+            return
+        if last is None:
+            work.pieces.put(piece)
+            return
+        self.leave(work)  # before the last piece goes out, what was read and written can be found
+        work.pieces.put(piece)
+        work.pieces.put(last)
+        self.end(work)
+
+    def leave(self, work: Work) -> None:
+        """Free a row's place, and give the store what it has read and written."""
+        if work.seat is not None and work.reading is not None:
+            if work.seat in self.batch.seats:
+                work.reading.caches.take(self.batch.remove(work.seat, keep=self.store is not None))
+            else:
+                work.reading.forget()
+        if self.store is None and work.reading is not None:
+            work.reading.forget()  # it was parked once: nobody else is to find it
+        work.seat = None
+        work.stack.close()
+
+    def end(self, work: Work, error: BaseException | None = None) -> None:
+        self.leave(work)
+        with self.news:
+            self.works.remove(work)
+        work.pieces.put(error)
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def read_chunk(self) -> None:
+        work = self.next_to_read()
+        if work is None:
+            return
+        started = time.perf_counter()
+        self.batch.clock.interrupted()
+        try:
+            if work.reading is None:
+                self.open(work)
+            self.read_on(work)
+        except Exception as error:  # an error of one request must not reach the others
+            if work.reading is not None:
+                work.reading.forget()  # what came of it is not sure
+            self.end(work, error)
+        self.debt += time.perf_counter() - started
+
+    def next_to_read(self) -> Work | None:
+        """Whose prompt to read: that of which least is left, less the tokens that others had read since it came, so
+        that none waits for ever. None: nobody's, or there is no room for the one whose turn it is."""
+        read = [work for work in self.works if work.reading is not None and work.seat is None]
+        waiting = [work for work in self.works if work.reading is None]
+        candidates = read + (waiting if len(self.busy) < self.max_batch else [])
+        for work in sorted(candidates, key=lambda work: work.left - (self.read - work.arrived)):
+            if work.reading is not None:
+                return work
+            if not any(self.shares(work, other) for other in read):
+                return work if self.fits(work) else min(read, key=lambda own: own.left, default=None)
+        return None
+
+    @property
+    def busy(self) -> list[Work]:
+        """Those that are being read or decoded, the oldest first."""
+        return [work for work in self.works if work.reading is not None]
+
+    def shares(self, work: Work, other: Work) -> bool:
+        """Whether what another reads will be found by this one."""
+        same = self.store is not None and work.options.scope == other.options.scope
+        return same and common(work.units, other.units) >= PAGE
+
+    def fits(self, work: Work) -> bool:
+        """Whether a newcomer fits beside those in work, for a while: what a reply may come to is not reserved."""
+        return not self.busy or self.needed([*self.busy, work], FORESEEN) <= memory_limit()
+
+    def needed(self, works: list[Work], ahead: int) -> float:
+        """Bytes that these take together, and so many tokens of each more."""
+        return batch_bytes(self.footprint, [work.positions for work in works], size_of(len(works)), ahead)
+
+    def leave_room(self) -> None:
+        """Let the store have what those in work leave."""
+        if self.busy:
+            self.shelf.leave(memory_limit() - int(self.needed(self.busy, FORESEEN)))
+
+    def open(self, work: Work) -> None:
+        if work.row is None:
+            work.row = row_of(self.model, self.processor, work.prompt, work.options, work.prepared, work.constraint)
+        prompt, limit = work.grown, min(work.row.limit - work.row.count, FORESEEN)
+        needed = predict(self.footprint, len(prompt), limit).peak
+        work.stack.enter_context(bounded_memory.request(needed))
+        store = self.store if work.parked is None else self.shelf
+        context = opened(store, self.model, self.processor, prompt, limit, needed, work.options.scope)
+        work.reading = work.stack.enter_context(context)
+        if work.parked is None:
+            work.row.cached = work.reading.caches.length
+        self.leave_room()
+
+    def read_on(self, work: Work) -> None:
+        """One chunk, and behind the last one the row takes its place, with its first token if it is new."""
+        reading, row = work.reading, work.row
+        assert reading is not None and row is not None
+        if work.left:
+            chunk = min(SHORT_CHUNK, reading.chunk) if self.batch.rows else reading.chunk
+            before = reading.caches.length
+            hidden = next(self.model.read(work.known, reading.caches, chunk))
+            reading.keep()
+            with self.news:
+                self.read += reading.caches.length - before
+            if work.left:
+                return
+        if work.parked is not None:
+            work.seat, state = work.parked
+            work.parked = None
+            self.batch.put(work.seat, reading.caches, state)
+            return
+        sampler, seed = sampler_of(self.model, self.processor, work.options), work.options.sampling.seed
+        seed = secrets.randbits(64) if seed is None else seed
+        state, tokens, told = first_token(self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint)
+        reading.share()
+        work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint)
+        self.batch.put(work.seat, reading.caches, state)
+        self.hand_on(work, None, tokens, told)
+
+
+def check_max_batch(value: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST_ROWS:
+        raise ValueError(f"max_batch is {shown(value)}; expected a whole number from 1 to {MOST_ROWS}")
+
+
+def generate_batch(
+    model: Model,
+    processor: Processor,
+    requests: Sequence[str | list[dict[str, Any]] | Prompt],
+    max_batch: int = 8,
+    system: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    thinking: bool = False,
+    image_budget: int | None = None,
+    max_tokens: int = 1024,
+    sampling: Sampling = Sampling(),
+    draft_length: int | str = "auto",
+    *,
+    store: PromptStore | None = None,
+    preserve_thinking: bool = False,
+    repetition_detection: str | Mapping[str, int] = "auto",
+    stop: str | Sequence[str] = (),
+    thinking_budget: int | None = None,
+    continue_final_message: bool = False,
+    logprobs: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    response_format: Any = None,
+    tool_choice: str = "auto",
+    parallel_tool_calls: bool = True,
+) -> list[Reply]:
+    """The whole replies to many requests, in their order; at most `max_batch` are decoded at once.
+
+    The other arguments are those of `generate`, for all requests; `system` goes with those that are strings. ValueError
+    if one is wrong, which says which: with an `Engine` that request alone fails.
+    """
+    if isinstance(requests, (str, Prompt)) or not isinstance(requests, Sequence):
+        raise ValueError(f"requests is {a(requests)}; expected a list of strings, lists of messages or Prompts")
+    streams: list[Stream] = []
+    replies: list[Reply] = []
+    with Engine(model, processor, max_batch, store) as engine:
+        for number, request in enumerate(requests):
+            while len(streams) - len(replies) >= AHEAD * max_batch:
+                replies.append(collect(streams[len(replies)]))
+            try:
+                stream = engine.submit(
+                    request, system=system if isinstance(request, str) else None, tools=tools, thinking=thinking,
+                    image_budget=image_budget, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
+                    preserve_thinking=preserve_thinking, repetition_detection=repetition_detection, stop=stop,
+                    logprobs=logprobs, logit_bias=logit_bias,
+                    thinking_budget=thinking_budget, continue_final_message=continue_final_message,
+                    response_format=response_format, tool_choice=tool_choice,
+                    parallel_tool_calls=parallel_tool_calls,
+                )  # fmt: skip
+            except ValueError as error:
+                raise ValueError(f"request {number}: {error}") from None
+            streams.append(stream)
+        replies += [collect(stream) for stream in streams[len(replies) :]]
+    return replies

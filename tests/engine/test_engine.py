@@ -1,0 +1,190 @@
+"""Many requests at once: each gets what it gets alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from rounds import GREEDY
+
+from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate, generate_batch
+from mlx_gemma4.engine import engine
+from mlx_gemma4.engine.engine import Work
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+
+Loaded = tuple[Model, Processor]
+
+
+def prompts(count: int) -> tuple[list[Prompt], list[int]]:
+    rng = np.random.default_rng(0)
+    lengths, limits = rng.integers(3, 200, count), rng.integers(1, 40, count)
+    return [Prompt(rng.integers(110, 500, int(n)).tolist()) for n in lengths], limits.tolist()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("length", [0, 2])
+def test_each_row_gives_what_it_gives_alone(endless: Loaded, length: int, stored: bool) -> None:
+    asked, limits = prompts(7)
+    alone = [
+        generate(*endless, own, max_tokens=limit, sampling=GREEDY, draft_length=2).token_ids
+        for own, limit in zip(asked, limits, strict=True)
+    ]
+    with Engine(*endless, max_batch=4, store=PromptStore() if stored else None) as engine:
+        streams = [
+            engine.submit(own, max_tokens=limit, sampling=GREEDY, draft_length=length)
+            for own, limit in zip(asked, limits, strict=True)
+        ]
+        assert [collect(stream).token_ids for stream in streams] == alone
+
+
+def test_a_closed_stream_frees_its_row_and_disturbs_nobody(endless: Loaded) -> None:
+    asked, _ = prompts(2)
+    alone = generate(*endless, asked[1], max_tokens=20, sampling=GREEDY).token_ids
+    with Engine(*endless, max_batch=1) as engine:
+        long, short = (
+            engine.submit(asked[0], max_tokens=100_000),
+            engine.submit(asked[1], max_tokens=20, sampling=GREEDY),
+        )
+        next(long)
+        long.close()
+        assert collect(short).token_ids == alone
+        assert list(long) == []
+
+
+def test_replies_come_in_the_order_of_the_requests(endless: Loaded) -> None:
+    asked, _ = prompts(5)
+    replies = generate_batch(*endless, asked, max_batch=2, max_tokens=6, sampling=GREEDY, draft_length=0)
+    expected = [generate(*endless, own, max_tokens=6, sampling=GREEDY, draft_length=0).token_ids for own in asked]
+    assert [reply.token_ids for reply in replies] == expected
+
+
+def test_a_closed_engine_says_so_in_one_line(endless: Loaded) -> None:
+    engine = Engine(*endless)
+    stream = engine.submit("hello", max_tokens=100_000)
+    next(stream)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed before the reply was finished"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="the engine is closed; expected to submit before close"):
+        engine.submit("hello")
+
+
+def test_a_wrong_request_is_refused_where_it_is_made(endless: Loaded) -> None:
+    with Engine(*endless) as engine, pytest.raises(ValueError, match="max_tokens is 0"):
+        engine.submit("hello", max_tokens=0)
+    with pytest.raises(ValueError, match="max_batch is 0; expected a whole number from 1 to 16"):
+        Engine(*endless, max_batch=0)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+class Watched(Engine):
+    """Counts the rows that were parked and the most that were in one round."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.parked = self.most = 0
+        super().__init__(*args, **options)
+
+    def park(self, work: Work) -> None:
+        self.parked += 1
+        super().park(work)
+
+    def decode(self) -> None:
+        self.most = max(self.most, len(self.batch.rows))
+        super().decode()
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A machine with room for so many positions, of all places of a batch."""
+    room = [2**60]
+    monkeypatch.setattr(engine, "batch_bytes", lambda model, lengths, size, ahead: size * (max(lengths) + ahead))
+    monkeypatch.setattr(engine, "memory_limit", lambda: room[0])
+    return room
+
+
+SEEDED = Sampling(temperature=1, seed=3, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "stored", "bound"),
+    [(GREEDY, True, None), (GREEDY, False, 1), (SEEDED, False, None), (SEEDED, True, 1)],
+)
+def test_rows_that_do_not_fit_on_are_parked_and_give_what_they_give_alone(
+    endless: Loaded,
+    room: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    stored: bool,
+    sampling: Sampling,
+    bound: int | None,
+) -> None:
+    """bound: of the store's bytes: with 1 it keeps nothing, and what was parked is read once more."""
+    monkeypatch.setattr(engine, "FORESEEN", 8)
+    asked = [Prompt(own.token_ids[:40]) for own in prompts(9)[0] if len(own) > 40][:4]
+    alone = [generate(*endless, own, max_tokens=70, sampling=sampling, draft_length=2).token_ids for own in asked]
+    room[0] = 4 * 60
+    store = PromptStore(max_bytes=bound) if stored else None
+    with Watched(*endless, max_batch=4, store=store) as watched:
+        if bound is not None:
+            watched.shelf.max_bytes = bound
+        streams = [watched.submit(own, max_tokens=70, sampling=sampling, draft_length=2) for own in asked]
+        assert [collect(stream).token_ids for stream in streams] == alone
+        assert watched.parked > 0 and watched.most > 1
+        assert not watched.works and not watched.shelf.held
+    assert stored or not watched.shelf.lines
+
+
+def test_where_one_row_alone_fits_they_take_turns(endless: Loaded, room: list[int]) -> None:
+    asked, limits = prompts(5)
+    alone = [
+        generate(*endless, own, max_tokens=n, sampling=GREEDY).token_ids for own, n in zip(asked, limits, strict=True)
+    ]
+    room[0] = 1
+    with Watched(*endless, max_batch=4) as watched:
+        streams = [watched.submit(own, max_tokens=n, sampling=GREEDY) for own, n in zip(asked, limits, strict=True)]
+        assert [collect(stream).token_ids for stream in streams] == alone
+        assert watched.most == 1
+
+
+def test_a_parked_row_may_be_cancelled_or_closed(endless: Loaded, room: list[int]) -> None:
+    asked, _ = prompts(3)
+    with Watched(*endless, max_batch=4) as watched:
+        streams = [watched.submit(own, max_tokens=10_000, draft_length=0) for own in asked]
+        for stream in streams:
+            next(stream)
+        room[0] = 1
+        while watched.parked < 2:
+            next(streams[0])
+        streams[1].close()
+        next(streams[0])
+        next(streams[0])
+        while len(watched.works) > 2:
+            next(streams[0])
+    assert list(streams[1]) == []
+    with pytest.raises(RuntimeError, match="closed before the reply was finished"):
+        list(streams[2])
+
+
+def test_what_max_tokens_bounds_is_not_reserved(endless: Loaded, room: list[int]) -> None:
+    asked, _ = prompts(2)
+    room[0] = 2 * (200 + engine.FORESEEN)
+    with Watched(*endless, max_batch=2) as watched:
+        streams = [watched.submit(own, max_tokens=2**31, draft_length=0) for own in asked]
+        while watched.most < 2:
+            next(streams[0])
+            next(streams[1])
+        assert watched.parked == 0
+
+
+def test_slots_that_a_long_row_needed_go_with_it(endless: Loaded) -> None:
+    long = Prompt(np.random.default_rng(0).integers(110, 500, 2000).tolist())
+    with Engine(*endless, max_batch=2) as engine_:
+        short = engine_.submit(Prompt([2, 150]), max_tokens=500, draft_length=0)
+        next(short)
+        collect(engine_.submit(long, max_tokens=4, draft_length=0))
+        assert len(collect(short).token_ids) == 499
+        stream = engine_.submit(Prompt([2, 150]), max_tokens=500, draft_length=0)
+        next(stream)
+        assert engine_.batch.caches is not None and engine_.batch.caches.slots <= 1536
