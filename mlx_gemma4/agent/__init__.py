@@ -1,0 +1,1 @@
+"""Tools that run: functions, servers of the Model Context Protocol, skills."""
