@@ -1,0 +1,1 @@
+"""HTTP: the model behind OpenAI's and Anthropic's protocols."""

@@ -1,0 +1,113 @@
+"""OpenAI's text completions: prompts gone on with as they stand."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from mlx_gemma4.errors import shown
+from mlx_gemma4.reply.reply import Piece, Reply, Stats
+from mlx_gemma4.serve.ask import Ask, Refused, checked, event, new_id
+from mlx_gemma4.serve.chat import DONE, MOST_CHOICES, PING, Drawn, TokenText, error_body, usage
+
+DEFAULT_TOKENS = 16  # as OpenAI has it
+
+
+class Request(Drawn):
+    prompt: Any
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+def prompts_of(prompt: Any) -> tuple[str | list[int], ...]:
+    """One text or list of token ids, or a list of these."""
+    alone = isinstance(prompt, str) or is_ids(prompt)
+    found = [prompt] if alone else prompt
+    if not isinstance(found, list) or not found or not all(isinstance(own, str) or is_ids(own) for own in found):
+        raise Refused(f"prompt is {shown(prompt)}; expected a text, token ids, or a list of these", field="prompt")
+    return tuple(found)
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(entry) is int and 0 <= entry < 2**31 for entry in value)
+
+
+class Completions:
+    def __init__(self, model: str, token_text: TokenText):
+        self.model, self.token_text = model, token_text
+
+    def parse(self, body: dict[str, Any], scope: str) -> tuple[Ask, "CompletionWriter"]:
+        request = checked(Request, body)
+        for field, value in (("suffix", request.suffix), ("best_of", request.best_of)):
+            if value not in (None, "", request.n or 1):
+                raise Refused(f"{field} is {shown(value)}; expected none: this server has no such thing", field=field)
+        prompts, replies = prompts_of(request.prompt), request.n or 1
+        if len(prompts) * replies > MOST_CHOICES and len(prompts) > 1:
+            raise Refused(f"prompt has {len(prompts)} entries; expected at most {MOST_CHOICES // replies}")
+        ask = Ask(
+            prompts=prompts,
+            max_tokens=DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens,
+            sampling=request.sampling,
+            stop=request.stops,
+            logprobs=request.logprobs,
+            logit_bias=request.bias,
+            n=replies,
+            stream=bool(request.stream),
+            echo=bool(request.echo),
+        )
+        return ask, CompletionWriter(self.model, self.token_text, request)
+
+    def error(self, refused: Refused) -> dict[str, Any]:
+        return error_body(refused)
+
+
+class CompletionWriter:
+    def __init__(self, model: str, token_text: TokenText, request: Request):
+        self.token_text, self.request = token_text, request
+        self.head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model}
+        self.stats: list[Stats] = []
+        self.offsets: dict[int, int] = {}  # characters of each choice so far
+
+    def begin(self, prompt_tokens: int) -> Iterator[str]:
+        yield from ()
+
+    def piece(self, piece: Piece, choice: int) -> Iterator[str]:
+        if piece.stats is not None:
+            self.stats.append(piece.stats)
+        if piece.text or piece.logprobs or piece.stats is not None:
+            yield event(self.head | {"choices": [self.choice(choice, piece)]})
+
+    def end(self) -> Iterator[str]:
+        if self.request.include_usage:
+            yield event(self.head | {"choices": [], "usage": usage(self.stats)})
+        yield DONE
+
+    def failed(self, refused: Refused) -> Iterator[str]:
+        yield event(error_body(refused))
+        yield DONE
+
+    def ping(self) -> str:
+        return PING
+
+    def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        choices = [self.choice(index, reply) for index, reply in enumerate(replies)]
+        return self.head | {"choices": choices, "usage": usage([reply.stats for reply in replies])}
+
+    def choice(self, index: int, said: Piece | Reply) -> dict[str, Any]:
+        reason = None if said.finish_reason is None else "stop" if said.finish_reason == "stop" else "length"
+        logprobs = None if self.request.logprobs is None else self.logprobs(index, said.logprobs or [])
+        return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, choice: int, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        tokens, offsets = [], []
+        for entry in entries:
+            tokens.append(self.token_text(entry["token_id"]))
+            offsets.append(self.offsets.get(choice, 0))
+            self.offsets[choice] = offsets[-1] + len(tokens[-1])
+        tops = [{self.token_text(index): value for index, value in entry["top"].items()} for entry in entries]
+        values = [entry["logprob"] for entry in entries]
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -1,0 +1,191 @@
+"""One request in work: a thread of its own asks the engine, and hands what comes to the loop that answers."""
+
+import asyncio
+import logging
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from threading import Thread
+
+import mlx.core as mx
+
+from mlx_gemma4.engine.engine import Engine, Stream
+from mlx_gemma4.errors import Kind, MediaError, TooLongError, kind, one_line
+from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece
+from mlx_gemma4.serve.ask import Ask, Refused
+from mlx_gemma4.serve.media import opened
+from mlx_gemma4.serve.metrics import Metrics
+from mlx_gemma4.serve.resident import Resident
+from mlx_gemma4.serve.scoring import prompt_piece
+
+logger = logging.getLogger("mlx_gemma4")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The engine has taken the request: nothing is wrong with it."""
+
+    prompt_tokens: int
+
+
+Event = Begun | Refused | tuple[int, Piece]  # which of the replies, and a piece of it
+
+
+class Job:
+    """Asks for the replies to one request; made and used by the loop, but for what its own threads do."""
+
+    def __init__(self, resident: Resident, metrics: Metrics, ask: Ask, scope: str):
+        self.resident, self.metrics, self.ask, self.scope = resident, metrics, ask, scope
+        self.replies = ask.n * max(len(ask.prompts), 1)
+        self.loop = asyncio.get_running_loop()
+        self.news = asyncio.Event()
+        self.events: deque[Event | None] = deque()  # None: no more
+        self.told = self.left = False
+        self.streams: list[Stream] = []
+        self.prompt_tokens = 0  # of all that is to be gone on with
+
+    def start(self) -> None:
+        """Refused if too many replies are asked for already."""
+        self.resident.admit(self.replies)
+        Thread(target=self.run, name="mlx_gemma4.Job", daemon=True).start()
+
+    def leave(self) -> None:
+        """Nobody waits for it any more: its rows are free within one round."""
+        self.left = True
+        for stream in [*self.streams]:
+            stream.close()
+
+    async def given(self, seconds: float) -> list[Event | None]:
+        """What came since the last time, as soon as there is any; nothing after so many seconds."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.news.wait(), seconds)
+        self.news.clear()
+        self.told = False
+        return [self.events.popleft() for _ in range(len(self.events))]
+
+    @property
+    def progress(self) -> str:
+        """What there is to say of how far the prompt is read, where that is asked."""
+        say = self.ask.progress
+        for stream in [] if say is None else self.streams:
+            reading, row = stream.work.reading, stream.work.row
+            if say and reading is not None and row is not None and stream.work.seat is None:
+                total = len(stream.work.prompt)
+                return say(total, row.cached, total - stream.work.left)
+        return ""
+
+    # --- its own threads -----------------------------------------------------------------------
+
+    def put(self, event: Event | None) -> None:
+        self.events.append(event)
+        if not self.told:
+            self.told = True
+            with suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(self.news.set)
+
+    def run(self) -> None:
+        try:
+            echoes = self.submit()
+            self.put(Begun(self.prompt_tokens))
+            for echo in enumerate(echoes):
+                self.put(echo)
+            pumps = [Thread(target=self.pump, args=own, daemon=True) for own in enumerate(self.streams)]
+            for pump in pumps[1:]:
+                pump.start()
+            pumps[0].run()
+            for pump in pumps[1:]:
+                pump.join()
+        except Exception as error:  # whatever it is, the client must learn that nothing follows
+            self.leave()
+            self.put(refused(error))
+        self.put(None)
+        self.resident.release(self.replies)
+        mx.clear_streams()
+
+    def submit(self) -> list[Piece]:
+        """Begin the streams; what is to be said before what they give, a piece for each, if anything is."""
+        ask, engine, echoes = self.ask, self.resident.load(), list[Piece]()
+        for prompt in prompts(ask, self.resident):
+            self.prompt_tokens += len(prompt)
+            if ask.echo:
+                echoes += [prompt_piece(engine.model, engine.processor, prompt, ask.logprobs)] * ask.n
+            for number in range(ask.n):
+                self.streams.append(self.stream(engine, prompt, number))
+                if self.left:
+                    self.leave()
+        return echoes
+
+    def stream(self, engine: Engine, prompt: Prompt, number: int) -> Stream:
+        ask, sampling = self.ask, self.ask.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + number) % 2**64)
+        return engine.submit(
+            prompt,
+            max_tokens=self.resident.context if ask.max_tokens is None else max(ask.max_tokens, 1),
+            sampling=sampling,
+            draft_length=ask.draft_length,
+            stop=ask.stop,
+            thinking_budget=ask.thinking_budget,
+            logprobs=ask.logprobs,
+            logit_bias=ask.logit_bias,
+            response_format=ask.response_format,
+            tool_choice=ask.tool_choice,
+            parallel_tool_calls=ask.parallel_tool_calls,
+            scope=self.scope,
+        )
+
+    def pump(self, choice: int, stream: Stream) -> None:
+        try:
+            for piece in stream:
+                if self.ask.max_tokens == 0:  # the prompt alone is asked for, but no reply has no token
+                    piece = replace(piece, text="", token_ids=[], logprobs=None)
+                if piece.stats is not None:
+                    self.metrics.count(piece.stats)
+                    piece = without_cut_call(piece)
+                self.put((choice, piece))
+        except Exception as error:  # the others of the request's replies go on
+            self.put(refused(error))
+
+
+def prompts(ask: Ask, resident: Resident) -> Iterator[Prompt]:
+    """What a request asks to be gone on with. ValueError if it is wrong."""
+    processor = resident.processor
+    if ask.messages is not None:
+        wanted = resident.settings.thinking if ask.thinking is None else ask.thinking
+        yield processor(
+            opened(ask.messages, resident.settings.allowed),
+            tools=ask.tools,
+            thinking=wanted and ask.thinking_budget != 0,
+            image_budget=ask.image_budget,
+            preserve_thinking=ask.preserve_thinking,
+            continue_final_message=ask.continue_final_message,
+        )
+    for prompt in ask.prompts:
+        ids = prompt if isinstance(prompt, list) else processor.tokenizer.encode(prompt, add_special_tokens=False).ids
+        begin = processor.control.ids[processor.bos_token]
+        yield Prompt(ids if ids[:1] == [begin] else [begin, *ids])
+
+
+def without_cut_call(last: Piece) -> Piece:
+    """The last piece without the text of a call that was cut: what is known of it has been given as a call."""
+    return replace(last, text="") if last.text.startswith(TOOL_CALL_OPEN) and last.finish_reason != "stop" else last
+
+
+def refused(error: Exception) -> Refused:
+    """What a client is told of an error."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, TooLongError):
+        message = f"prompt is too long: {error.tokens} tokens > {error.limit - 1} maximum"
+        return Refused(message, field="messages", code="context_length_exceeded")
+    if isinstance(error, MemoryError):
+        return Refused(str(error), field="messages", code="context_length_exceeded")
+    if isinstance(error, MediaError) or kind(error) is Kind.WRONG_REQUEST:
+        return Refused(str(error))
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" at {frame.name}, {frame.filename}:{frame.lineno}" for frame in place)
+    logger.error("a request failed: %s: %s%s", type(error).__name__, one_line(error), where)
+    return Refused("the server failed at this request; its log says where", status=500)

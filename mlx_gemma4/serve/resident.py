@@ -1,0 +1,151 @@
+"""The model that is served: loaded when it is needed, given back when nobody has asked for a while."""
+
+import gc
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock, Timer
+
+import mlx.core as mx
+
+from mlx_gemma4.config import computing_type
+from mlx_gemma4.decoding.store import PromptStore
+from mlx_gemma4.engine.engine import Engine, check_max_batch
+from mlx_gemma4.errors import shown
+from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.serve.ask import Refused
+from mlx_gemma4.serve.media import NOTHING, Allowed
+from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, load_values, open_checkpoint
+
+logger = logging.getLogger("mlx_gemma4")
+
+RETRY_SECONDS = 5  # after which a client that found the queue full may try again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the model is to be served. ValueError if any of it is wrong."""
+
+    model: str
+    drafter: str | None = "auto"
+    dtype: str | None = None
+    kv_bits: int | None = None
+    adapter: Path | None = None
+    max_batch: int = 8
+    max_queue: int = 64  # replies that wait for a row
+    store: Path | None = None
+    store_bytes: int | None = None
+    unload_after: float | None = None  # seconds
+    thinking: bool = False  # where a request does not say
+    allowed: Allowed = NOTHING
+
+    def __post_init__(self) -> None:
+        check_max_batch(self.max_batch)
+        if self.max_queue < 0:
+            raise ValueError(f"max_queue is {shown(self.max_queue)}; expected a whole number, 0 or more")
+        if self.unload_after is not None and not 0 < self.unload_after < 1e9:
+            raise ValueError(f"unload_after is {shown(self.unload_after)}; expected seconds, above 0")
+
+
+class Resident:
+    """A model, its engine and its store. Any thread may use it.
+
+    A checkpoint that is wrong is found when this is made; weights are loaded by the first use, or `load`.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.store = self.new_store()
+        folder = find_folder(settings.model)
+        self.folder, self.adapter = folder, find_adapter(settings.adapter)
+        self.choice = find_drafter(settings.model, folder, settings.drafter, adapter=self.adapter)
+        checkpoint = self.look()
+        self.processor = load_processor(folder, checkpoint.config)
+        self.context = checkpoint.config.text.max_position_embeddings
+        is_path = settings.model != "demo" and Path(settings.model).expanduser() == folder
+        self.name = folder.resolve().name if is_path else settings.model
+        self.checkpoint: Checkpoint | None = checkpoint
+        self.engine: Engine | None = None
+        self.is_ready = False  # it has been loaded once; what is given back is loaded again
+        self.lock = Lock()  # of what is loaded
+        self.quiet = Lock()  # of what follows
+        self.asked = 0  # replies that are on their way
+        self.timer: Timer | None = None
+
+    def look(self) -> Checkpoint:
+        dtype = computing_type(self.settings.dtype)
+        return open_checkpoint(self.folder, self.choice, dtype, self.settings.kv_bits, self.adapter)
+
+    def new_store(self) -> PromptStore:
+        return PromptStore(max_bytes=self.settings.store_bytes, folder=self.settings.store)
+
+    def load(self) -> Engine:
+        """The engine, once the weights are there. A thread that calls this ends with `mx.clear_streams()`."""
+        with self.lock:
+            if self.engine is None:
+                checkpoint, self.checkpoint = self.checkpoint or self.look(), None
+                for _ in load_values(checkpoint):
+                    pass
+                self.engine = Engine(checkpoint.model, self.processor, self.settings.max_batch, self.store)
+                self.is_ready = True
+                logger.info("%s is loaded", self.name)
+            return self.engine
+
+    def load_ahead(self) -> None:
+        """As a thread of its own."""
+        try:
+            self.load()
+        except Exception as error:  # the first request meets it again, and its client is told
+            logger.error("%s cannot be loaded: %s", self.name, error)
+        mx.clear_streams()
+
+    def admit(self, replies: int) -> None:
+        """Count so many replies as asked for, until `release`. Refused, 429, if too many are."""
+        with self.quiet:
+            if self.asked + replies > self.settings.max_batch + self.settings.max_queue:
+                raise Refused(f"{self.asked} replies are asked for already; try again later", status=429)
+            self.asked += replies
+            if self.timer is not None:
+                self.timer.cancel()
+
+    def release(self, replies: int) -> None:
+        with self.quiet:
+            self.asked -= replies
+            if not self.asked and self.settings.unload_after is not None:
+                self.timer = Timer(self.settings.unload_after, self.unload)
+                self.timer.daemon = True
+                self.timer.start()
+
+    def states(self) -> tuple[int, int, int]:
+        """How many replies wait, are being read for, and are being written."""
+        engine = self.engine
+        works = [] if engine is None else [*engine.works]
+        waiting = sum(work.reading is None for work in works)
+        writing = sum(work.seat is not None for work in works)
+        return waiting, len(works) - waiting - writing, writing
+
+    def unload(self) -> None:
+        """Give the memory back, if nobody asks just now."""
+        with self.lock:
+            with self.quiet:
+                engine = None if self.asked else self.engine
+            if engine is not None:
+                self.engine = None
+                engine.close()
+                if self.settings.store is not None:
+                    self.store.save()
+                self.store = self.new_store()
+                logger.info("%s is given back", self.name)
+        del engine
+        gc.collect()
+        mx.clear_cache()
+        mx.clear_streams()
+
+    def close(self) -> None:
+        """End what is not finished. While weights are being loaded this waits for them."""
+        if self.timer is not None:
+            self.timer.cancel()
+        with self.lock:
+            if self.engine is not None:
+                self.engine.close()
+                self.engine = None
