@@ -26,6 +26,7 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.toolcall import parse_tool_call
+from mlx_gemma4.tune.state import merge, save, trees_of
 from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.draft import loss as draft_loss
@@ -54,7 +55,7 @@ from training.start import initialise, initialise_drafter
 from training.texts import is_good_story, is_held_out_sum, story, story_item, text_item
 from training.tokens import make_tokenizer
 from training.tools import TOOLS, tool_item
-from training.train import LOOKING, Source, as_quantized, merge, optimizer, save, trees_of
+from training.train import LOOKING, Source, as_quantized, optimizer
 from training.world import COLOURS, HEROES, MEDIUM_OF, MONTHS, SHAPES, THINGS, WORDINGS, plain, worded
 
 ROOT = Path(__file__).parents[1]
@@ -467,12 +468,12 @@ def test_training_learns_and_goes_on_where_it_stopped(
     assert whole[-1] < 0.85 * whole[0]
     model, optimise = start()
     first = run(model, optimise, 4)
-    save(tmp_path / "state.safetensors", {"model": parameters(model), "optimizer": optimise.state}, 4)  # type: ignore[attr-defined]
+    save(tmp_path / "state.safetensors", {"model": parameters(model), "optimizer": optimise.state}, {"step": "4"})  # type: ignore[attr-defined]
     model, optimise = start()
-    trees, step = trees_of(tmp_path / "state.safetensors")
+    trees, about = trees_of(tmp_path / "state.safetensors")
     model.update(trees["model"])
     optimise.state = merge(optimise.state, trees["optimizer"])  # type: ignore[attr-defined]
-    assert step == 4
+    assert about == {"step": "4"}
     assert np.allclose(first + run(model, optimise, 4), whole, rtol=1e-4)
 
 

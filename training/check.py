@@ -15,10 +15,11 @@ import typer
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.tune.state import trees_of
 from training.forward import hidden_states, learnt_logits
 from training.material import load_material
 from training.rows import Batch, batch
-from training.train import FRAME, LONG_ROW, PATCH, ROW, Source, trees_of
+from training.train import FRAME, LONG_ROW, PATCH, ROW, Source
 
 
 def right_answers(model: Model, one: Batch) -> np.ndarray:
@@ -36,7 +37,7 @@ def main(
 ) -> None:
     config = read_config(folder)
     model = Model(config)
-    trees, step = trees_of(folder / f"{state}.safetensors")
+    trees, about = trees_of(folder / f"{state}.safetensors")
     model.update(trees["model"])
     source = Source(load_processor(folder, config), load_material(folder, not train), "check")
     asked: Counter[str] = Counter()
@@ -55,7 +56,7 @@ def main(
                 asked[f"{kind}: {question.task}"] += 1
                 right[f"{kind}: {question.task}"] += int(hits[at : at + count].all())
                 at += count
-    print(f"step {step}")
+    print(f"step {about['step']}")
     for name, count in sorted(asked.items()):
         print(f"{name:28} {right[name]:4} of {count:4}  {100 * right[name] / count:5.1f} %")
 

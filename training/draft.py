@@ -19,6 +19,7 @@ from mlx_gemma4.config import read_config
 from mlx_gemma4.model.drafter import Drafter, read_drafter_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.tune.state import save, trees_of
 from mlx_gemma4.weights.load import parameters
 from training.forward import (
     after_attention,
@@ -35,7 +36,7 @@ from training.forward import (
 from training.material import load_material
 from training.rows import Batch, batch
 from training.start import initialise_drafter
-from training.train import FRAME, LOOKING, PATCH, ROW, Source, save, trees_of
+from training.train import FRAME, LOOKING, PATCH, ROW, Source
 
 PROPOSALS = 4  # learnt in a row
 ROWS = {"text": 6, "image": 1, "audio": 1}
@@ -112,7 +113,7 @@ def main(
             shares = " ".join(f"{share:.2f}" for share in seen)
             print(f"{step + 1} hits {shares} {(time.perf_counter() - began) / 50:.2f} s/step", flush=True)
             began, seen = time.perf_counter(), np.zeros(PROPOSALS)
-    save(folder / "drafter-state.safetensors", {"drafter": parameters(drafter)}, steps)
+    save(folder / "drafter-state.safetensors", {"drafter": parameters(drafter)}, {"step": str(steps)})
 
 
 if __name__ == "__main__":

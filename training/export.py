@@ -11,10 +11,10 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.convert.card import CARD
+from mlx_gemma4.tune.state import flat, trees_of
 from mlx_gemma4.weights.load import DEMO
 from training.card import model_card
 from training.checkpoint import write_files
-from training.train import flat, trees_of
 
 
 def write_checkpoint(run: Path, folder: Path, state: str) -> None:

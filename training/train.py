@@ -8,18 +8,19 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import typer
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path
 
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.tune.state import merge, save, trees_of
 from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.forward import loss
@@ -145,27 +146,6 @@ def optimizer(peak: float) -> optim.MultiOptimizer:
     return optim.MultiOptimizer([slow, others], [is_projection])
 
 
-def save(path: Path, trees: dict[str, Any], step: int) -> None:
-    """Weights and what the optimizer knows, whole or not at all."""
-    arrays: dict[str, mx.array] = {f"{name}:{key}": value for name, tree in trees.items() for key, value in flat(tree)}
-    part = path.with_name(f"part-{path.name}")
-    mx.save_safetensors(str(part), arrays, {"step": str(step)})
-    part.replace(path)
-
-
-def flat(tree: Any) -> list[tuple[str, mx.array]]:
-    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
-
-
-def trees_of(path: Path) -> tuple[dict[str, Any], int]:
-    arrays, about = cast(Any, mx.load(str(path), return_metadata=True))
-    trees: dict[str, list[tuple[str, mx.array]]] = {}
-    for key, value in arrays.items():
-        name, _, rest = key.partition(":")
-        trees.setdefault(name, []).append((rest, value))
-    return {name: tree_unflatten(pairs) for name, pairs in trees.items()}, int(about["step"])
-
-
 def main(
     folder: Annotated[Path, typer.Argument(help="Holds the material; gets the run.")],
     steps: Annotated[int, typer.Option(help="Train up to this step.")] = 2500,
@@ -192,7 +172,8 @@ def main(
     start, path = 0, folder / f"{state}.safetensors"
     found = path if path.exists() else folder / f"{resume_from}.safetensors" if resume_from else None
     if found is not None:
-        trees, start = trees_of(found)
+        trees, about = trees_of(found)
+        start = int(about["step"])
         model.update(trees["model"])
         optimise.state = merge(optimise.state, trees["optimizer"])
     name = f"{seed} {world.rank()}"
@@ -235,16 +216,7 @@ def main(
             )  # fmt: skip
             began, seen = time.perf_counter(), np.zeros(3)
         if world.rank() == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
-            save(path, {"model": parameters(model), "optimizer": optimise.state}, step + 1)
-
-
-def merge(old: Any, new: Any) -> Any:
-    """Saved values in the structure they came from: empty parts are not saved."""
-    if isinstance(old, dict):
-        return {key: merge(value, new[key]) if key in new else value for key, value in old.items()}
-    if isinstance(old, list):
-        return [merge(a, b) for a, b in zip(old, new, strict=True)]
-    return new
+            save(path, {"model": parameters(model), "optimizer": optimise.state}, {"step": str(step + 1)})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -154,13 +155,13 @@ def choose_scales(name: str | None, recipe: str | None, is_gguf: bool) -> bool:
     return name == "float32"
 
 
-def check_output(path: Path) -> Path:
-    check_name(path, "mlx-path")
+def check_output(path: Path, option: str = "mlx-path") -> Path:
+    check_name(path, option)
     if path.is_symlink() or path.name in ("", "..") or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path} is no name for a new folder; expected one, for mlx-path")
+        raise ValueError(f"{path} is no name for a new folder; expected one, for {option}")
     if path.exists() and any(path.iterdir()):
-        raise ValueError(f"{path} is a folder that is not empty; expected a new one, for mlx-path")
-    check_name(part_of(path), "mlx-path")
+        raise ValueError(f"{path} is a folder that is not empty; expected a new one, for {option}")
+    check_name(part_of(path), option)
     return path
 
 
@@ -294,12 +295,7 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
     check_disk(output, sum(job.nbytes for job in jobs.values()))
     outcomes = {folder: Outcome() for folder in jobs}
     with finished_folder(output) as part:
-        done, total = 0, sum(job.source_nbytes for job in jobs.values())
-        with SizeBar("Converting") as bar:
-            for folder, job in jobs.items():
-                for step in write_model(job, part / folder, outcomes[folder]):
-                    done += step
-                    bar.show(done, total)
+        write_jobs(jobs, outcomes, part, "Converting")
         target = outcomes[""]
         if settings.recipe is not None and settings.recipe.lattice and not target.lattices:
             raise none_on_lattice(hf_path, len(target.used))
@@ -320,6 +316,16 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
         )
     for folder, outcome in outcomes.items():
         print_outcome(output / folder, jobs[folder], outcome)
+
+
+def write_jobs(jobs: Mapping[str, Job], outcomes: Mapping[str, Outcome], part: Path, title: str) -> None:
+    """Write the models of some folders into `part`, with a bar."""
+    done, total = 0, sum(job.source_nbytes for job in jobs.values())
+    with SizeBar(title) as bar:
+        for folder, job in jobs.items():
+            for step in write_model(job, part / folder, outcomes[folder]):
+                done += step
+                bar.show(done, total)
 
 
 def check_disk(output: Path, needed: int) -> None:

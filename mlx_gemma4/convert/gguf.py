@@ -20,11 +20,11 @@ from mlx_gemma4.weights.tensors import Rows, Shape, element_count, read_bytes
 ARCHITECTURE, MEDIA_ARCHITECTURE = "gemma4", "clip"
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-Q4_0, Q6_K = 2, 14
+Q4_0, Q8_0, Q6_K = 2, 8, 14
 # Values and bytes of a block by type; the others of ggml's are not supported.
-BLOCKS = {0: (1, 4), 1: (1, 2), 30: (1, 2), Q4_0: (32, 18), Q6_K: (256, 210)}
+BLOCKS = {0: (1, 4), 1: (1, 2), 30: (1, 2), Q4_0: (32, 18), Q8_0: (32, 34), Q6_K: (256, 210)}
 PLAIN = {0: ("<u4", mx.float32), 1: ("<u2", mx.float16), 30: ("<u2", mx.bfloat16)}
-SUPPORTED = "F32, F16, BF16, Q4_0 and Q6_K"
+SUPPORTED = "F32, F16, BF16, Q4_0, Q8_0 and Q6_K"
 
 # llama.cpp's names -> paths in the model; None: dropped on purpose. Norms are stored as w, as here.
 NAMES = {
@@ -89,6 +89,9 @@ class GGUFTensor:
         if self.kind == Q4_0:
             q, d = unpack_q4_0(blocks)
             values = q * d[:, None]
+        elif self.kind == Q8_0:
+            d = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+            values = d * np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
         else:
             values = unpack_q6_k(blocks)
         return mx.array(values.reshape(-1, *self.shape[1:])).astype(self.dtype)
@@ -103,7 +106,7 @@ class GGUFTensor:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         size = self.nbytes // self.shape[0]
-        return np.asarray(read_bytes(self.file, self.offset + start * size, stop - start, size))
+        return np.asarray(read_bytes(self.file, self.offset + start * size, stop - start, size, size))
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +138,12 @@ class MediaTensor:
         side = math.isqrt(pixels // 3)  # colours first -> colours of a pixel together
         whole = whole.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
         return whole.reshape(self.shape)[start:stop]
+
+
+def pixels_by_colour(rows: mx.array) -> mx.array:
+    """[..., side · side · 3], the colours of a pixel together -> one colour after the other, as llama.cpp has it."""
+    side = math.isqrt(rows.shape[-1] // 3)
+    return mx.unflatten(rows, -1, (side, side, 3)).moveaxis(-1, -3).flatten(-3)
 
 
 def unpack_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

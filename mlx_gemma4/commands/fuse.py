@@ -1,0 +1,139 @@
+"""The command `mlx_gemma4.fuse`: a model and an adapter -> a model folder without an adapter, for any engine."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.convert.card import base_of, write_card
+from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
+from mlx_gemma4.convert.fused import as_model_job, beside_job, check_same_model, fused_paths, share_kept, with_adapter
+from mlx_gemma4.convert.job import (
+    Job,
+    Outcome,
+    Source,
+    copy_files,
+    finished_folder,
+    keep_job,
+    make_job,
+    open_drafter,
+    open_target,
+)
+from mlx_gemma4.convert.recipes import Recipe, named_recipe
+from mlx_gemma4.terminal import Debug, SizeBar, Version, run
+from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
+from mlx_gemma4.weights.tensors import element_count
+
+FULL_PRECISION = Recipe("full precision", None)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def fuse(
+    adapter_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Of mlx_gemma4.tune, mlx-lm or PEFT.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="What the adapter was trained on: a folder or hub id.")
+    ] = DEFAULT_MODEL,
+    save_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it goes.")] = Path("fused_model"),
+    source: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model's original weights: nothing of the adapter is lost.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="4bit, 8bit, mixed or qat; else the bits that the model has.")
+    ] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="In full precision.")] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="llama.cpp's files too: Q4_0, Q8_0 or BF16, as the bits are.")
+    ] = False,
+    drafter: Annotated[
+        str, typer.Option(metavar="MODEL", help="The drafter's folder or hub id, auto, or none.")
+    ] = "auto",
+    version: Version = False,
+    debug: Debug = False,
+) -> None:
+    """Put an adapter into the weights of its model, tensor by tensor."""
+    if recipe is not None and dequantize:
+        raise ValueError(f"dequantize excludes recipe {recipe}; expected one of them")
+    if gguf and find_spec("gguf") is None:
+        raise ValueError("--gguf needs the library gguf; expected mlx_gemma4[tune] to be installed")
+    chosen = None if recipe is None else named_recipe(recipe)
+    output, adapter = check_output(save_path.expanduser(), "save-path"), adapter_path.expanduser()
+    base = open_target(find_folder(model))
+    original = base if source is None else open_target(find_folder(source))
+    if source is not None:
+        check_same_model(original, base)
+    fused = with_adapter(original, adapter)
+    job, outcome = how_to_write(fused, base, chosen, dequantize)
+    jobs, outcomes = {"": job}, {"": outcome}
+    choice = find_drafter(model, base.folder, None if drafter == "none" else drafter, adapter=adapter)
+    assert isinstance(base.parsed, ModelConfig)
+    if choice is not None:
+        own = open_drafter(choice.folder, base.parsed)
+        jobs[DRAFTER] = make_job(own, FULL_PRECISION, None) if dequantize else keep_job(own, None)
+        outcomes[DRAFTER] = Outcome()
+    check_disk(output, sum(one.nbytes for one in jobs.values()))
+    with finished_folder(output) as part:
+        write_jobs(jobs, outcomes, part, "Fusing")
+        kept = share_kept(fused, part)
+        if (said := copy_files(base.folder, part, base.parsed.generation)) is not None:
+            note(said)
+        if gguf:
+            write_gguf(fused, part, output.absolute().name, gguf_kind(outcome))
+        write_card(
+            part,
+            name=output.absolute().name,
+            source=f"{Path(source or model).name} with the adapter {adapter.absolute().name}",
+            base_model=base_of(original.folder) if Path(source or model).expanduser().exists() else source or model,
+            recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
+            target=outcomes[""].figures,
+            drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
+        )
+    for folder, one in outcomes.items():
+        print_outcome(output / folder, jobs[folder], one)
+    print(f"{len(fused_paths(fused))} matrices are adapted; {100 * kept:.1f} % of what the adapter changes is kept")
+
+
+def gguf_kind(outcome: Outcome) -> str:
+    """The kind of file whose matrices have the bits that were written; mixed ones count as the most."""
+    bits = max((0 if own is None else own.bits for path, own in outcome.used.items() if ".layers." in path), default=0)
+    return "BF16" if not bits else "Q4_0" if bits <= 4 else "Q8_0"
+
+
+def write_gguf(fused: Source, part: Path, name: str, kind: str) -> None:
+    from mlx_gemma4.convert.export import export  # here: a folder alone needs no gguf
+
+    done, total = 0, sum(element_count(own.shape) * own.dtype.size for own in fused.tensors.values())
+    with SizeBar(f"Writing {kind}") as bar:
+        for step in export(fused, part, name, kind):
+            done += step
+            bar.show(done, total)
+
+
+def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize: bool) -> tuple[Job, Outcome]:
+    """base: the model; fused: that with the adapter, or its source."""
+    if dequantize:
+        return make_job(fused, FULL_PRECISION, None), Outcome()
+    if recipe is not None:
+        if fused.is_quantized:
+            raise ValueError(
+                f"recipe {recipe.name} would round weights that are quantized already; expected the original ones too, "
+                "--source, or no recipe"
+            )
+        return make_job(fused, recipe, None), Outcome()
+    if fused.folder != base.folder:
+        return as_model_job(fused, base), Outcome()
+    if fused.is_quantized:
+        note("without --source what is adapted is stored at 8 bits: on fewer most of what was learnt would be lost")
+        return beside_job(fused)
+    return make_job(fused, FULL_PRECISION, None), Outcome()
+
+
+def main() -> int:
+    return run(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

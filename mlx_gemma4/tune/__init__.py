@@ -1,0 +1,1 @@
+"""Teach the model: adapters from examples of what it is to say."""

@@ -1,0 +1,83 @@
+"""What is trained: mlx-lm's LoRA or DoRA layers around the decoder's matrices and the projections of media."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_gemma4.errors import shown
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.tune.state import flat
+from mlx_gemma4.weights.adapter import read_weights
+
+PROJECTION = "embedding_projection"
+KINDS = {"lora": LoRALinear.from_base, "dora": DoRALinear.from_base}
+DORA_BITS = (2, 4, 8)  # mlx-lm's DoRA takes the columns of matrices at 3, 5 and 6 bits for fewer than they are
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter is made of, as `mlx_lm.lora` names it."""
+
+    fine_tune_type: str = "lora"  # "lora" | "dora"
+    num_layers: int = -1  # the last ones; -1: all
+    rank: int = 8
+    scale: float = 10.0
+
+    def check(self, layers: int) -> None:
+        if self.fine_tune_type not in KINDS:
+            raise ValueError(f"fine_tune_type is {shown(self.fine_tune_type)}; expected lora or dora")
+        if self.num_layers != -1 and not 1 <= self.num_layers <= layers:
+            raise ValueError(f"num_layers is {self.num_layers}; expected 1 to {layers}, or -1 for all")
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; expected a whole number above 0")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale is {self.scale:g}; expected a number above 0")
+
+
+def attach(model: Model, adapter: Adapter, media: Iterable[str], seed: int) -> None:
+    """Freeze a model and put an adapter's layers, which can be trained, around its matrices.
+
+    model: loaded, not arranged. media: of "image" and "audio", those whose projection is adapted.
+    """
+    model.freeze()
+    decoder = model.language_model
+    adapter.check(len(decoder.layers))
+    linear = (nn.Linear, nn.QuantizedLinear)
+    owners = {"image": "embed_vision", "audio": "embed_audio"}
+    own = {name for layer in decoder.layers for name, part in layer.named_modules() if isinstance(part, linear)}
+    if adapter.fine_tune_type == "dora":
+        check_dora(decoder)
+    around = KINDS[adapter.fine_tune_type]
+    mx.random.seed(seed)
+    settings = {"rank": adapter.rank, "scale": adapter.scale, "dropout": 0.0, "keys": sorted(own)}
+    linear_to_lora_layers(decoder, adapter.num_layers, settings, adapter.fine_tune_type == "dora")
+    for name in (owners[kind] for kind in sorted(media)):
+        model[name][PROJECTION] = around(model[name][PROJECTION], adapter.rank, scale=adapter.scale)
+    mx.eval(model.trainable_parameters())
+
+
+def begin_with(model: Model, file: Path) -> None:
+    """Start from the weights in an adapter's file; ValueError unless they are those that are trained here."""
+    found, own = read_weights(file), dict(flat(model.trainable_parameters()))
+    for path in sorted(own.keys() ^ found.keys()):
+        where = "is not in the file" if path in own else "is in the file and is not trained here"
+        raise ValueError(f"{file}: {path} {where}; expected an adapter of the same matrices")
+    for path, value in own.items():
+        if found[path].shape != value.shape:
+            got, wanted = list(found[path].shape), list(value.shape)
+            raise ValueError(f"{file}: {path} has the shape {got}; expected {wanted}: the same --rank and model")
+    model.load_weights(list(found.items()), strict=False)
+
+
+def check_dora(decoder: nn.Module) -> None:
+    for name, part in decoder.named_modules():
+        if isinstance(part, nn.QuantizedLinear) and part.bits not in DORA_BITS:
+            raise ValueError(
+                f"{name} has {part.bits} bits, where mlx-lm's DoRA is wrong; expected lora, or weights at 4 or 8 bits"
+            )

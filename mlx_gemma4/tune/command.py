@@ -1,0 +1,271 @@
+"""The command `mlx_gemma4.tune`: an adapter from a folder of examples."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import mlx.core as mx
+import typer
+
+from mlx_gemma4.config import computing_type
+from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.terminal import Bar, Debug, DType, SizeBar, Version, number, run, size_text, whole_above_0, whole_number
+from mlx_gemma4.tune.data import read_split
+from mlx_gemma4.weights.adapter import WEIGHTS
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    Checkpoint,
+    find_drafter,
+    find_folder,
+    load,
+    logger,
+    open_checkpoint,
+    read_values,
+)
+
+if TYPE_CHECKING:
+    from mlx_gemma4.tune.run import News, Run
+
+TEXT_RATE, MEDIA_RATE = 1e-4, 5e-5
+EPOCHS = 3
+MEASURED = 100  # examples that drafts are measured on
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def tune(
+    data: Annotated[
+        str, typer.Option(metavar="FOLDER", help="With train.jsonl, valid.jsonl, test.jsonl; or a dataset's hub id.")
+    ],
+    adapter_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets the adapter, and the run's state.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
+    fine_tune_type: Annotated[str, typer.Option(metavar="TYPE", help="lora or dora.")] = "lora",
+    iters: Annotated[
+        int | None,
+        typer.Option(parser=whole_above_0, metavar="N", help="Batches; else three times through the examples."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(parser=whole_above_0, metavar="N", help="Examples of a batch, in each process.")
+    ] = 4,
+    learning_rate: Annotated[
+        float | None, typer.Option(parser=number, metavar="X", help="At its peak; else 1e-4, or 5e-5 with media.")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(parser=whole_number, metavar="N", help="Updates until the peak; else a tenth of all.")
+    ] = None,
+    num_layers: Annotated[
+        int, typer.Option(parser=whole_number, metavar="N", help="Adapt the last N layers; -1 for all.")
+    ] = -1,
+    rank: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Of each matrix's change.")] = 8,
+    scale: Annotated[float, typer.Option(parser=number, metavar="X", help="What the change is times.")] = 10.0,
+    max_seq_length: Annotated[
+        int, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of an example, and of a row of several.")
+    ] = 2048,
+    drop_long: Annotated[
+        bool, typer.Option("--drop-long", help="Leave longer examples out, and say how many they were.")
+    ] = False,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Only replies are learnt: always so here, but for text.")
+    ] = False,
+    grad_checkpoint: Annotated[bool, typer.Option(help="Compute layers twice, to keep little of them.")] = True,
+    grad_accumulation_steps: Annotated[
+        int, typer.Option(parser=whole_above_0, metavar="N", help="Batches of an update.")
+    ] = 1,
+    steps_per_eval: Annotated[
+        int, typer.Option(parser=whole_above_0, metavar="N", help="Batches between validations.")
+    ] = 200,
+    val_batches: Annotated[
+        int, typer.Option(parser=whole_number, metavar="N", help="Batches of a validation; -1 for all.")
+    ] = 25,
+    patience: Annotated[
+        int, typer.Option(parser=whole_number, metavar="N", help="End after N validations that are no better.")
+    ] = 0,
+    save_every: Annotated[
+        int, typer.Option(parser=whole_above_0, metavar="N", help="Batches between savings of the whole state.")
+    ] = 100,
+    resume_adapter_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from the weights of another run's adapter.")
+    ] = None,
+    train_drafter: Annotated[
+        bool, typer.Option("--train-drafter", help="Then teach the drafter what the tuned model says.")
+    ] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="At the end, measure test.jsonl by loss and by answers.")
+    ] = False,
+    image_budget: Annotated[
+        int | None, typer.Option(parser=whole_number, metavar="N", help="Most tokens an image; else the checkpoint's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Of weights and order.")] = 0,
+    dtype: DType = None,
+    version: Version = False,
+    debug: Debug = False,
+) -> None:
+    """Teach a model what the examples' assistant says; started again, a run goes on where it stopped."""
+    check_extra()
+    # here: mlx-lm takes two seconds, and what is wrong with the command can be said without
+    from mlx_gemma4.tune.adapt import Adapter, attach, begin_with
+    from mlx_gemma4.tune.answers import answers
+    from mlx_gemma4.tune.run import Data, Rows, Run, Settings, read_data
+    from mlx_gemma4.tune.step import Processes, measure
+
+    for name, value, least in (("warmup", warmup or 0, 0), ("patience", patience, 0), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected {least} or more")
+    if val_batches < 1 and val_batches != -1:
+        raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
+    adapter = Adapter(fine_tune_type, num_layers, rank, scale)
+    found = {split: read_split(data, split) for split in ("train", "valid", "test")}
+    if found["train"] is None:
+        raise ValueError(f"{data} has no train.jsonl; expected one, with an example in each line")
+    if test and found["test"] is None:
+        raise ValueError(f"{data} has no test.jsonl; expected one, for --test")
+    if mask_prompt and any(example.text is not None for example in found["train"]):
+        raise ValueError("a text has no prompt that could be masked; expected prompt and completion, or messages")
+    checkpoint, processor = open_to_train(model, dtype, train_drafter)
+    adapter.check(len(checkpoint.model.language_model.layers))
+    sets: dict[str, Data] = {}
+    for split, examples in found.items():
+        if examples is not None and (split != "test" or test):
+            with Bar(f"Looking through {split}") as bar:
+                sets[split] = read_data(processor, examples, max_seq_length, drop_long, image_budget, bar.show)
+            if sets[split].dropped:
+                logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
+                               sets[split].dropped, len(examples), split, max_seq_length)  # fmt: skip
+    processes = Processes(mx.distributed.init())
+    media = sets["train"].media
+    each = batch_size * processes.size
+    iters = iters or -(-EPOCHS * len(sets["train"].passages) // each)
+    updates = -(-iters // grad_accumulation_steps)
+    settings = Settings(
+        adapter=adapter,
+        iters=iters,
+        batch_size=batch_size,
+        grad_accumulation_steps=grad_accumulation_steps,
+        learning_rate=learning_rate or (MEDIA_RATE if media else TEXT_RATE),
+        warmup=updates // 10 if warmup is None else warmup,
+        max_seq_length=max_seq_length,
+        steps_per_eval=steps_per_eval,
+        save_every=save_every,
+        val_batches=val_batches,
+        patience=patience,
+        grad_checkpoint=grad_checkpoint,
+        seed=seed,
+        image_budget=image_budget,
+    )
+    with SizeBar("Loading") as bar:
+        done = 0
+        for nbytes in read_values(checkpoint):
+            bar.show(done := done + nbytes, checkpoint.nbytes)
+    network = checkpoint.model
+    attach(network, adapter, media, seed)
+    if resume_adapter_file is not None:
+        begin_with(network, resume_adapter_file)
+    rows = {split: Rows(processor, settings, own) for split, own in sets.items()}
+    adapter_path = adapter_path.expanduser()
+    own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
+    adapter_path.mkdir(parents=True, exist_ok=True)
+    if own.valid is None:
+        logger.info("there is no valid.jsonl: the last weights are kept, not the best")
+    with NewsBar("Training") as watched:
+        for news in own.go():
+            watched.tell(news, settings.iters)
+    if processes.rank == 0:
+        draw(adapter_path, own.progress.curve)
+        print(summary(own, adapter_path))
+    if train_drafter and processes.rank == 0:
+        begin_with(network, adapter_path / WEIGHTS)
+        teach_drafter(checkpoint, own, adapter_path / "drafter")
+    if test and found["test"] is not None:
+        begin_with(network, adapter_path / WEIGHTS)
+        share = range(len(sets["test"].passages))[processes.rank :: processes.size]
+        loss = measure(network, rows["test"].of(share), processes).loss
+        del own, network, checkpoint  # room for the model as it is in use
+        if processes.rank == 0:
+            tuned, _ = load(model, adapter=adapter_path, dtype=dtype)
+            right = [same for _, same in answers(tuned, processor, found["test"], image_budget)]
+            print(f"test loss {loss:.4f}; {sum(right)} of {len(right)} replies are the expected ones")
+
+
+def check_extra() -> None:
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise ValueError(
+            'mlx_lm is not installed, whose LoRA layers are trained; expected pip install "mlx_gemma4[tune]"'
+        )
+
+
+def open_to_train(model: str, dtype: str | None, with_drafter: bool) -> tuple[Checkpoint, Processor]:
+    """Looked through, nothing loaded. In float16 small gradients would be lost."""
+    folder, asked = find_folder(model), computing_type(dtype)
+    if asked is not None and asked == mx.float16:
+        raise ValueError("dtype is float16, in which small gradients are lost; expected bfloat16 or float32")
+    choice = find_drafter(model, folder, "auto" if with_drafter else None)
+    if with_drafter and choice is None:
+        raise ValueError(f"{model} has no drafter; expected one in its subfolder drafter/, for --train-drafter")
+    checkpoint = open_checkpoint(folder, choice, asked)
+    if checkpoint.config.dtype == mx.float16:
+        checkpoint = open_checkpoint(folder, choice, mx.bfloat16)
+    return checkpoint, load_processor(folder, checkpoint.config)
+
+
+def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
+    from mlx_gemma4.tune import drafter as room
+
+    model, choice = checkpoint.model, checkpoint.drafter
+    drafter = model.drafter
+    assert drafter is not None and choice is not None  # open_to_train has looked
+    measured = own.valid or own.train
+    examples = range(min(MEASURED, len(measured.data.passages)))
+    before = room.acceptance(model, drafter, measured.of(examples))
+    room.adapt_drafter(drafter, own.settings.adapter.rank, own.settings.adapter.scale)
+    room.train_drafter(model, drafter, own.schedule, own.train.of)
+    after = room.acceptance(model, drafter, measured.of(examples))
+    room.write_drafter(folder, choice.folder, drafter)
+    print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")
+
+
+class NewsBar(Bar):
+    def __enter__(self) -> "NewsBar":
+        return self
+
+    def tell(self, news: "News", iters: int) -> None:
+        self.show(news.iteration, iters)
+        text = f"loss {news.train_loss:.3f}, {news.tokens_per_second:.0f} tokens/s, {size_text(news.peak_memory)}"
+        if self.shown is not None:
+            self.shown.update(self.shown.task_ids[0], description=text)
+        if news.valid_loss is not None:
+            print(f"{news.iteration} of {iters}: {text}, validation {news.valid_loss:.4f}", file=sys.stderr)
+
+
+def summary(own: "Run", folder: Path) -> str:
+    progress = own.progress
+    if own.valid is None:
+        return f"{folder}: after {own.iteration} batches, loss {progress.curve[-1]['train_loss']:.4f}"
+    return (
+        f"{folder}: validation loss {progress.first:.4f} before, {progress.best:.4f} after {progress.best_at} of "
+        f"{own.iteration} batches, which is kept"
+    )
+
+
+def draw(folder: Path, curve: list[dict[str, float | None]]) -> None:
+    """A picture of the losses, where matplotlib is (extra `benchmark`)."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("train_loss", "training"), ("valid_loss", "validation")):
+        points = [(line["iteration"], line[key]) for line in curve if line.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="batches", ylabel="nats a learnt token")
+    axes.legend()
+    figure.savefig(folder / "loss.svg")
+
+
+def main() -> int:
+    return run(app)

@@ -1,0 +1,222 @@
+"""Files of examples -> chats: who wrote them in which form is of no account after this file."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_gemma4.errors import a, shown
+from mlx_gemma4.media.source import url_scheme
+from mlx_gemma4.prompt.messages import MEDIA, Message, json_lines
+
+FORMS = {  # the keys that an example is told by
+    "messages": '{"messages": […], "tools": […]}',
+    "prompt": '{"prompt": …, "completion": …}',
+    "conversations": '{"conversations": [{"from": …, "value": …}]}',
+    "text": '{"text": …}',
+}
+# ShareGPT's speakers, as its many writers name them.
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "system": "system", "function_call": "call", "tool_call": "call", "observation": "tool",
+    "tool": "tool", "tool_response": "tool", "function_response": "tool",
+}  # fmt: skip
+SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}  # and how datasets name them
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What the model reads and is to say: a chat, of which each assistant message is learnt, or a text."""
+
+    where: str  # file and line
+    folder: Path  # where relative paths of media start
+    messages: list[Message]  # not yet checked
+    tools: list[dict[str, Any]] | None
+    weights: list[bool]  # of each message, whether it is learnt if the assistant says it
+    text: str | None = None  # all of it is learnt; no messages then
+
+
+def read_split(data: str, split: str) -> list[Example] | None:
+    """The examples of `train`, `valid` or `test`; None if there are none of this name.
+
+    data: a folder of JSON lines (`train.jsonl`), or what the library `datasets` reads: a folder of parquet files or a
+    hub id. ValueError that names file and line if one is wrong, or if the file has none.
+    """
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{data!r} is a file; expected a folder with train.jsonl, for --data")
+        if data.count("/") != 1 or data.startswith((".", "/", "~")):
+            raise ValueError(f"{data!r} is no folder; expected one with train.jsonl, or a dataset's hub id, for --data")
+        found = hub_rows(data, split)
+    else:
+        file = folder / f"{split}.jsonl"
+        tables = sorted(folder.glob("*.parquet")) + sorted(folder.glob("data/*.parquet"))
+        if tables and any(folder.glob("*.jsonl")):
+            raise ValueError(f"{folder} has JSON lines and {tables[0].name}; expected one of both formats")
+        if tables:
+            found = hub_rows(str(folder), split)
+        else:
+            found = ((f"{file}, line {n}", row) for n, row in json_lines(file)) if file.is_file() else None
+    if found is None:
+        return None
+    examples = [parse(row, where, folder) for where, row in found]
+    if not examples:
+        raise ValueError(f"{folder / split} has no examples; expected one in each line, or no such file")
+    return examples
+
+
+def hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]] | None:
+    try:
+        from datasets import load_dataset  # here: it is a large library, and JSON lines need none
+    except ImportError:
+        raise ValueError(f"{source} needs the library datasets; expected it, or a folder with train.jsonl") from None
+    found = load_dataset(source)
+    name = next((name for name in SPLITS[split] if name in found), None)
+    return None if name is None else ((f"{source}, {name}, row {n}", row) for n, row in enumerate(found[name], 1))
+
+
+def parse(row: Any, where: str, folder: Path) -> Example:
+    try:
+        return parse_row(row, where, folder)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def parse_row(row: Any, where: str, folder: Path) -> Example:
+    if not isinstance(row, dict):
+        raise ValueError(f"the example is {a(row)}; expected {FORMS['messages']}")
+    forms = [key for key in FORMS if row.get(key) is not None]
+    if len(forms) != 1 or (forms == ["prompt"] and row.get("completion") is None):
+        keys = ", ".join(map(str, row)) or "none"
+        raise ValueError(f"the example has the keys {shown(keys)}; expected one of {', '.join(FORMS.values())}")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = from_json(tools, "tools") if tools.strip() else None
+    if forms == ["text"]:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise ValueError(f"text is {shown(row['text'])}; expected what the model is to learn")
+        return Example(where, folder, [], None, [], row["text"])
+    given: Any = row.get("messages")
+    if forms == ["prompt"]:
+        asked, said = row["prompt"], row["completion"]
+        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+        if not isinstance(asked, list) or not isinstance(said, list):
+            raise ValueError(f"prompt is {a(asked)} and completion {a(said)}; expected texts or lists of messages")
+        given = [message | {"weight": 0} if isinstance(message, dict) else message for message in asked] + said
+    elif forms == ["conversations"]:
+        given = sharegpt(row["conversations"], row.get("system"))
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"messages is {shown(given)}; expected a list of messages")
+    messages: list[Message] = []
+    weights: list[bool] = []
+    for index, message in enumerate(with_media(given, row)):
+        weight = message.get("weight", 1) if isinstance(message, dict) else 1
+        if weight not in (0, 1, None):
+            raise ValueError(f"messages[{index}].weight is {shown(weight)}; expected 0 or 1")
+        apart = separate(message)
+        messages += apart
+        weights += [weight != 0] * len(apart)
+    return Example(where, folder, messages, tools, weights)
+
+
+def separate(message: Any) -> list[Any]:
+    """A message with embedded tool responses, as Google writes it, as what it is: calls, results, and then a text."""
+    if not isinstance(message, dict) or not message.get("tool_responses") or not message.get("tool_calls"):
+        return [message]
+    rest = {key: value for key, value in message.items() if key not in ("tool_responses", "content")}
+    results = [
+        {"role": "tool", "name": response.get("name"), "content": response.get("response")}
+        if isinstance(response, dict)
+        else response
+        for response in message["tool_responses"]
+    ]
+    after = {"role": message.get("role"), "content": message["content"]} if message.get("content") else None
+    return [rest, *results] + ([after] if after else [])
+
+
+def sharegpt(turns: Any, system: Any) -> list[Any]:
+    if not isinstance(turns, list):
+        raise ValueError(f"conversations is {a(turns)}; expected a list of turns")
+    found: list[Any] = [{"role": "system", "content": system}] if system else []
+    for index, turn in enumerate(turns):
+        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            raise ValueError(f"conversations[{index}] is from {shown(speaker)}; expected human, gpt, system or a tool")
+        value = turn.get("value", turn.get("content"))
+        if role == "call":
+            calls = from_json(value, f"conversations[{index}]") if isinstance(value, str) else value
+            found.append({"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]})
+        else:
+            found.append({"role": role, "content": value, "weight": turn.get("weight", 1)})
+    return found
+
+
+def from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def with_media(messages: list[Any], row: dict[str, Any]) -> list[Any]:
+    """The media that an example lists beside its messages, at their places: parts without a value, or `<image>` in a
+    text, as LLaMA-Factory marks them. ValueError unless each has one."""
+    waiting = {
+        kind: list(found if isinstance(found, list) else [found])
+        for kind in MEDIA
+        for found in (row.get(f"{kind}s") if row.get(f"{kind}s") is not None else row.get(kind),)
+        if found is not None
+    }
+    if not waiting:
+        return messages
+
+    def take(kind: str) -> dict[str, Any]:
+        if not waiting.get(kind):
+            raise ValueError(f"the messages have places for more {kind}s than are listed; expected as many")
+        return {"type": kind, kind: waiting[kind].pop(0)}
+
+    def is_bare(part: Any) -> bool:
+        own = isinstance(part, dict) and part.get("type") in waiting
+        return own and all(value is None for key, value in part.items() if key != "type")
+
+    def placed(content: Any) -> Any:
+        if isinstance(content, list):
+            return [take(part["type"]) if is_bare(part) else part for part in content]
+        pieces: list[Any] = [content]
+        for kind in waiting if isinstance(content, str) else ():
+            split: list[Any] = []
+            for piece in pieces:
+                texts = piece.split(f"<{kind}>") if isinstance(piece, str) else [piece]
+                split += [part for text in texts[:-1] for part in (text, take(kind))] + texts[-1:]
+            pieces = split
+        if len(pieces) == 1:
+            return content
+        return [
+            {"type": "text", "text": piece} if isinstance(piece, str) else piece
+            for piece in pieces
+            if not isinstance(piece, str) or piece.strip()
+        ]
+
+    found = [
+        message | {"content": placed(message["content"])} if isinstance(message, dict) and "content" in message
+        else message
+        for message in messages
+    ]  # fmt: skip
+    if left := {kind: len(sources) for kind, sources in waiting.items() if sources}:
+        raise ValueError(f"the example lists {shown(left)} more than its messages have places for; expected as many")
+    return found
+
+
+def from_folder(source: Any, folder: Path) -> Any:
+    """The source of a medium, its relative path from where the example's file lies."""
+    if isinstance(source, (list, tuple)) and all(isinstance(one, str) for one in source):
+        return [from_folder(one, folder) for one in source]  # the frames of a film
+    if isinstance(source, dict) and source.get("bytes"):  # as datasets keeps a file
+        return source["bytes"]
+    if not isinstance(source, str) or url_scheme(source) or source.startswith("~"):
+        return source
+    return str(folder / source)

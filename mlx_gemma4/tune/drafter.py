@@ -1,0 +1,154 @@
+"""The drafter learns to say what the tuned model says: an adapter of it, on that model's own hidden states and
+distributions, which then goes into its weights."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_gemma4.model.drafter import Drafter
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.tune.loss import BLOCK
+from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
+from mlx_gemma4.tune.rows import Row
+from mlx_gemma4.tune.state import write_arrays, write_text
+from mlx_gemma4.tune.step import rate_at
+from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
+
+PROPOSALS = 3  # learnt in a row: each further one starts from what the drafter itself has made
+RATE = 1e-3
+BITS, GROUP = 8, 64  # of matrices that were quantized and have learnt: a 4-bit step is larger than what they learnt
+
+
+def propose(
+    drafter: Drafter, embedding: mx.array, hidden: mx.array, turns: Mapping[str, Turns], masks: Mapping[str, mx.array],
+    keys: Mapping[str, Keys],
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    """One proposal at N places at once: embedding and hidden [1, N, D] -> the drafter's states, and its next hidden."""
+    h = drafter.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+    for layer in drafter.layers:
+        q = queries(layer.self_attn, layer.input_layernorm(h), turns[layer.kind])
+        h = after_attention(layer, h, attend(layer.self_attn, q, keys[layer.kind], masks[layer.kind]))
+    h = drafter.norm(h)
+    return h, drafter.post_projection(h)
+
+
+def followers(row: Row) -> np.ndarray:
+    """[N] bool: whether a learnt token is followed by the next one in the list."""
+    places, found = row.places, np.zeros(len(row.places), bool)
+    one, other = places[:-1], places[1:]
+    found[:-1] = (
+        (row.ids[other] == row.targets[:-1]) & (row.positions[other] == row.positions[one] + 1) & row.full[other, one]
+    )
+    return found
+
+
+def rounds(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, mx.array]:
+    """The mean cross entropy of proposals with the model's law; Σ min(p, q) of each first one."""
+    places, follows = row.places, followers(row)
+    hidden, keys = hidden_states(model, row, checkpoint=False)
+    hidden = mx.stop_gradient(hidden[:, mx.array(places)])
+    keys = {kind: (mx.stop_gradient(k), mx.stop_gradient(v)) for kind, (k, v) in keys.items()}
+    positions = mx.array(row.positions[places])[None]
+    turns = turns_of(drafter.layers, positions)
+    masks = {
+        kind: mx.array((row.full if layer.self_attn.is_full else row.sliding)[places])[None, None]
+        for layer in drafter.layers
+        for kind in (layer.kind,)
+    }
+
+    def block(states: mx.array, said: mx.array) -> tuple[mx.array, mx.array]:
+        p = mx.stop_gradient(mx.softmax(model.language_model.head(said[None])[0], axis=-1))
+        log_q = nn.log_softmax(drafter.embed_tokens.as_linear(states).astype(mx.float32), axis=-1)
+        return -(p * log_q).sum(axis=-1), mx.stop_gradient(mx.minimum(p, mx.exp(log_q)).sum(axis=-1))
+
+    starts, own = np.arange(len(places)), hidden
+    losses: list[mx.array] = []
+    accepted: list[mx.array] = []
+    for ahead in range(1, PROPOSALS + 1):
+        starts = starts[follows[np.minimum(starts + ahead - 1, len(places) - 1)]]
+        newest = row.targets[np.minimum(np.arange(len(places)) + ahead - 1, len(places) - 1)]
+        states, own = propose(drafter, model.language_model.embed(mx.array(newest)[None]), own, turns, masks, keys)
+        for first in range(0, len(starts), BLOCK):
+            at = starts[first : first + BLOCK]
+            each, hit = mx.checkpoint(block)(states[0][mx.array(at)], hidden[0][mx.array(at + ahead)])
+            losses.append(each)
+            accepted += [hit] if ahead == 1 else []
+    if not losses:
+        return mx.zeros(()), mx.zeros((0,))
+    return mx.concatenate(losses).mean(), mx.concatenate(accepted)
+
+
+def acceptance(model: Model, drafter: Drafter, rows: Iterable[Row]) -> float:
+    """How often the first proposal of a round is accepted, at temperature 1."""
+    found: list[np.ndarray] = []
+    for row in rows:
+        found.append(np.array(rounds(model, drafter, row)[1]))
+        mx.clear_cache()
+    return float(np.concatenate(found).mean())
+
+
+def adapt_drafter(drafter: Drafter, rank: int, scale: float) -> None:
+    drafter.freeze()
+    linear = (nn.Linear, nn.QuantizedLinear)
+    keys = {name for layer in drafter.layers for name, own in layer.named_modules() if isinstance(own, linear)}
+    settings = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [*keys, "pre_projection", "post_projection"]}
+    linear_to_lora_layers(drafter, -1, settings)
+
+
+def train_drafter(
+    model: Model, drafter: Drafter, schedule: Sequence[Sequence[int]], rows_of: Callable[[Sequence[int]], Iterable[Row]]
+) -> None:
+    """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update."""
+    optimizer = optim.Adam(RATE, bias_correction=True)
+
+    def total(weights: Any, row: Row) -> mx.array:
+        drafter.update(weights)
+        return rounds(model, drafter, row)[0]
+
+    for number, examples in enumerate(schedule):
+        optimizer.learning_rate = rate_at(number, len(schedule), RATE, len(schedule) // 10)
+        for row in rows_of(examples):
+            weights = drafter.trainable_parameters()
+            loss, slopes = mx.value_and_grad(total)(weights, row)
+            drafter.update(weights)
+            if not np.isfinite(loss.item()):
+                raise ValueError(f"{row.where[0]}: the drafter's loss is {loss.item()}; expected another example")
+            slopes, _ = optim.clip_grad_norm(slopes, 1.0)
+            optimizer.update(drafter, slopes)
+            mx.eval(drafter.trainable_parameters(), optimizer.state)
+            mx.clear_cache()
+
+
+def write_drafter(folder: Path, source: Path, drafter: Drafter) -> None:
+    """A drafter's folder with what was learnt in the weights; matrices that were quantized are so at 8 bits."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    own: dict[str, Any] = {}
+    fused: list[tuple[str, nn.Module]] = []
+    for name, part in drafter.named_modules():
+        if isinstance(part, LoRALinear):
+            plain = part.fuse(dequantize=True)
+            if isinstance(part.linear, nn.QuantizedLinear):
+                plain = nn.QuantizedLinear.from_linear(plain, GROUP, BITS)
+                own[name] = {"group_size": GROUP, "bits": BITS, "mode": "affine"}
+            fused.append((name, plain))
+    drafter.update_modules(tree_unflatten(fused))
+    quantization = config.get("quantization") or config.get("quantization_config")
+    if own:  # a partner in full precision was quantized as it was loaded
+        default = {"group_size": DRAFTER_GROUP_SIZE, "bits": DRAFTER_BITS, "mode": "affine"}
+        config["quantization"] = config["quantization_config"] = {**(quantization or default), **own}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.glob("*.json"):
+        if file.name != "config.json" and not file.name.endswith("index.json"):
+            shutil.copyfile(file, folder / file.name)
+    write_arrays(folder / "model.safetensors", parameters(drafter), {"format": "mlx"})
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

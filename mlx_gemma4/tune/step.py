@@ -1,0 +1,153 @@
+"""One update of what is trained: the gradients of some rows, of all processes, weighted by their learnt tokens."""
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Timer
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map, tree_unflatten
+
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.tune.loss import learnt, surprises
+from mlx_gemma4.tune.network import hidden_states
+from mlx_gemma4.tune.rows import Row
+from mlx_gemma4.tune.state import flat
+
+LARGEST_NORM = 1.0  # of an update's gradient
+PATIENCE = 900  # seconds that another process may take longer than this one
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass over some rows came to, of all processes together."""
+
+    loss: float  # nats of a learnt token, on average
+    learnt: int
+    tokens: int
+
+
+class Processes:
+    """Those that `mlx.launch` has started, or this one alone."""
+
+    def __init__(self, group: mx.distributed.Group):
+        self.group, self.rank, self.size = group, group.rank(), group.size()
+
+    def sum(self, arrays: list[mx.array]) -> list[mx.array]:
+        """Of all processes, float32. Apart from what computes them: sums inside of a step may wait for each other for
+        ever. The process ends if the others do not answer."""
+        mx.eval(arrays)
+        if self.size == 1:
+            return arrays
+        joined = mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])
+        mx.eval(joined)
+        with given_up_after(PATIENCE):
+            whole = mx.distributed.all_sum(joined, group=self.group, stream=mx.cpu)
+            mx.eval(whole)
+        ends = [int(end) for end in np.cumsum([array.size for array in arrays])[:-1]]
+        parts = mx.split(whole, ends)
+        return [part.reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+@contextmanager
+def given_up_after(seconds: float) -> Iterator[None]:
+    def give_up() -> None:
+        print(f"error: the other processes have not answered for {seconds:g} s; start again to go on", file=sys.stderr)
+        os._exit(1)
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def check_finite(each: mx.array, row: Row) -> None:
+    """ValueError that names the example if the loss of one is no number."""
+    wrong = np.flatnonzero(~np.isfinite(np.array(each)))
+    if len(wrong):
+        raise ValueError(
+            f"{row.where[row.owners[wrong[0]]]}: the loss is {each[int(wrong[0])].item()}; expected a smaller "
+            "--learning-rate or --scale, or another example"
+        )
+
+
+def gradients(model: Model, row: Row, checkpoint: bool) -> tuple[mx.array, Any]:
+    """The surprise at each learnt token, [N], and the gradient of their sum."""
+
+    def total(weights: Any) -> tuple[mx.array, mx.array]:
+        model.update(weights)
+        hidden, _ = hidden_states(model, row, checkpoint)
+        return learnt(model.language_model, hidden[0][mx.array(row.places)], mx.array(row.targets))
+
+    weights = model.trainable_parameters()
+    (_, each), found = mx.value_and_grad(total)(weights)
+    model.update(weights)  # not those of the trace
+    return each, found
+
+
+def update(
+    model: Model, optimizer: optim.Optimizer, rows: Iterable[Row], rate: float, checkpoint: bool, processes: Processes
+) -> Seen:
+    """Take a step down the mean of all learnt tokens of all processes' rows. ValueError if it is not finite."""
+    summed = tree_map(mx.zeros_like, model.trainable_parameters())
+    counts = mx.zeros(3)
+    where: list[str] = []
+    for row in rows:
+        each, found = gradients(model, row, checkpoint)
+        summed = tree_map(mx.add, summed, found)
+        counts = counts + counted(each, row)
+        mx.eval(counts, summed)
+        mx.clear_cache()
+        check_finite(each, row)
+        where += row.where
+    names = [name for name, _ in flat(summed)]
+    *values, counts = processes.sum([*(value for _, value in flat(summed)), counts])
+    seen = seen_of(counts)
+    values = [value / seen.learnt for value in values]
+    norm = math.sqrt(np.sum([np.array(mx.square(value).sum()) for value in values]))
+    if not math.isfinite(norm):
+        raise ValueError(f"the gradient of {', '.join(where[:4])} is {norm}; expected a smaller --learning-rate")
+    shrink = min(1.0, LARGEST_NORM / norm) if norm else 1.0
+    optimizer.learning_rate = rate
+    optimizer.update(model, tree_unflatten([(name, own * shrink) for name, own in zip(names, values, strict=True)]))
+    mx.eval(model.trainable_parameters(), optimizer.state)
+    return seen
+
+
+def counted(each: mx.array, row: Row) -> mx.array:
+    """Summed surprise, learnt tokens, all tokens."""
+    return mx.array([each.sum(), len(row.targets), row.tokens])
+
+
+def seen_of(counts: mx.array) -> Seen:
+    loss, learnt_tokens, tokens = np.array(counts).tolist()
+    return Seen(loss / learnt_tokens, int(learnt_tokens), int(tokens))
+
+
+def measure(model: Model, rows: Iterable[Row], processes: Processes) -> Seen:
+    """The mean loss, without gradients."""
+    counts = mx.zeros(3)
+    for row in rows:
+        hidden, _ = hidden_states(model, row, checkpoint=False)
+        each = surprises(model.language_model, hidden[0][mx.array(row.places)], mx.array(row.targets))
+        counts = counts + counted(each, row)
+        mx.eval(counts)
+        mx.clear_cache()
+        check_finite(each, row)
+    return seen_of(processes.sum([counts])[0])
+
+
+def rate_at(number: int, total: int, peak: float, warmup: int) -> float:
+    """The learning rate of an update: a line up, then half a cosine down to nothing."""
+    if number < warmup:
+        return peak * (number + 1) / (warmup + 1)
+    return peak * (1 + math.cos(math.pi * (number - warmup) / max(1, total - warmup))) / 2

@@ -1,0 +1,403 @@
+"""Training: its gradients, its results, and that it goes on where it stopped."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from toy_checkpoint import TINY, Shape, write_checkpoint
+
+from mlx_gemma4 import Prompt, Sampling, generate, load
+from mlx_gemma4.convert.command import main as convert
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
+from mlx_gemma4.tune.network import hidden_states, turns_of
+from mlx_gemma4.tune.rows import Branch, Row, passage, row
+from mlx_gemma4.tune.state import flat, trees_of
+from mlx_gemma4.weights.load import find_drafter, open_checkpoint, read_values
+from mlx_gemma4.weights.tensors import conversion_name
+
+pytest.importorskip("mlx_lm")
+from mlx_gemma4.tune import command
+from mlx_gemma4.tune.adapt import Adapter, attach
+from mlx_gemma4.tune.drafter import followers, propose
+from mlx_gemma4.tune.step import gradients, rate_at
+
+ROOT = Path(__file__).parents[2]
+
+
+def opened(folder: Path, seed: int = 0, **adapter: Any) -> Model:
+    """With an adapter that already says something: as it begins, half of its gradients are zero."""
+    checkpoint = open_checkpoint(folder, None)
+    for _ in read_values(checkpoint):
+        pass
+    attach(checkpoint.model, Adapter(**adapter), (), seed)
+    for path, value in flat(checkpoint.model.trainable_parameters()):
+        if path.endswith("lora_b"):
+            checkpoint.model.load_weights([(path, 0.05 * mx.random.normal(value.shape))], strict=False)
+    return checkpoint.model
+
+
+def text_row(lengths: tuple[int, ...] = (150, 40), seed: int = 0) -> Row:
+    rng = random.Random(seed)
+    ids = [[2, *(rng.randrange(200, 400) for _ in range(length - 1))] for length in lengths]
+    return row([passage(str(n), [Branch(own, 5)], ()) for n, own in enumerate(ids)], TINY.window, lambda part: [])
+
+
+def plain_gradients(model: Model, one: Row) -> dict[str, mx.array]:
+    def total(weights: Any) -> mx.array:
+        model.update(weights)
+        logits = model.language_model.head(hidden_states(model, one, checkpoint=False)[0])[0]
+        return nn.losses.cross_entropy(logits[mx.array(one.places)], mx.array(one.targets)).sum()
+
+    weights = model.trainable_parameters()
+    found = mx.grad(total)(weights)
+    model.update(weights)
+    return dict(flat(found))
+
+
+def furthest(found: Any, wanted: dict[str, mx.array]) -> float:
+    pairs = [(value, wanted[path]) for path, value in flat(found)]
+    assert len(pairs) == len(wanted)
+    return max(float(mx.linalg.norm(one - two) / mx.linalg.norm(two)) for one, two in pairs)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradients_are_those_of_all_logits_at_once(tiny_folder: Path, kind: str, checkpoint: bool) -> None:
+    model, one = opened(tiny_folder, fine_tune_type=kind, rank=4), text_row()
+    assert len(one.targets) > BLOCK
+    each, found = gradients(model, one, checkpoint)
+    assert furthest(found, plain_gradients(model, one)) < 1e-5
+    hidden = hidden_states(model, one, checkpoint=False)[0][0][mx.array(one.places)]
+    assert mx.allclose(each, surprises(model.language_model, hidden, mx.array(one.targets)), atol=1e-4)
+
+
+def test_examples_in_one_row_are_as_if_alone(tiny_folder: Path) -> None:
+    model, both = opened(tiny_folder, rank=4), text_row()
+    _, found = gradients(model, both, True)
+    rng = random.Random(0)
+    ids = [[2, *(rng.randrange(200, 400) for _ in range(length - 1))] for length in (150, 40)]
+    alone = [
+        gradients(model, row([passage("", [Branch(own, 5)], ())], TINY.window, lambda part: []), True)[1] for own in ids
+    ]
+    summed = {path: one + two for (path, one), (_, two) in zip(*map(flat, alone), strict=True)}
+    assert furthest(found, summed) < 1e-5
+
+
+def test_the_loss_has_the_slope_that_differences_show(tiny_folder: Path) -> None:
+    model, one = opened(tiny_folder, rank=4), text_row((40,))
+    _, found = gradients(model, one, True)
+    slopes = dict(flat(found))
+    for path, value in flat(model.trainable_parameters())[::17]:
+        way = mx.random.normal(value.shape, key=mx.random.key(1))
+        way = way / mx.linalg.norm(way)
+
+        def loss(by: float, path: str = path, value: mx.array = value, way: mx.array = way) -> float:
+            model.load_weights([(path, value + by * way)], strict=False)
+            hidden = hidden_states(model, one, checkpoint=False)[0][0]
+            return float(surprises(model.language_model, hidden[mx.array(one.places)], mx.array(one.targets)).sum())
+
+        wanted = (loss(0.02) - loss(-0.02)) / 0.04
+        model.load_weights([(path, value)], strict=False)
+        assert abs(wanted - float((slopes[path] * way).sum())) < 0.02 * max(1.0, abs(wanted))
+
+
+QUANTIZABLE = Shape(hidden=64, mlp=128, heads=4, head_dim=32, global_head_dim=64)
+
+
+def test_over_quantized_weights_gradients_are_those_over_the_same_values(tmp_path: Path) -> None:
+    whole = write_checkpoint(tmp_path / "whole", QUANTIZABLE)
+    for source, target, options in (("whole", "q", ["--recipe", "4bit"]), ("q", "plain", ["--dequantize"])):
+        argv = ["convert", "--hf-path", str(tmp_path / source), "--mlx-path", str(tmp_path / target), *options]
+        assert run(argv, convert) == 0
+    one, values = text_row(), []
+    for name in ("q", "plain"):
+        model = opened(tmp_path / name, rank=4)
+        assert isinstance(model.language_model.layers[0].mlp.up_proj.linear, nn.QuantizedLinear) == (name == "q")
+        values.append(gradients(model, one, True)[1])
+    assert furthest(values[0], dict(flat(values[1]))) < 1e-4
+    assert whole.exists()
+
+
+def test_no_block_of_the_head_changes_the_loss(tiny_folder: Path) -> None:
+    model = opened(tiny_folder)
+    hidden = mx.random.normal((2 * BLOCK + 3, TINY.hidden), key=mx.random.key(0))
+    targets = mx.arange(len(hidden))
+    _, each = learnt(model.language_model, hidden, targets)
+    logits = model.language_model.head(hidden[None])[0]
+    assert mx.allclose(each, nn.losses.cross_entropy(logits, targets), atol=1e-5)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [rate_at(n, 100, 1.0, 10) for n in range(100)]
+    assert rates[10] == 1
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] < 0.2 and 0 <= rates[-1] < 0.01
+    assert rate_at(0, 1, 1.0, 0) == 1
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def run(argv: list[str], main: Any = command.main) -> int:
+    before, sys.argv = sys.argv, argv
+    try:
+        status: int = main()
+        return status
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng, folder = random.Random(0), tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {"prompt": f"say {letter}", "completion": letter * rng.choice((2, 3))}
+        for letter in (rng.choice("abcdef") for _ in range(23))
+    ]
+    for name, own in (("train", rows), ("valid", rows[:5]), ("test", rows[:5])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
+    return folder
+
+
+def options(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    own = ["tune", "--model", str(model), "--data", str(data), "--adapter-path", str(out)]
+    return [*own, "--iters", "12", "--batch-size", "3", "--steps-per-eval", "5", "--save-every", "2", *more]
+
+
+def test_it_learns_and_is_used_by_load(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"prompt": f"say {letter}", "completion": letter * 3} for letter in "abcdefgh"]
+    for name in ("train", "valid", "test"):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    argv = options(tiny_folder, data, tmp_path / "out", "--learning-rate", "0.004", "--test", "--iters", "60")
+    assert run([*argv, "--batch-size", "8", "--steps-per-eval", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 of 8 replies are the expected ones" in printed
+    model, processor = load(tiny_folder, adapter=tmp_path / "out")
+    assert generate(model, processor, "say e", max_tokens=9, sampling=Sampling(temperature=0)).text == "eee"
+    lines = (tmp_path / "out" / "loss.csv").read_text().splitlines()
+    first, last = (float(lines[n].split(",")[2]) for n in (1, -1))
+    assert lines[1].startswith("0,,")  # validated before the first step
+    assert last < 0.1 * first
+    assert run([*argv, "--rank", "4"]) == 2
+    assert "holds a run with another" in capsys.readouterr().err
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in mx.load(str(folder / "adapters.safetensors")).items()}
+
+
+def equal(one: Path, other: Path) -> bool:
+    mine, theirs = weights(one), weights(other)
+    curves = [[line.split(",")[:5] for line in (own / "loss.csv").read_text().splitlines()] for own in (one, other)]
+    return curves[0] == curves[1] and all(np.array_equal(mine[name], theirs[name]) for name in mine | theirs)
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert run(options(tiny_folder, data, tmp_path / "whole")) == 0
+    out, rng = tmp_path / "killed", random.Random(1)
+    argv = options(tiny_folder, data, out)
+    for kind in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT, stderr=subprocess.PIPE
+        )
+        for _ in range(3000):  # until it has saved something, and a little more
+            if process.poll() is not None or (out / "state.safetensors").exists():
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        process.send_signal(kind)
+        process.communicate()
+    assert run(argv) == 0
+    assert equal(tmp_path / "whole", out)
+    assert not [file for file in out.iterdir() if "part" in file.name and file.suffix == ""]
+    assert run(argv) == 0  # nothing is left to do
+    assert equal(tmp_path / "whole", out)
+
+
+def test_accumulated_batches_are_a_larger_one(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Though they have other numbers of learnt tokens."""
+    one = options(tiny_folder, data, tmp_path / "one", "--iters", "4", "--batch-size", "6", "--warmup", "0")
+    two = options(
+        tiny_folder, data, tmp_path / "two", "--iters", "8", "--grad-accumulation-steps", "2", "--warmup", "0"
+    )
+    assert run(one) == run(two) == 0
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.allclose(mine[name], theirs[name], atol=1e-6) for name in mine | theirs)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        port: int = own.getsockname()[1]
+        return port
+
+
+def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    assert run(options(tiny_folder, data, tmp_path / "one", "--iters", "6", "--batch-size", "4")) == 0
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    argv = options(tiny_folder, data, tmp_path / "two", "--iters", "6", "--batch-size", "2")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT,
+            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
+
+
+def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    argv = options(tiny_folder, data, tmp_path / "out", "--learning-rate", "1", "--scale", "20", "--patience", "1")
+    assert run([*argv, "--steps-per-eval", "1", "--iters", "50"]) == 0
+    lines = [line.split(",") for line in (tmp_path / "out" / "loss.csv").read_text().splitlines()[1:]]
+    assert len(lines) < 20
+    losses = [float(line[2]) for line in lines]
+    assert losses.index(min(losses)) == len(losses) - 2
+    kept, last = weights(tmp_path / "out"), trees_of(tmp_path / "out" / "state.safetensors")[0]["model"]
+    for path, value in flat(last):
+        assert not np.array_equal(np.array(value), kept[conversion_name(path)])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rank", "0"], "rank is 0"),
+        (["--num-layers", "99"], "num_layers is 99; expected 1 to 6"),
+        (["--scale", "nan"], "scale is nan"),
+        (["--learning-rate", "-1"], "learning_rate is -1"),
+        (["--iters", "0"], "expected a whole number above 0"),
+        (["--val-batches", "0"], "val_batches is 0"),
+        (["--fine-tune-type", "full"], "expected lora or dora"),
+        (["--dtype", "float16"], "small gradients are lost"),
+        (["--max-seq-length", "5"], "train.jsonl, line 1: the example has"),
+        (["--max-seq-length", "5", "--drop-long"], "all 23 examples are longer"),
+        (["--resume-adapter-file", "none.safetensors"], "none.safetensors"),
+        (["--model", "nowhere"], "'nowhere' is no folder"),
+        (["--data", "nowhere"], "'nowhere' is no folder"),
+        (["--image-budget", "3"], "image_budget is 3"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    assert run([*options(tiny_folder, data, tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_examples_are_left_out_when_asked_and_counted(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(data / "train.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "a" * 100, "completion": "b"}) + "\n")
+    argv = options(tiny_folder, data, tmp_path / "out", "--max-seq-length", "60", "--iters", "1")
+    assert run(argv) == 2
+    assert "line 24: the example has" in capsys.readouterr().err
+    assert run([*argv, "--drop-long"]) == 0
+    assert "1 of 24 examples of train are longer than 60 tokens, left out" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_names_its_example(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own: list[str] = []
+
+    def wrong(model: Model, one: Row, checkpoint: bool) -> Any:
+        hidden, last = hidden_states(model, one, checkpoint)
+        own.append(one.where[1])
+        places = mx.array(one.places[one.owners == 1])
+        return mx.where((mx.arange(len(one.ids))[:, None] == places).any(axis=1)[None, :, None], mx.nan, hidden), last
+
+    monkeypatch.setattr("mlx_gemma4.tune.step.hidden_states", wrong)
+    (data / "valid.jsonl").unlink()
+    assert run(options(tiny_folder, data, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert f"error: {own[0]}: the loss is nan" in error
+    assert "train.jsonl, line " in own[0]
+    assert not (tmp_path / "out" / "adapters.safetensors").exists()
+
+
+def test_another_runs_weights_are_a_beginning(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(options(tiny_folder, data, tmp_path / "one", "--iters", "4", "--learning-rate", "0.01")) == 0
+    file = str(tmp_path / "one" / "adapters.safetensors")
+    argv = options(tiny_folder, data, tmp_path / "two", "--iters", "1", "--resume-adapter-file", file)
+    assert run([*argv, "--learning-rate", "1e-9"]) == 0
+    mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.allclose(mine[name], theirs[name], atol=1e-6) for name in mine | theirs)
+    capsys.readouterr()
+    assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file, "--rank", "4")) == 2
+    assert "has the shape" in capsys.readouterr().err
+
+
+def test_an_adapter_loads_in_mlx_lm(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    from mlx_lm.models import gemma4_text
+    from mlx_lm.tuner.utils import load_adapters
+
+    assert run(options(tiny_folder, data, tmp_path / "out", "--iters", "2")) == 0
+    text = json.loads((tiny_folder / "config.json").read_text())["text_config"] | {"num_kv_shared_layers": 0}
+
+    class Wrapped(nn.Module):  # as mlx-lm's gemma4.Model has it
+        def __init__(self) -> None:
+            super().__init__()
+            self.language_model = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(text))
+            self.layers = self.language_model.layers
+
+    names = {name for name, _ in flat(load_adapters(Wrapped(), str(tmp_path / "out")).parameters())}
+    assert {name for name in weights(tmp_path / "out")} <= names
+
+
+def test_the_drafter_learns_what_the_tuned_model_says(
+    planted_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = options(planted_folder, data, tmp_path / "out", "--train-drafter", "--iters", "16", "--batch-size", "6")
+    assert run([*argv, "--learning-rate", "0.004"]) == 0
+    printed = capsys.readouterr().out
+    found = re.search(r"drafter: ([\d.]+) % of first drafts accepted before, ([\d.]+) % after", printed)
+    assert found is not None and float(found[2]) > float(found[1])
+    model, processor = load(planted_folder, adapter=tmp_path / "out")  # finds the drafter there
+    reply = generate(model, processor, "say e", max_tokens=9, sampling=Sampling(temperature=0), draft_length=3)
+    assert reply.stats.drafted_tokens > 0
+
+
+def test_the_drafter_in_training_is_the_drafter_in_use(planted_folder: Path) -> None:
+    model, _ = load(planted_folder)
+    checkpoint = open_checkpoint(planted_folder, find_drafter(planted_folder, planted_folder, "auto"))
+    for _ in read_values(checkpoint):
+        pass
+    raw = checkpoint.model
+    one = text_row((60,))
+    assert raw.drafter is not None and followers(one).tolist() == [True] * (len(one.places) - 1) + [False]
+    hidden, keys = hidden_states(raw, one, checkpoint=False)
+    at = 40
+    masks = {kind: mx.array(own[at : at + 1])[None, None] for kind, own in (("full_attention", one.full),
+             ("sliding_attention", one.sliding))}  # fmt: skip
+    turns = turns_of(raw.drafter.layers, mx.array([[at]]))
+    embedding = raw.language_model.embed(mx.array(one.ids[at + 1 : at + 2])[None])
+    states, _ = propose(raw.drafter, embedding, hidden[:, at : at + 1], turns, masks, keys)
+    logits = raw.drafter.embed_tokens.as_linear(states)[0, 0]
+    logits[mx.array(raw.config.generation.suppress_tokens)] = -mx.inf
+    assert logits.argmax().item() == model.draft(Prompt(one.ids[: at + 2].tolist()), 1)[0]
