@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mlx_gemma4 import Prompt, Sampling, load, stream_generate
+from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.errors import unbroken
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
@@ -56,8 +57,12 @@ def main(
 def load_endless(path_or_hub_id: str, drafter: str | None = None) -> tuple[Model, Processor]:
     """`load`, for a model that does not know stop tokens."""
     model, processor = load(path_or_hub_id, drafter=drafter)
-    model.config = replace(model.config, generation=replace(model.config.generation, eos_token_ids=()))
+    model.config = without_stops(model.config)
     return model, processor
+
+
+def without_stops(config: ModelConfig) -> ModelConfig:
+    return replace(config, generation=replace(config.generation, eos_token_ids=()))
 
 
 def random_prompt(model: Model, processor: Processor, length: int, max_tokens: int, seed: int) -> Prompt:

@@ -123,13 +123,14 @@ def round_kernels(model: Model, length: int, slots: int = 2048) -> Kernels:
     """Of a greedy round of `length` drafts."""
     sampler = Sampler(Sampling(temperature=0), model.config.generation, model.config.text.vocab_size)
     hidden = mx.zeros((1, 1, model.config.text.hidden_size), model.language_model.dtype)
-    state: State = {
-        "offset": mx.array([100]), "random": mx.random.key(0), "hidden": hidden, "token": mx.array([9]),
+    state: State = sampler.law() | {
+        "offset": mx.array([100]), "random": mx.random.key(0)[None], "hidden": hidden, "token": mx.array([9]),
+        "limit": mx.array([length]),
     }  # fmt: skip
     arrays = model.caches(slots).arrays
     mx.eval(state, arrays)
     with as_on_metal():
-        tokens, state, arrays = make_round(model, sampler, length)(state, arrays)
+        tokens, state, arrays = make_round(model, sampler.stages, length)(state, arrays)
         return kernels(tokens, *state.values(), *[array for layer in arrays for array in layer])
 
 

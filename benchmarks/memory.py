@@ -22,8 +22,8 @@ from toy_checkpoint import Shape, write_checkpoint, write_drafter
 from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4.convert.command import convert
 from mlx_gemma4.decoding.controller import MAX_DRAFTS
-from mlx_gemma4.planner import footprint, predict
-from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.planner import predict
+from mlx_gemma4.weights.load import footprint_of, parameters
 
 REPEATS = 2  # on a busy machine MLX hands over less at once, and takes less
 
@@ -101,7 +101,7 @@ def measure(case: Case) -> tuple[int, int]:
             draft_length=MAX_DRAFTS if case.drafter else 0,
         )  # fmt: skip
         peak = max(peak, reply.stats.peak_memory - others)
-    return peak, predict(footprint(model.config, parameters(model)), case.prompt, case.reply).peak
+    return peak, predict(footprint_of(model), case.prompt, case.reply).peak
 
 
 def main(

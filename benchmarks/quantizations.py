@@ -135,9 +135,13 @@ def check_plan(file: Path, plan: Plan) -> None:
 
 
 def write_whole(file: Path, value: dict[str, Any]) -> None:
-    """Write JSON; who is stopped meanwhile leaves no half of it."""
+    put(file, json.dumps(value, indent=2))
+
+
+def put(file: Path, text: str) -> None:
+    """Write a file whole: who is stopped meanwhile leaves what was there."""
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 

@@ -23,6 +23,8 @@ from mlx_gemma4 import Sampling
 from mlx_gemma4.decoding import round as speculate
 from mlx_gemma4.reply.reply import Stats
 
+Accepted = tuple[mx.array, mx.array]  # how many of each row's drafts, [B], and what the next is drawn from, [B, V]
+
 
 def main(
     model: Annotated[str, typer.Option(help="A model folder or a hub id.")],
@@ -54,13 +56,15 @@ def main(
     report(machine(), model, acceptance, runs, max_tokens, repeats, temp)
 
 
-def simulated(acceptance: float) -> Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+def simulated(acceptance: float) -> Callable[[mx.array, mx.array, mx.array, mx.array, mx.array], Accepted]:
     """An `accept` that tosses a coin for each draft, and then takes the target's own token."""
 
-    def accept(p: mx.array, q: mx.array, drafts: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
-        kept = mx.random.uniform(shape=drafts.shape, key=key) < acceptance
-        accepted = mx.cumprod(kept.astype(mx.int32)).sum()
-        return accepted, p[accepted[None]]
+    def accept(p: mx.array, q: mx.array, drafts: mx.array, keys: mx.array, limit: mx.array) -> Accepted:
+        length = drafts.shape[1]
+        numbers = mx.vmap(lambda key: mx.random.uniform(shape=(length,), key=key))(keys)
+        kept = (numbers < acceptance) & (mx.arange(length) < limit[:, None])
+        accepted = mx.cumprod(kept.astype(mx.int32), axis=1).sum(axis=1)
+        return accepted, mx.take_along_axis(p, accepted[:, None, None], axis=1)[:, 0]
 
     return accept
 

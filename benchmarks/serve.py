@@ -1,0 +1,148 @@
+"""What the server costs: seconds to the first token and tokens/s of many clients, beside those of `Engine` alone.
+
+    python benchmarks/serve.py --model demo --clients 8 --requests 64 --rate 4 --tokens 500
+
+Both get the same requests with the same seeds, each from so many threads: `Engine` in this process, the server, one of
+its own, over HTTP. With a rate, requests arrive by chance, so many a second; without, each client asks again when it
+has been answered. The last line of standard output is JSON.
+"""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import typer
+from decode import machine
+
+from mlx_gemma4 import Engine, PromptStore, Sampling, load
+from mlx_gemma4.engine.engine import Stream
+from mlx_gemma4.reply.reply import Stats
+
+T = TypeVar("T")
+Asked = dict[str, Any]
+Told = tuple[float, float, int]  # seconds to the first token, seconds in all, tokens
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A model folder, a hub id, or demo.")] = "demo",
+    clients: Annotated[int, typer.Option(min=1, help="Threads that ask.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="How many are asked.")] = 32,
+    rate: Annotated[float, typer.Option(min=0, help="That arrive a second; 0: as fast as they are answered.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Words of what stands before each question.")] = 100,
+    turns: Annotated[int, typer.Option(min=1, help="Questions of a conversation: they begin alike.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply.")] = 100,
+    max_batch: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 8,
+) -> None:
+    """Engine, then the server."""
+    asked = [request(number // turns, number % turns, tokens, max_tokens) for number in range(requests)]
+    arrivals = np.random.default_rng(0).exponential(1 / rate, requests).cumsum() if rate else np.zeros(requests)
+    loaded, processor = load(model)
+    with Engine(loaded, processor, max_batch, PromptStore()) as engine:
+        alone = measured(asked, arrivals, clients, lambda own: from_engine(engine, own))
+    with server(model, max_batch) as port:
+        served = measured(asked, arrivals, clients, lambda own: from_server(port, own))
+    for name, own in (("engine", alone), ("server", served)):
+        print(
+            f"{name}: {own['tokens_per_second']:.1f} tokens/s; first token after {own['first_p50']:.3f} s, "
+            f"{own['first_p99']:.3f} s for 99 %; {own['rate_p50']:.1f} tokens/s a reply"
+        )
+    print(json.dumps({"machine": machine(), "engine": alone, "server": served}))
+
+
+def request(conversation: int, turn: int, tokens: int, max_tokens: int) -> Asked:
+    words = " ".join(f"word{(conversation * 7919 + n) % 1000}" for n in range(tokens))
+    messages = [{"role": "user", "content": f"{words} Tell me a story."}]
+    for _ in range(turn):
+        messages += [{"role": "assistant", "content": "Once."}, {"role": "user", "content": "Tell me a story."}]
+    return {"messages": messages, "seed": conversation, "max_tokens": max_tokens}
+
+
+def measured(asked: list[Asked], arrivals: np.ndarray, clients: int, ask: Callable[[Asked], Told]) -> dict[str, float]:
+    ask(asked[0])  # what is compiled, is
+    return timed(asked, arrivals, clients, ask)
+
+
+def timed(asked: list[T], arrivals: np.ndarray, clients: int, ask: Callable[[T], Told]) -> dict[str, float]:
+    """Of so many threads that ask, each request no sooner than it arrives."""
+    started = time.perf_counter()
+
+    def at_its_time(number: int) -> Told:
+        time.sleep(max(0.0, started + arrivals[number] - time.perf_counter()))
+        return ask(asked[number])
+
+    with ThreadPoolExecutor(clients) as pool:
+        told = list(pool.map(at_its_time, range(len(asked))))
+    return figures(told, time.perf_counter() - started)
+
+
+def figures(told: list[Told], seconds: float) -> dict[str, float]:
+    first, whole, count = (np.array(column, float) for column in zip(*told, strict=True))
+    rates = np.maximum(count - 1, 1) / np.maximum(whole - first, 1e-9)
+    return {
+        "tokens": count.sum(),
+        "tokens_per_second": count.sum() / seconds,
+        **{f"first_p{part}": float(np.percentile(first, part)) for part in (50, 99)},
+        "rate_p50": float(np.percentile(rates, 50)),
+        "rate_p99": float(np.percentile(rates, 1)),  # 99 % are faster
+    }
+
+
+def from_engine(engine: Engine, asked: Asked) -> Told:
+    started = time.perf_counter()
+    stream = engine.submit(asked["messages"], sampling=Sampling(seed=asked["seed"]), max_tokens=asked["max_tokens"])
+    return streamed(stream, started)[0]
+
+
+def streamed(stream: Stream, started: float) -> tuple[Told, Stats]:
+    """A whole reply, and when it came since it was asked for."""
+    first, stats = 0.0, None
+    for piece in stream:
+        first = first or time.perf_counter() - started
+        stats = piece.stats
+    assert stats is not None
+    return (first, time.perf_counter() - started, stats.generation_tokens), stats
+
+
+def from_server(port: int, asked: Asked) -> Told:
+    started, first, count = time.perf_counter(), 0.0, 0
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    body = asked | {"stream": True, "stream_options": {"include_usage": True}}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise RuntimeError(f"the server answered {answer.status}: {answer.read().decode()[:200]}")
+    for line in answer:
+        if b'"content":' in line and b'"role"' not in line:
+            first = first or time.perf_counter() - started
+        if b'"usage"' in line:
+            count = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+    connection.close()
+    return first, time.perf_counter() - started, count
+
+
+@contextmanager
+def server(model: str, max_batch: int) -> Iterator[int]:
+    """The port of a server that has loaded the model."""
+    command = [sys.executable, "-m", "mlx_gemma4.serve", "--model", model, "--port", "0", "--max-batch", str(max_batch)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr)
+        port = next(int(found[1]) for line in lines if (found := re.match(r"http://\S+:(\d+) serves", line)))
+        ThreadPoolExecutor(1).submit(lambda: [line for line in lines])  # or its log would fill the pipe
+        try:
+            yield port
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    typer.run(main)
