@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlx_gemma4.agent.agent import Agent
     from mlx_gemma4.decoding.sampling import Sampling
     from mlx_gemma4.decoding.store import PromptStore
+    from mlx_gemma4.engine.engine import Engine, generate_batch
     from mlx_gemma4.engine.generation import generate, stream_generate
     from mlx_gemma4.engine.session import Session
     from mlx_gemma4.prompt.prompt import Prompt
@@ -13,16 +15,22 @@ if TYPE_CHECKING:
     from mlx_gemma4.weights.load import load
 
 __version__ = "0.1.0"
-__all__ = ["Prompt", "PromptStore", "Sampling", "Session", "collect", "generate", "load", "stream_generate"]
+__all__ = [
+    "Agent", "Engine", "Prompt", "PromptStore", "Sampling", "Session", "collect", "generate", "generate_batch", "load",
+    "stream_generate",
+]  # fmt: skip
 
 # Imported when asked for: a command must be able to answer Ctrl-C before MLX is there.
 HOMES = {
+    "Agent": "agent.agent",
+    "Engine": "engine.engine",
     "Prompt": "prompt.prompt",
     "PromptStore": "decoding.store",
     "Sampling": "decoding.sampling",
     "Session": "engine.session",
     "collect": "reply.reply",
     "generate": "engine.generation",
+    "generate_batch": "engine.engine",
     "load": "weights.load",
     "stream_generate": "engine.generation",
 }

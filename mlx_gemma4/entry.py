@@ -30,8 +30,28 @@ def evaluate() -> int:
     return enter("mlx_gemma4.evaluate.command")
 
 
+def fuse() -> int:
+    return enter("mlx_gemma4.commands.fuse")
+
+
 def fit() -> int:
     return enter("mlx_gemma4.commands.fit")
+
+
+def serve() -> int:
+    return enter("mlx_gemma4.serve.command")
+
+
+def batch() -> int:
+    return enter("mlx_gemma4.commands.batch")
+
+
+def tune() -> int:
+    return enter("mlx_gemma4.tune.command")
+
+
+def chat() -> int:
+    return enter("mlx_gemma4.commands.chat")
 
 
 def enter(module: str) -> int:

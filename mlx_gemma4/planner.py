@@ -5,13 +5,13 @@ makes and were fitted to 43 shapes and lengths on a CPU (benchmarks/README.md). 
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_gemma4.config import FULL, SLIDING, ModelConfig, TextConfig
+from mlx_gemma4.config import FULL, SLIDING, WHOLE, ModelConfig, TextConfig
 from mlx_gemma4.model.attention import MAX_SCORE_BYTES
 from mlx_gemma4.model.cache import AHEAD, ROUND, capacity, entry_bytes, sliding_slots
 from mlx_gemma4.model.model import CHUNK
@@ -25,7 +25,14 @@ FLOAT32_MLP_ARRAYS, FLOAT32_HEAD_ARRAYS = 2.5, 4  # the former only where the ch
 # at once later, beside queries and results.
 FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 4.5, 2
 SHORT_REPLY = 256  # tokens that must fit for a request to be taken: most replies end long before their limit
-LOGIT_ARRAYS = 7  # of each row of a round: the sampler's filters, p, q and what is left of them
+# Of a training step (mlx_gemma4.tune), fitted to 11 shapes and lengths in float32 on a CPU: what is alive on the way
+# back through one layer, in its MLP or in its attention, and what is kept of each layer that is not computed twice. The
+# head goes through blocks of positions; of two blocks a part is alive at once.
+BACK_MLP_ARRAYS, BACK_HEAD_ARRAYS, BACK_SCORES = 27.5, 18, 3.4
+KEPT_HIDDEN_ARRAYS, KEPT_MLP_ARRAYS, KEPT_HEAD_ARRAYS = 8.6, 6.5, 5.5
+HEAD_BLOCK, BLOCK_LOGIT_ARRAYS = 128, 11.6
+TRAINED_ARRAYS = 5  # float32, of what is trained: itself, its gradient, their sum and Adam's two
+LOGIT_ARRAYS = 6  # of each row of a round: the sampler's filters, p, q and what is left of them
 
 
 class Sized(Protocol):
@@ -50,7 +57,8 @@ class Footprint:
 
     def row_bytes(self, kind: str) -> int:
         """Keys and values of one position in all layers of a kind."""
-        return entry_bytes(self.text, kind, self.item_bytes)
+        kinds = (SLIDING, WHOLE) if kind == SLIDING else (kind,)
+        return sum(entry_bytes(self.text, own, self.item_bytes) for own in kinds if own in self.text.attention)
 
 
 def footprint(config: ModelConfig, arrays: Mapping[str, Sized]) -> Footprint:
@@ -94,6 +102,51 @@ def predict(model: Footprint, prompt_tokens: int, reply_tokens: int) -> Predicti
     )
     workspace = int(max(reading, writing)) - sliding - full
     return Prediction(model.weights, model.drafter, sliding, full, workspace)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Bytes at the moment of a training step when most are in use."""
+
+    weights: int
+    adapter: int  # with gradients and the optimizer's state
+    kept: int  # of the layers, for the way back
+    workspace: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.adapter + self.kept + self.workspace
+
+
+def predict_tuning(model: Footprint, trained: int, tokens: int, checkpoint: bool) -> Tuning:
+    """The memory for training so many numbers on rows of at most so many tokens, one row after the other.
+
+    checkpoint: of each layer its input alone is kept, and it is computed twice.
+    """
+    text, item = model.text, model.item_bytes
+    sizes = [
+        (text.num_attention_heads + 2 * own.num_key_value_heads) * own.head_dim
+        for own in (text.attention[kind] for kind in text.layer_types)
+    ]
+    kept = float(len(sizes) * text.hidden_size)
+    if not checkpoint:
+        wide = KEPT_HIDDEN_ARRAYS * text.hidden_size + KEPT_MLP_ARRAYS * text.intermediate_size
+        kept = len(sizes) * wide + KEPT_HEAD_ARRAYS * sum(sizes)
+    scores = BACK_SCORES * text.num_attention_heads * tokens
+    layer = max(BACK_MLP_ARRAYS * text.intermediate_size, BACK_HEAD_ARRAYS * max(sizes) + scores)
+    head = BLOCK_LOGIT_ARRAYS * min(HEAD_BLOCK, tokens) * text.vocab_size * 4
+    workspace = max(tokens * layer * item, head)
+    return Tuning(model.weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
+
+
+def batch_bytes(model: Footprint, lengths: Sequence[int], size: int, ahead: int) -> float:
+    """The memory for rows that hold so many positions each, to go on together for `ahead` more, in a batch of `size`
+    places: the longest row's slots are there for each place."""
+    needed = predict(model, max(lengths), ahead)
+    slots = capacity(max(lengths) + ahead + ROUND)
+    place = model.row_bytes(SLIDING) * sliding_slots(model.text.sliding_window) + model.row_bytes(FULL) * slots
+    logits = LOGIT_ARRAYS * (model.drafts + 1) * model.text.vocab_size * 4
+    return needed.peak + size * place + (size - 1) * logits
 
 
 def layers(text: TextConfig, kind: str) -> int:

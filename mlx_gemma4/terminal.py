@@ -2,10 +2,13 @@
 
 import logging
 import os
+import re
+import subprocess
 import sys
 import traceback
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -17,6 +20,7 @@ import mlx_gemma4
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import Kind, kind, shown, unbroken
 from mlx_gemma4.weights.load import logger
+from mlx_gemma4.weights.peers import leave_word
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -37,6 +41,12 @@ Version = Annotated[
 DType = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
+]
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="FOLDER", help="Of mlx_gemma4.tune, mlx-lm or PEFT: LoRA or DoRA."),
 ]
 
 WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
@@ -66,6 +76,7 @@ def run(app: typer.Typer) -> int:
             raise
         return closed_pipe()
     except (TyperException, ValueError, OSError, MemoryError, RuntimeError) as error:
+        leave_word(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
         text = error.format_message() if isinstance(error, TyperException) else str(error)
@@ -88,10 +99,20 @@ def closed_pipe() -> int:
 
 
 class News(logging.Handler):
-    """Writes to standard error as it is then: while a bar is shown, that is a stream which writes above it."""
+    """Writes to standard error as it is then: while a bar is shown, that is a stream which writes above it.
+
+    What concerns each turn of a conversation is said once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        line = self.format(record)
+        if line not in self.told:
+            self.told.add(line)
+            print(line, file=sys.stderr)
 
 
 class Line(logging.Formatter):
@@ -117,6 +138,11 @@ def on_warning(
 def is_screen(stream: TextIO) -> bool:
     """Whether text can be dim there."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def without_controls(text: str) -> str:
+    """A text without what could steer a terminal."""
+    return CONTROLS.sub("", text)
 
 
 # Parsers of options: typer's own messages do not say which value was wrong.
@@ -147,6 +173,35 @@ def whole_number(text: str) -> int:
         raise typer.BadParameter(f"{shown(text)}; expected a whole number") from None
 
 
+def whole_above_0(text: str) -> int:
+    if (value := whole_number(text)) < 1:
+        raise typer.BadParameter(f"{shown(text)}; expected a whole number above 0")
+    return value
+
+
+# Options that commands share.
+
+ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions for the whole conversation.")]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")]
+MaxTokens = Annotated[int, typer.Option(parser=whole_above_0, metavar="N", help="The longest reply, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(parser=number, metavar="X", help="Temperature; 0 is greedy.")]
+TopP = Annotated[
+    float | None, typer.Option(parser=number, metavar="X", help="Sample from the most likely tokens of this mass.")
+]
+TopK = Annotated[
+    int | None, typer.Option(parser=whole_number, metavar="N", help="Sample from this many tokens; 0: all.")
+]
+MinP = Annotated[
+    float | None, typer.Option(parser=number, metavar="X", help="Leave out tokens below this part of the likeliest.")
+]
+RepetitionPenalty = Annotated[float | None, typer.Option(parser=number, metavar="X", help="Above 1, repeat less.")]
+Seed = Annotated[int | None, typer.Option(parser=whole_number, metavar="N", help="For the same reply again.")]
+ImageBudget = Annotated[
+    int | None, typer.Option(parser=whole_number, metavar="N", help="Tokens an image: 70, 140, 280, 560 or 1120.")
+]
+DrafterName = Annotated[str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")]
+DraftLength = Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")]
 KvBits = Annotated[
     int | None,
     typer.Option(
@@ -156,12 +211,6 @@ KvBits = Annotated[
         help="Keep full layers' keys and values in 8 or 4 bits; else as computed.",
     ),
 ]
-
-
-def whole_above_0(text: str) -> int:
-    if (value := whole_number(text)) < 1:
-        raise typer.BadParameter(f"{shown(text)}; expected a whole number above 0")
-    return value
 
 
 class Bar:
@@ -200,6 +249,19 @@ class Bar:
             self.shown.stop()
             self.stopped.close()
             self.shown = None
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """While the block runs a Mac does not fall asleep, and its screen may; when the process ends, so does this."""
+    if sys.platform != "darwin":
+        yield
+        return
+    with subprocess.Popen(["caffeinate", "-is", "-w", str(os.getpid())]) as caffeinate:
+        try:
+            yield
+        finally:
+            caffeinate.terminate()
 
 
 def wipe() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def planted_other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def planted(planted_folder: Path) -> tuple[Model, Processor]:
     return load(planted_folder)
+
+
+@pytest.fixture
+def endless(planted: tuple[Model, Processor], monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Processor]:
+    """That never says a stop token."""
+    model, processor = planted
+    generation = replace(model.config.generation, eos_token_ids=())
+    monkeypatch.setattr(model, "config", replace(model.config, generation=generation))
+    return model, processor
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_gemma4"
-SHIMS = {"generate", "fit"}  # for python -m
+SHIMS = {"generate", "fit", "batch", "fuse", "chat"}  # for python -m
 
 
 def tree_of_readme() -> list[str]:
@@ -66,5 +66,5 @@ def test_importing_the_package_loads_no_optional_room() -> None:
 
     code = "import sys, mlx_gemma4; print([name for name in sys.modules if name.startswith('mlx_gemma4.')])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for room in ("convert", "evaluate", "commands", "terminal"):
+    for room in ("convert", "evaluate", "tune", "agent", "serve", "commands", "terminal"):
         assert f"mlx_gemma4.{room}" not in loaded

@@ -7,10 +7,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import WIDE
-from toy_checkpoint import write_checkpoint, write_drafter
+from toy_checkpoint import Shape, config, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load, planner, stream_generate
-from mlx_gemma4.config import FULL, SLIDING, TextConfig
+from mlx_gemma4.config import FULL, SLIDING, GenerationConfig, TextConfig, parse_config
 from mlx_gemma4.convert.command import convert
 from mlx_gemma4.decoding.controller import MAX_DRAFTS
 from mlx_gemma4.engine import reading
@@ -24,6 +24,7 @@ from mlx_gemma4.planner import (
     longest,
     memory_limit,
     predict,
+    predict_tuning,
     reading_bytes,
 )
 from mlx_gemma4.prompt.processor import Processor
@@ -223,3 +224,32 @@ def test_generate_says_what_does_not_fit_when_it_is_called(
     monkeypatch.setattr("mlx_gemma4.planner.memory_limit", lambda: 1000)
     with pytest.raises(MemoryError, match="the model needs"):
         stream_generate(model, processor, "a")
+
+
+# --- training ----------------------------------------------------------------------------------
+
+SMALL = Shape(hidden=256, mlp=1024, heads=4, kv_heads=2, head_dim=64, global_head_dim=128, window=256, vocab=4096)
+# Shape, tokens, whether layers are computed twice; weights, numbers trained, and the peak of a step that was measured.
+STEPS = [
+    (SMALL, 256, True, 38559256, 135680, 73049708),
+    (SMALL, 512, True, 38559256, 135680, 105725308),
+    (SMALL, 512, False, 38559256, 135680, 250890684),
+    (replace(SMALL, hidden=512, vocab=2048, periods=2), 512, True, 121414704, 1421312, 227342852),
+    (replace(SMALL, hidden=512, vocab=2048, periods=2), 512, False, 36922416, 355328, 456368772),
+    (replace(SMALL, mlp=512, heads=8, kv_heads=4, vocab=32768), 256, True, 63462936, 118272, 261404304),
+    (replace(SMALL, hidden=128, mlp=256, heads=8, vocab=1024), 512, True, 12427800, 73728, 91781600),
+    (replace(SMALL, hidden=128, mlp=256, heads=8, vocab=1024), 768, True, 12427800, 73728, 152028532),
+    (replace(SMALL, hidden=128, mlp=256, heads=8, vocab=1024), 512, False, 12427800, 73728, 174120200),
+    (replace(SMALL, hidden=384, mlp=1536, vocab=8192), 256, False, 78453288, 387072, 230950792),
+    (replace(SMALL, hidden=384, mlp=1536, vocab=8192), 384, True, 25535000, 387072, 106626680),
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_training_step_takes_what_is_predicted(step: tuple[Shape, int, bool, int, int, int]) -> None:
+    """As measured with mlx_gemma4.tune in float32 on a CPU, weights plain or at 4 bits, all tokens learnt or half."""
+    shape, tokens, checkpoint, weights, trained, peak = step
+    text = parse_config(config(shape), GenerationConfig(eos_token_ids=())).text
+    assert predict_tuning(Footprint(text, 4, weights), trained, tokens, checkpoint).peak == pytest.approx(
+        peak, rel=0.07
+    )

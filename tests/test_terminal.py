@@ -101,7 +101,7 @@ def test_a_reader_that_had_enough_is_no_error(rest: list[str]) -> None:
     assert all(line.startswith(b"drafter: ") for line in done.stderr.splitlines())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "chat"])
 def test_every_command_knows_its_version(name: str) -> None:
     done = subprocess.run(words(name, "--version"), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mlx_gemma4 {mlx_gemma4.__version__}\n", "")
@@ -110,7 +110,7 @@ def test_every_command_knows_its_version(name: str) -> None:
 def test_the_package_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "mlx_gemma4"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    assert {f"mlx_gemma4.{name}" for name in COMMANDS} <= set(done.stdout.split())
+    assert {f"mlx_gemma4.{name}" for name in [*COMMANDS, "chat"]} <= set(done.stdout.split())
 
 
 def test_short_options_are_those_of_model_and_prompt() -> None:

@@ -4,10 +4,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
@@ -18,27 +20,48 @@ from mlx_gemma4.engine.generation import Reading, generation_events
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.session import STORE_FOLDER, Saved, Session, Settings, is_session, read_saved
 from mlx_gemma4.entry import if_stopped
-from mlx_gemma4.errors import shown
+from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import Message, media_parts, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
 from mlx_gemma4.terminal import (
+    Adapter,
     Bar,
     Debug,
+    DrafterName,
+    DraftLength,
     DType,
+    ImageBudget,
     KvBits,
+    MaxTokens,
+    MinP,
+    ModelName,
+    RepetitionPenalty,
+    Seed,
     SizeBar,
+    System,
+    Temperature,
+    Thinking,
+    TopK,
+    TopP,
     Version,
     is_screen,
-    number,
     run,
     show_warning,
-    whole_above_0,
-    whole_number,
+    without_controls,
 )
-from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, load_values, open_checkpoint
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    Checkpoint,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    load_values,
+    open_checkpoint,
+)
+from mlx_gemma4.weights.peers import watch
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -46,48 +69,34 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask; - reads standard input.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     image: Annotated[list[str], typer.Option(metavar="FILE", help="An image file or URL; repeatable.")] = [],  # noqa: B006
     audio: Annotated[list[str], typer.Option(metavar="FILE", help="A sound file or URL; repeatable.")] = [],  # noqa: B006
     video: Annotated[
         list[str], typer.Option(metavar="FILE", help="A video file or URL; repeatable. Its sound is not heard.")
     ] = [],  # noqa: B006
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions for the whole conversation.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")] = False,
-    max_tokens: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="The longest reply, in tokens.")
-    ] = 1024,
-    temp: Annotated[float | None, typer.Option(parser=number, metavar="X", help="Temperature; 0 is greedy.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(parser=number, metavar="X", help="Sample from the most likely tokens of this mass.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="Sample from this many tokens; 0: all.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(parser=number, metavar="X", help="Leave out tokens below this part of the likeliest."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(parser=number, metavar="X", help="Above 1, repeat less.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="For the same reply again.")
-    ] = None,
-    image_budget: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="Tokens an image: 70, 140, 280, 560 or 1120.")
-    ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
-    draft_length: Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")] = "auto",
+    system: System = None,
+    thinking: Thinking = False,
+    max_tokens: MaxTokens = 1024,
+    temp: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    image_budget: ImageBudget = None,
+    drafter: DrafterName = "auto",
+    draft_length: DraftLength = "auto",
+    adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
     session: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
     ] = None,
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hold the answer to a JSON schema, or to another form.")
+    ] = None,
+    stop: Annotated[list[str], typer.Option(metavar="TEXT", help="The answer ends before this; repeatable.")] = [],  # noqa: B006
     repetition_detection: Annotated[
         str, typer.Option(metavar="MODE", help="auto ends a reply that only repeats itself; off.")
     ] = "auto",
@@ -99,15 +108,22 @@ def generate(
     length = parse_draft_length(draft_length)
     computing = computing_type(dtype)
     options = Options(
-        max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection
-    )
+        max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
+        stop=stop, response_format=None if schema is None else read_schema(schema),
+    )  # fmt: skip
     saved = None if session is None or not is_session(session) else read_saved(session)
     turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
     check_media(turn, image_budget)
+    group = mx.distributed.init()
+    if group.size() > 1:
+        if session is not None:
+            raise ValueError(f"session is {str(session)!r} and {group.size()} machines share the model; expected none")
+        watch(group)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     folder = find_folder(model)
-    choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
+    own = find_adapter(adapter)
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
+    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if session is None:
         request = Request(content=turn, thinking=thinking, image_budget=image_budget)
@@ -116,13 +132,14 @@ def generate(
     else:
         conversation = Session(checkpoint.model, processor, store=PromptStore(folder=session / STORE_FOLDER))
         go_on(conversation, saved, system, thinking, image_budget)
-        asked, prepared = conversation.prompt(turn)
+        asked, prepared = conversation.prompt(turn, options)
         events = conversation.events(turn, asked, prepared, options)
     check_memory(checkpoint.footprint, len(asked), max_tokens)
     load_shown(checkpoint)
     if saved is not None:
         saved.check_model(checkpoint.model)
-    print_reply(events)
+    with nothing_shown() if group.rank() else nullcontext():  # one of the machines says it
+        print_end(print_reply(events))
     if session is not None:
         conversation.save(session)
 
@@ -143,6 +160,12 @@ def go_on(
     conversation.settings = replace(saved.settings, thinking=thinking or saved.settings.thinking)
 
 
+@contextmanager
+def nothing_shown() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
@@ -152,6 +175,15 @@ def read_prompt(prompt: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_schema(path: Path) -> Any:
+    try:
+        return json.loads(path.expanduser().read_bytes())
+    except OSError as error:
+        raise ValueError(f"the schema {str(path)!r} cannot be read: {one_line(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the schema {str(path)!r} is not JSON: {one_line(error)}") from None
 
 
 def parse_draft_length(text: str) -> int | str:
@@ -179,8 +211,11 @@ def load_shown(checkpoint: Checkpoint) -> None:
             bar.show(done, checkpoint.nbytes)
 
 
-def print_reply(events: Iterator[Reading | Piece]) -> None:
-    """Show how far the prompt is read, then print the pieces as they come; notes wait until the answer is out."""
+def print_reply(events: Iterator[Reading | Piece]) -> Piece | None:
+    """Show how far the prompt is read, then print the pieces as they come; notes wait until the answer is out.
+
+    The last piece, if there was any. A terminal gets no control characters that the model made up.
+    """
     last: Piece | None = None
     answered = thinking = False  # whether that line is still open
     notes: list[str] = []
@@ -191,6 +226,7 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                 os.write(stream, b"\n")
 
     dim, plain = ("\x1b[2m", "\x1b[22m") if is_screen(sys.stderr) else ("", "")
+    harmless = without_controls if is_screen(sys.stdout) else str
     with Bar("Reading") as bar, if_stopped(end_lines):
         try:
             for event in events:
@@ -202,13 +238,13 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                 notes += event.notes
                 if event.thinking:
                     thinking = True
-                    print(f"{dim}{event.thinking}{plain}", end="", file=sys.stderr, flush=True)
+                    print(f"{dim}{without_controls(event.thinking)}{plain}", end="", file=sys.stderr, flush=True)
                 if event.text:
                     if thinking:
                         thinking = False
                         print(file=sys.stderr)
                     answered = True
-                    print(event.text, end="", flush=True)
+                    print(harmless(event.text), end="", flush=True)
         finally:
             bar.close()
             if thinking:
@@ -217,6 +253,10 @@ def print_reply(events: Iterator[Reading | Piece]) -> None:
                 print(flush=True)
             for note in notes:
                 show_warning(note)
+    return last
+
+
+def print_end(last: Piece | None) -> None:
     if last is not None and last.stats is not None:
         for call in last.tool_calls or ():
             print(f"tool call: {json.dumps(call, ensure_ascii=False)}", file=sys.stderr)

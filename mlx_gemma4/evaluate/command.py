@@ -29,9 +29,10 @@ from mlx_gemma4.evaluate.quality import (
     read_exchanges,
     unpack,
 )
+from mlx_gemma4.prompt.messages import json_lines
 from mlx_gemma4.prompt.processor import load_processor
-from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
-from mlx_gemma4.weights.load import Checkpoint, find_drafter, find_folder, look_through
+from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
+from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.tensors import list_tensors
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
@@ -64,13 +65,17 @@ def evaluate(
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
     ] = False,
+    adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
-    """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits."""
-    names, computing = candidates or [], computing_type(dtype)
+    """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits.
+
+    The adapter and the drafter are the candidates'.
+    """
+    names, computing, added = candidates or [], computing_type(dtype), find_adapter(adapter)
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
     if save_logits is not None:
@@ -84,7 +89,7 @@ def evaluate(
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing)
     subjects = [
-        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing, kv_bits)
+        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing, kv_bits, added)
         for name in names
     ]
     for subject in subjects:
@@ -111,18 +116,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """Exchanges from JSON lines; ValueError that names the line if one is wrong."""
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; expected one of JSON lines, for data")
-    try:
-        texts = file.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 in a string too
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
     found = []
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}, is not JSON: {error}") from None
+    for number, line in json_lines(file):
         messages = line.get("messages") if isinstance(line, dict) else None
         if not isinstance(messages, list) or len(messages) < 2 or not line.keys() <= KEYS:
             raise ValueError(f'{file}, line {number}: expected {{"messages": [at least two], "tools": [if any]}}')
@@ -154,10 +149,11 @@ def open_subject(
     max_tokens: int | None,
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
+    adapter: Path | None = None,
 ) -> Subject:
     folder = find_folder(name)
-    choice = find_drafter(name, folder, drafter)
-    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits)
+    choice = find_drafter(name, folder, drafter, adapter=adapter)
+    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):

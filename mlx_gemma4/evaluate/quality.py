@@ -22,6 +22,7 @@ from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.arrange import arrange_drafter, arrange_layer
 from mlx_gemma4.model.cache import Caches, LayerCache, empty_cache
 from mlx_gemma4.model.mask import whole_mask
+from mlx_gemma4.model.matrix import Adapted, adapt, settle_gains
 from mlx_gemma4.model.model import Model, image_blocks
 from mlx_gemma4.prompt.messages import check_messages, check_tools, without_sources
 from mlx_gemma4.prompt.processor import Processor
@@ -91,6 +92,7 @@ def load_module(checkpoint: Checkpoint, module: nn.Module, prefix: str) -> None:
     tensors, config = checkpoint.tensors, checkpoint.config
     values = [(path, load_value(tensors[prefix + path], config)) for path in parameters(module)]
     module.load_weights(values, strict=False)
+    settle_gains(module)
 
 
 def unpack(module: nn.Module, dtype: mx.Dtype) -> None:
@@ -109,6 +111,8 @@ def unpack(module: nn.Module, dtype: mx.Dtype) -> None:
         )
         if "bias" in leaf:
             made.bias = leaf.bias
+        if isinstance(leaf, Adapted):
+            adapt(made, leaf.lora_a, leaf.lora_b, leaf.get("gain"))
         mx.eval(made.weight)
         return made
 

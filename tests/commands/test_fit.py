@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from mlx_gemma4.commands.fit import at_bits, main, of_context, open_anywhere, parse_memory
+from mlx_gemma4.commands.fit import TuningPlan, at_bits, main, of_context, of_plan, open_anywhere, parse_memory
 from mlx_gemma4.convert.command import convert
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.planner import Footprint, memory_limit, predict
@@ -175,3 +175,29 @@ def test_a_partner_on_the_hub_is_counted_as_it_will_be_quantized(
     assert replace(found, drafter=model.drafter) == model
     assert 0.1 * model.drafter < found.drafter < 0.2 * model.drafter
     assert open_anywhere("me/gemma-it-4bit", "me/gemma-it-assistant").footprint == model
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def test_whether_a_training_step_fits_and_what_would_make_it(wide_folder: Path, run: Run) -> None:
+    checkpoint = open_anywhere(str(wide_folder), None)
+    plan = TuningPlan(512, 16, True)
+    enough = of_plan(checkpoint, plan).peak
+    options = ["--tune", "--max-seq-length", 512, "--rank", 16]
+    status, out, err = run(wide_folder, *options, "--memory", memory_for(enough))
+    assert (status, err) == (0, "") and "It fits" in out and "drafter" not in out
+    status, out, _ = run(wide_folder, *options, "--no-grad-checkpoint", "--memory", memory_for(enough))
+    assert status == 1 and "layers computed twice (--grad-checkpoint)" in out
+    status, out, _ = run(wide_folder, *options, "--memory", memory_for(enough - 2**17))
+    assert status == 1
+    said = int(re.search(r"rows of (\d+) tokens \(--max", out)[1])
+    assert said < 512 and of_plan(checkpoint, replace(plan, tokens=said)).peak <= enough - 2**17
+    rank = int(re.search(r"\(--rank (\d+)\)", out)[1])
+    assert rank < 16 and of_plan(checkpoint, replace(plan, rank=rank)).peak <= enough - 2**17
+
+
+@pytest.mark.parametrize("option", ["--rank", "--max-seq-length", "--batch-size"])
+def test_of_training_nothing_is_0(wide_folder: Path, run: Run, option: str) -> None:
+    status, out, err = run(wide_folder, "--tune", option, 0)
+    assert (status, out) == (2, "") and "expected a whole number above 0" in err

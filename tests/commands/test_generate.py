@@ -442,6 +442,25 @@ def test_a_wrong_request_is_refused_before_anything_is_loaded(
     check_refused(run(*ask, "--temp", -1), 2)
 
 
+def test_an_answer_is_held_to_a_schema(tiny_folder: Path, tmp_path: Path, run: Run) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    status, out, _ = run("--model", tiny_folder, "--prompt", "hello", "--schema", schema, "--seed", 1)
+    assert status == 0 and out.strip() in ('"yes"', '"no"')
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ('{"not": {}}', "the keyword not cannot be held"), (None, "cannot be read")],
+)
+def test_a_wrong_schema_is_refused(tmp_path: Path, run: Run, text: str | None, message: str) -> None:
+    schema = tmp_path / "schema.json"
+    if text is not None:
+        schema.write_text(text)
+    status, out, error = run("--model", tmp_path, "--prompt", "hello", "--schema", schema)
+    assert status == 2 and out == "" and message in error and error.count("\n") == 1
+
+
 def test_a_prompt_that_fills_the_context_is_refused(tiny_folder: Path, run: Run) -> None:
     result = run("--model", tiny_folder, "--prompt", "a" * 5000)
     check_refused(result, 2, "the prompt has 50", " tokens; the context holds 4096, the reply included")
