@@ -191,7 +191,8 @@ class LayerShare:
                 "post_projection": text.hidden_size,
             }
             model.drafter.layers = []
-            model.drafter.update({name: Elsewhere(count) for name, count in rows.items()})
+            for name, count in rows.items():
+                model.drafter[name] = Elsewhere(count)
 
 
 def layer_shares(
