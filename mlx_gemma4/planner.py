@@ -184,6 +184,35 @@ def layer_bytes(model: Footprint, kind: str, start: int, end: int) -> float:
     return max(first, later)
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """Of machines that share a model, and of the link between them."""
+
+    memory: Sequence[float]  # bytes that each reads in a second
+    latency: float  # seconds that a sum over all of them takes, of one number
+    rate: float  # bytes a second, of a large one
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one token takes of machines that share a model."""
+
+    read: Sequence[int]  # bytes, by each
+    sums: Sequence[tuple[int, int]]  # how many, of how many bytes
+    together: bool  # all read at once; or one after the other
+
+    @property
+    def exchanges(self) -> int:
+        return sum(count for count, _ in self.sums)
+
+
+def token_seconds(work: Work, speeds: Speeds) -> float:
+    """How long one token takes, without drafts, if reading and the link take all the time: docs/scaling.md."""
+    reading = [nbytes / rate for nbytes, rate in zip(work.read, speeds.memory, strict=True)]
+    sent = sum(count * (speeds.latency + nbytes / speeds.rate) for count, nbytes in work.sums)
+    return (max if work.together else sum)(reading) + sent
+
+
 def longest(fits: Callable[[int], bool], most: int) -> int:
     """The largest of 1 … `most` that fits, 0 if none does."""
     low, high = 0, most

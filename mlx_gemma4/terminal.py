@@ -204,7 +204,9 @@ DrafterName = Annotated[str, typer.Option(metavar="MODEL", help="A drafter's fol
 DraftLength = Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")]
 Split = Annotated[
     str | None,
-    typer.Option("--split", metavar="NAME", help="How several machines share the model: by tensors or layers."),
+    typer.Option(
+        "--split", metavar="NAME", help="Several machines share it by tensors or layers; else what is faster."
+    ),
 ]
 KvBits = Annotated[
     int | None,

@@ -1,8 +1,12 @@
 """The command `mlx_gemma4.fit`: whether a model fits into a machine's memory, and how long a context with it."""
 
+import json
+import math
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +16,34 @@ import typer
 
 from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
+from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.planner import Footprint, Prediction, Tuning, longest, memory_limit, predict, predict_tuning
+from mlx_gemma4.model.split import SPLITS
+from mlx_gemma4.planner import (
+    Footprint,
+    Prediction,
+    Speeds,
+    Tuning,
+    Work,
+    longest,
+    memory_limit,
+    predict,
+    predict_tuning,
+    token_seconds,
+)
 from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.weights.adapter import matrices_of
-from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    Checkpoint,
+    find_drafter,
+    find_folder,
+    look_through,
+    parameters,
+    part,
+    shares_of,
+)
+from mlx_gemma4.weights.sharing import work_of
 from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
 
 # The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
@@ -25,6 +52,7 @@ METAL_SHARE, LARGE_MAC, SHARE_OF_LARGE = 2 / 3, 36 * 2**30, 3 / 4
 UNITS = {"B": 1, "MB": 2**20, "GB": 2**30, "TB": 2**40}  # of memory, which is sold in powers of two
 REPLY = 1024  # tokens of a context that are written and not read: generate's --max-tokens
 USUAL_CONTEXT = 8192
+LOCAL, PATIENCE = ("127.0.0.1", "localhost"), 10  # machines that are this one; seconds to wait for another
 SHORTEST_ROW = 128  # of training
 SHORTEST = 1024  # a context below it is of little use
 
@@ -39,6 +67,22 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
+@dataclass(frozen=True)
+class Macs:
+    """Of which each has so many bytes of memory."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def rooms(self) -> list[int]:
+        """What each lets a model hold."""
+        return [int((SHARE_OF_LARGE if size > LARGE_MAC else METAL_SHARE) * size) for size in self.sizes]
+
+
+def parse_macs(text: str) -> Macs:
+    return Macs(tuple(parse_memory(own) for own in text.split(",")))
+
+
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
@@ -46,7 +90,11 @@ def fit(
         int | None, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of prompt and reply together; 8192.")
     ] = None,
     memory: Annotated[
-        int | None, typer.Option(parser=parse_memory, metavar="SIZE", help="Of another Mac, such as 16GB.")
+        Macs | None,
+        typer.Option(parser=parse_macs, metavar="SIZES", help="Of another Mac, 16GB, or of several, 16GB,24GB."),
+    ] = None,
+    hosts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For the machines of a file for mlx.launch, asked over ssh.")
     ] = None,
     drafter: Annotated[
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
@@ -71,16 +119,23 @@ def fit(
     computing = computing_type(dtype)
     if tune:
         drafter = "none"  # it is not there while the model is trained
-    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
+    rooms = (memory.rooms if memory else [memory_limit()]) if hosts is None else rooms_of(hosts_in(hosts))
+    if tune and len(rooms) > 1:
+        raise ValueError(f"{len(rooms)} machines are given for --tune; expected one")
+    is_shared = len(rooms) > 1
+    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits, is_shared)
     most = checkpoint.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
         raise ValueError(f"context is {tokens}; {model} takes at most {most}")
-    if memory is None:
-        room, where = memory_limit(), "this machine lets a model hold"
-    else:
-        share, part = (SHARE_OF_LARGE, "three quarters") if memory > LARGE_MAC else (METAL_SHARE, "two thirds")
-        room, where = int(share * memory), f"a Mac with {memory / 2**30:.3g} GB lets a model hold ({part})"
+    if is_shared:
+        print(f"{model} with a context of {tokens} tokens; {len(rooms)} machines let it hold {sizes_text(rooms)}")
+        return fit_shared(checkpoint, tokens, rooms)
+    (room,), where = rooms, "this machine lets a model hold"
+    if memory is not None:
+        (size,) = memory.sizes
+        share = "three quarters" if size > LARGE_MAC else "two thirds"
+        where = f"a Mac with {size / 2**30:.3g} GB lets a model hold ({share})"
     own = checkpoint.footprint
     if tune:
         plan = TuningPlan(max_seq_length, rank, grad_checkpoint)
@@ -97,6 +152,71 @@ def fit(
     changes = list(smaller(checkpoint, tokens, longest_context, room))
     print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
     return FAILED
+
+
+# --- several machines --------------------------------------------------------------------------
+
+
+def hosts_in(file: Path) -> list[str]:
+    """The machines of a file for mlx.launch, by their names for ssh."""
+    try:
+        found = json.loads(file.expanduser().read_bytes())
+        hosts = [str(host["ssh"]) for host in (found["hosts"] if isinstance(found, dict) else found)]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f'{str(file)!r} names no machines: {one_line(error)}; expected [{{"ssh": "name", "ips": [...]}}, …]'
+        ) from None
+    if twice := [host for host in hosts if hosts.count(host) > 1]:
+        raise ValueError(f"{str(file)!r} has {twice[0]} twice; expected each machine once")
+    if not hosts:
+        raise ValueError(f"{str(file)!r} names no machines; expected at least one")
+    return hosts
+
+
+def rooms_of(hosts: Sequence[str]) -> list[int]:
+    """What each lets a model hold. ConnectionError if one does not say so."""
+    ask = [sys.executable, "-c", "from mlx_gemma4.planner import memory_limit; print(memory_limit())"]
+    found: list[int] = []
+    for host in hosts:
+        reach = [] if host in LOCAL else ["ssh", "-oBatchMode=yes", f"-oConnectTimeout={PATIENCE}", "--", host]
+        done = subprocess.run([*reach, shlex.join(ask)] if reach else ask, capture_output=True, text=True)
+        if done.returncode or not done.stdout.strip().isdecimal():
+            said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise ConnectionError(f"{host} cannot be asked: {said}; expected ssh to it, and this package there")
+        found.append(int(done.stdout))
+    return found
+
+
+def fit_shared(checkpoint: Checkpoint, tokens: int, rooms: Sequence[int]) -> int:
+    """Say what each machine holds, split by tensors and by layers, and which is faster when."""
+    group = mx.distributed.init()
+    works: list[Work] = []
+    for split in SPLITS:
+        try:
+            own = shares_of(checkpoint, group, rooms, split)
+            peaks = [of_context(part(checkpoint, share).footprint, tokens).peak for share in own]
+        except ValueError as error:
+            print(f"By {split}: {error}.")
+            continue
+        short = [peak - room for peak, room in zip(peaks, rooms, strict=True)]
+        end = f"{size_text(-max(short))} are left at least, for prompts that are kept"
+        if max(short) > 0:
+            end = f"it does not fit: {size_text(max(short))} are missing on machine {short.index(max(short))}"
+        else:
+            works.append(work_of(checkpoint.tensors, own, checkpoint.config.text, checkpoint.config.dtype.size))
+        print(f"By {split}: {sizes_text(peaks)}; {end}.")
+    if len(works) == 2:
+        tensors, layers = (token_seconds(work, Speeds([1e11] * len(rooms), 0, math.inf)) for work in works)
+        most = (layers - tensors) / (works[0].exchanges - works[1].exchanges)
+        print(
+            f"By tensors is faster where a sum over the link takes less than {max(most, 0) * 1e3:.3f} ms and memory "
+            "gives 100 GB/s, or half of that and 200; loading times the link, and chooses."
+        )
+    return 0 if works else FAILED
+
+
+def sizes_text(sizes: Sequence[int]) -> str:
+    return ", ".join(map(size_text, sizes))
 
 
 # --- tuning ------------------------------------------------------------------------------------
@@ -218,7 +338,11 @@ def at_bits(checkpoint: Checkpoint, bits: int) -> int:
 
 
 def open_anywhere(
-    path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
+    path_or_hub_id: str,
+    drafter: str | None,
+    dtype: mx.Dtype | None = None,
+    kv_bits: int | None = None,
+    is_shared: bool = False,
 ) -> Checkpoint:
     """A checkpoint, looked through; of a hub's only the configurations are downloaded, and its files' headers read."""
     settings = ["*config.json", f"*{INDEX}"]
@@ -234,7 +358,7 @@ def open_anywhere(
     def tensors_of(own: Path) -> dict[str, Tensor]:
         return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
 
-    return look_through(folder, choice, tensors_of, dtype, kv_bits)
+    return look_through(folder, choice, tensors_of, dtype, kv_bits, is_shared=is_shared)
 
 
 def is_folder(path_or_hub_id: str) -> bool:

@@ -146,14 +146,8 @@ class LayerShare:
 
     group: mx.distributed.Group
     layers: tuple[int, int]  # from … to
-
-    @property
-    def is_first(self) -> bool:
-        return self.group.rank() == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.group.rank() == self.group.size() - 1
+    is_first: bool
+    is_last: bool
 
     def of(self, text: TextConfig) -> TextConfig:
         """The decoder of this machine alone."""
@@ -223,7 +217,7 @@ def layer_shares(
             f"{len(memories)} machines share a model of {count} layers; expected fewer: each needs a sliding layer, "
             "the last one of each kind"
         )
-    return [LayerShare(group, own) for own in pairwise([*starts, count])]
+    return [LayerShare(group, own, own[0] == 0, own[1] == count) for own in pairwise([*starts, count])]
 
 
 class Elsewhere(nn.Module):

@@ -32,11 +32,11 @@ from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
 from mlx_gemma4.model.matrix import settle_gains
 from mlx_gemma4.model.model import Model, check_process, remember_process
 from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines, layer_shares, shares
-from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
+from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit, token_seconds
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter
-from mlx_gemma4.weights.peers import check_alike, watch
-from mlx_gemma4.weights.sharing import columns_together, here, shared, sizes_of
+from mlx_gemma4.weights.peers import check_alike, measured, watch
+from mlx_gemma4.weights.sharing import columns_together, here, shared, sizes_of, work_of
 from mlx_gemma4.weights.tensors import (
     DTYPE_NAMES,
     EMBEDDING,
@@ -248,6 +248,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]  # by path; the drafter's begin with `drafter.`
     model: Model  # shapes only
     drafter: DrafterChoice | None
+    drafter_config: DrafterConfig | None
     footprint: Footprint  # once it is loaded
     share: Share | LayerShare | None = None  # of several machines
 
@@ -271,7 +272,12 @@ def open_checkpoint(
     dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's. adapter: a
     folder. group: of machines that share the model, by "tensors" or "layers"; ValueError if it cannot be shared so.
     """
-    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group, split)
+    is_shared = group is not None and group.size() > 1
+    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, is_shared)
+    if group is not None and is_shared:
+        if adapter is not None:
+            raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
+        checkpoint = part(checkpoint, own_share(checkpoint, group, split))
     check_memory(checkpoint.footprint)
     return checkpoint
 
@@ -283,10 +289,9 @@ def look_through(
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
     adapter: Path | None = None,
-    group: mx.distributed.Group | None = None,
-    split: str | None = None,
+    is_shared: bool = False,
 ) -> Checkpoint:
-    """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
+    """A whole checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
     quantization = quantization_by_path(config, "")
     own = None if drafter is None else read_drafter_config(drafter.folder)
@@ -295,26 +300,35 @@ def look_through(
         own, found = settle_drafter(own, tensors_of(drafter.folder))
         tensors |= {DRAFTER_ROOT + path: tensor for path, tensor in found.items()}
         quantization |= quantization_by_path(own, DRAFTER_ROOT)
-    is_shared = group is not None and group.size() > 1
     if dtype is None:
         dtype = own_dtype(tensors, quantization) if is_shared else choose_dtype(tensors, quantization)
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
-    share: Share | LayerShare | None = None
-    whole = config.text
-    if group is not None and group.size() > 1:
-        if adapter is not None:
-            raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
-        if dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
-            raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
-        described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(tensors.items())]
-        check_alike(group, repr((__version__, config, own, described)))
-        share = own_share(whole, group, tensors, split)
-        tensors = shared(tensors, share, whole)
-        config = replace(config, text=share.of(whole))
+    return assembled(folder, config, tensors, drafter, own, adapter)
+
+
+def part(whole: Checkpoint, share: Share | LayerShare) -> Checkpoint:
+    """What one of several machines holds."""
+    text = whole.config.text
+    config, tensors = replace(whole.config, text=share.of(text)), shared(whole.tensors, share, text)
+    return assembled(whole.folder, config, tensors, whole.drafter, whole.drafter_config, None, share)
+
+
+def assembled(
+    folder: Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    drafter: DrafterChoice | None,
+    own: DrafterConfig | None,
+    adapter: Path | None,
+    share: Share | LayerShare | None = None,
+) -> Checkpoint:
+    """With an empty model that is as the tensors are, if these are as it needs them."""
     model = Model(config)
+    quantization = quantization_by_path(config, "")
     if own is not None:
+        quantization |= quantization_by_path(own, DRAFTER_ROOT)
         model.drafter = Drafter(own)
     if isinstance(share, LayerShare):
         share.leave_out(model)
@@ -329,17 +343,54 @@ def look_through(
     size = footprint(config, loaded)
     if drafter is not None and own is not None and model.drafter is not None and will_quantize(model.drafter, drafter):
         size = replace(size, drafter=quantized_nbytes(Drafter(own), config.dtype))
-    return Checkpoint(folder, config, tensors, model, drafter, size, share)
+    return Checkpoint(folder, config, tensors, model, drafter, own, size, share)
 
 
-def own_share(
-    text: TextConfig, group: mx.distributed.Group, tensors: Mapping[str, Tensor], split: str | None
-) -> Share | LayerShare:
+def own_share(checkpoint: Checkpoint, group: mx.distributed.Group, split: str | None) -> Share | LayerShare:
     """Of this machine: each holds as much as its memory allows, in proportion."""
-    room = cast(list[int], mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group).tolist())
+    if checkpoint.config.dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
+        raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
+    described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(checkpoint.tensors.items())]
+    check_alike(group, repr((__version__, split, checkpoint.config, checkpoint.drafter_config, described)))
+    found = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
+    room = [own * 2**20 for own in cast(list[int], found.tolist())]
+    return shares_of(checkpoint, group, room, split or better_split(checkpoint, group, room))[group.rank()]
+
+
+def better_split(checkpoint: Checkpoint, group: mx.distributed.Group, memories: Sequence[int]) -> str:
+    """The one that fits, or if both do the faster one. ValueError if the model can be split in neither way."""
+    text, tensors, speeds = checkpoint.config.text, checkpoint.tensors, measured(group)
+    taken: dict[str, tuple[bool, float]] = {}
+    reasons: list[ValueError] = []
+    for split in SPLITS:
+        try:
+            own = shares_of(checkpoint, group, memories, split)
+        except ValueError as error:
+            reasons.append(error)
+            continue
+        held = [sum(tensor.nbytes for tensor in shared(tensors, share, text).values()) for share in own]
+        is_too_large = any(nbytes > room for nbytes, room in zip(held, memories, strict=True))
+        taken[split] = is_too_large, token_seconds(work_of(tensors, own, text, checkpoint.config.dtype.size), speeds)
+    if not taken:
+        raise reasons[0]
+    if group.rank() == 0:
+        predicted = ", ".join(f"{1 / seconds:.1f} by {split}" for split, (_, seconds) in taken.items())
+        logger.info(
+            "split by %s: at most %s tokens/s; a sum takes %.2f ms and %.2f a MB, memory gives %.0f GB/s",
+            min(taken, key=taken.__getitem__), predicted, speeds.latency * 1e3, 1e9 / speeds.rate,
+            min(speeds.memory) / 1e9,
+        )  # fmt: skip
+    return min(taken, key=taken.__getitem__)
+
+
+def shares_of(
+    checkpoint: Checkpoint, group: mx.distributed.Group, memories: Sequence[int], split: str
+) -> Sequence[Share | LayerShare]:
+    """Of all machines, in proportion to what each may hold; ValueError if they cannot share it so."""
+    text, tensors = checkpoint.config.text, checkpoint.tensors
     if split == "layers":
-        return layer_shares(text, group, room, *sizes_of(tensors, text))[group.rank()]
-    return shares(text, group, room, columns_together(text, tensors))[group.rank()]
+        return layer_shares(text, group, memories, *sizes_of(tensors, text))
+    return shares(text, group, memories, columns_together(text, tensors))
 
 
 def check_split(split: str | None) -> None:
@@ -588,7 +639,7 @@ def load(
     contexts and costs some quality (`mlx_gemma4.evaluate --kv-bits` measures it).
     adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written; LoRA or DoRA.
     group: machines that share the model, `mx.distributed.init()`, under `mlx.launch`; each reads its part. split: by
-    "tensors" or "layers"; None: tensors.
+    "tensors" or "layers"; None: the link is timed and the faster one taken.
     CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
     weights cannot fit here, ConnectionError if the hub cannot be reached.
     """

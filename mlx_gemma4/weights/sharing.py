@@ -1,13 +1,14 @@
 """Which part of a checkpoint's tensors one of several machines reads."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from mlx_gemma4.config import FULL, SLIDING, TextConfig
 from mlx_gemma4.model.split import LAYER as ANY_LAYER
 from mlx_gemma4.model.split import MEDIA, LayerShare, Share, last_of
-from mlx_gemma4.weights.tensors import EMBEDDING, Tensor
+from mlx_gemma4.planner import Work
+from mlx_gemma4.weights.tensors import EMBEDDING, HEAD, Tensor
 
 Known = TypeVar("Known")
 LAYER = re.compile(r"language_model\.layers\.(\d+)\.\w+\.(\w+_proj)\.\w+")
@@ -30,6 +31,19 @@ def sizes_of(tensors: Mapping[str, Tensor], text: TextConfig) -> tuple[list[int]
             first += tensor.nbytes * path.startswith((*MEDIA, EMBEDDING))
             last += tensor.nbytes * (not path.startswith(MEDIA))
     return sizes, (first, last)
+
+
+def work_of(tensors: Mapping[str, Tensor], shares: Sequence[Share | LayerShare], text: TextConfig, item: int) -> Work:
+    """What a token takes of machines that share a model. item: bytes of a number in hidden states and logits."""
+    head, count = EMBEDDING if text.tie_word_embeddings else HEAD, len(shares)
+    parts = [shared(tensors, share, text) for share in shares]
+    layers = [sum(own.nbytes for path, own in part.items() if ANY_LAYER.match(path)) for part in parts]
+    rows = sum(own.nbytes for path, own in tensors.items() if path.startswith(f"{head}."))
+    hidden, decided = text.hidden_size * item, (1, 8)
+    if isinstance(shares[0], LayerShare):
+        return Work([*layers[:-1], layers[-1] + rows], [(count - 1, hidden), decided], together=False)
+    sums = [(2 * len(text.layer_types), hidden), (1, text.vocab_size * item), decided]
+    return Work([nbytes + rows // count for nbytes in layers], sums, together=True)
 
 
 def shared(tensors: Mapping[str, Tensor], share: Share | LayerShare, text: TextConfig) -> dict[str, Tensor]:

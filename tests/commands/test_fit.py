@@ -1,5 +1,6 @@
 """What `fit` says of a model and a machine."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -46,6 +47,33 @@ def test_what_fits_and_how_long(wide_folder: Path, model: Footprint, run: Run) -
     longest = int(out.rsplit(" ", 1)[1].rstrip(".\n"))
     assert 2000 <= longest < 4096
     assert of_context(model, longest).peak <= room < of_context(model, longest + 1).peak
+
+
+def test_what_fits_on_several_machines(wide_folder: Path, model: Footprint, run: Run) -> None:
+    whole = of_context(model, 1000).peak
+    half = memory_for(whole)
+    status, out, err = run(wide_folder, "--context", 1000, "--memory", f"{half},{half}")
+    assert (status, err) == (0, "")
+    assert re.findall(r"^By (\w+): .* are left at least", out, re.MULTILINE) == ["tensors", "layers"]
+    assert "By tensors is faster where a sum over the link takes less than" in out
+    status, out, _ = run(wide_folder, "--context", 1000, "--memory", f"{memory_for(whole // 10)},{half}")
+    assert status == 1 and out.count("it does not fit") == 2
+    refused = [run(wide_folder, "--memory", f"{half},{half}", "--tune"), run(wide_folder, "--memory", "16GB,")]
+    assert [status for status, _, _ in refused] == [2, 2]
+
+
+def test_machines_of_a_hostfile_are_asked(wide_folder: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "hosts.json"
+    for hosts, expected in (
+        ([{"ssh": "127.0.0.1"}, {"ssh": "localhost"}], (0, f"2 machines let it hold {size_text(memory_limit())}, ")),
+        ([{"ssh": "127.0.0.1"}] * 2, (2, "has 127.0.0.1 twice; expected each machine once")),
+        ([], (2, "names no machines; expected at least one")),
+        ([{"ips": []}], (2, "names no machines: 'ssh'; expected")),
+        ([{"ssh": "nowhere.invalid"}], (1, "nowhere.invalid cannot be asked: ")),
+    ):
+        file.write_text(json.dumps(hosts))
+        status, out, err = run(wide_folder, "--hosts", file)
+        assert (status, expected[1] in out + err) == (expected[0], True), (out, err)
 
 
 def test_a_context_ends_with_a_reply(model: Footprint) -> None:

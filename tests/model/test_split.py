@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,9 +20,15 @@ from hypothesis import strategies as st
 from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
-from mlx_gemma4.config import read_config
-from mlx_gemma4.model.split import borders, shares
-from mlx_gemma4.weights.load import DEMO
+from mlx_gemma4.config import FULL, SLIDING, read_config
+from mlx_gemma4.model.cache import sliding_slots
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.split import SPLITS, borders, layer_shares, shares
+from mlx_gemma4.planner import Speeds, token_seconds
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.weights.load import DEMO, find_drafter, look_through, parameters, part, shares_of
+from mlx_gemma4.weights.sharing import work_of
+from mlx_gemma4.weights.tensors import list_tensors
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
@@ -42,14 +49,24 @@ import mlx.core as mx
 import numpy as np
 from mlx_gemma4 import load
 from mlx_gemma4.weights import load as loading
-from test_split import answers
+from test_split import answers, counted
 group = mx.distributed.init(strict=True, backend="ring")
 folder, out, split, memories = sys.argv[1:]
 memory = int(memories.split(",")[group.rank()]) * 2**30
 loading.memory_limit = lambda: memory
 model, processor = load(folder, group=group, split=split)
 logits, replies = answers(model, processor)
-np.savez(f"{out}/{group.rank()}.npz", **logits, **replies)
+np.savez(f"{out}/{group.rank()}.npz", **logits, **replies, **counted(model, processor))
+"""
+CHOOSING = """
+import logging
+import sys
+import mlx.core as mx
+from mlx_gemma4 import load
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+group = mx.distributed.init(strict=True, backend="ring")
+model, _ = load(sys.argv[1], group=group)
+print(len(model.config.text.layer_types))
 """
 WAITING = """
 import sys
@@ -83,6 +100,32 @@ def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str
     replies["form"] = reply(prompts["long"], response_format={"type": "json_object"}, **WAYS["drafted"]).token_ids
     replies["draft"] = model.draft(prompts["long"], 3)
     return {f"{kind}_logits": np.array(model.logits(prompt)) for kind, prompt in prompts.items()}, replies
+
+
+def counted(model: Model, processor: Processor) -> dict[str, Any]:
+    """Exchanges and their bytes in a round, plain and drafted, and bytes held."""
+    found: dict[str, Any] = {"held": sum(array.nbytes for array in parameters(model).values())}
+    found["caches"] = sum(array.nbytes for arrays in model.caches(1024).arrays for array in arrays)
+    sent: list[int] = []
+    exchanges = {name: getattr(mx.distributed, name) for name in ("all_sum", "all_gather")}
+    for name, exchange in exchanges.items():
+
+        def noted(x: mx.array, exchange: Any = exchange, **where: Any) -> mx.array:
+            sent.append(x.nbytes)
+            return exchange(x, **where)
+
+        setattr(mx.distributed, name, noted)
+    for name, way in (("plain", WAYS["greedy"]), ("drafted", WAYS["drafted"])):
+        each = []
+        for tokens in (4, 12):
+            sent.clear()
+            reply = generate(model, processor, Prompt(IDS), max_tokens=tokens, repetition_detection="off", **way)
+            each.append((len(sent), sum(sent), reply.stats.rounds))
+        (few, less, begun), (many, more, rounds) = each
+        found[name] = (many - few) / (rounds - begun), (more - less) / (rounds - begun)
+    for name, exchange in exchanges.items():
+        setattr(mx.distributed, name, exchange)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +172,80 @@ def test_machines_give_together_what_one_gives(
         for name, expected in logits.items():
             assert np.abs(found[name] - expected).max() < 1e-5 * np.abs(expected).max()
         assert {name: found[name].tolist() for name in replies} == replies
+    check_counts([np.load(tmp_path / f"{rank}.npz") for rank in range(len(memories))], folder, split, memories)
+
+
+def check_counts(found: list[Any], folder: Path, split: str, memories: Sequence[int]) -> None:
+    """A round exchanges no more, and a machine holds no more, than the way of splitting asks for."""
+    machines, rows = len(found), -(-SHAPE.vocab // len(found))
+    hidden, layers = SHAPE.hidden * 4, 6 * SHAPE.periods
+    for own in found:
+        for name, length in (("plain", 1), ("drafted", 4)):
+            decided = ((length > 1) * 3 + 2) * 4  # proposals; how many are accepted, and a token
+            if split == "tensors":
+                expected = 2 * layers + 2 + (length > 1), length * (2 * layers * hidden + rows * 4) + decided
+            else:
+                expected = machines - 1 + 1 + (length > 1), length * (machines - 1) * hidden + decided
+            assert tuple(own[name]) == expected, name
+    checkpoint = look_through(folder, find_drafter(folder, folder, "auto"), list_tensors)
+    shares = shares_of(checkpoint, mx.distributed.init(), [own * 2**30 for own in memories], split)
+    sizes = {path: tensor.nbytes for path, tensor in checkpoint.tensors.items()}
+    table = sizes["language_model.embed_tokens.weight"]
+    twice = table  # what the split asks that more than one holds
+    if split == "tensors":
+        last = f"layers.{layers - 2}.self_attn"
+        everywhere = re.compile(rf"drafter|.*embed|.*layers\.(5|11)\.self_attn\.k_proj|.*{last}\.[kv]_proj")
+        twice = (machines - 1) * sum(nbytes for path, nbytes in sizes.items() if everywhere.match(path))
+    assert sum(own["held"] for own in found) == pytest.approx(sum(sizes.values()) + twice, rel=0.03)
+    for own, share in zip(found, shares, strict=True):  # as `fit` says of each
+        footprint = part(checkpoint, share).footprint
+        assert own["held"] == pytest.approx(footprint.weights + footprint.drafter, rel=0.001)
+        caches = footprint.row_bytes(SLIDING) * sliding_slots(SHAPE.window) + footprint.row_bytes(FULL) * 1024
+        assert own["caches"] == caches
+
+
+def test_the_link_is_timed_and_the_split_that_is_chosen_is_said(folder: Path, tmp_path: Path) -> None:
+    machines = started(CHOOSING, 2, tmp_path / "hosts.json", folder)
+    (out, said), (other, quiet) = [machine.communicate(timeout=120) for machine in machines]
+    line = re.search(
+        r"^split by (tensors|layers): at most [\d.]+ by tensors, [\d.]+ by layers tokens/s; .*$", said, re.M
+    )
+    assert line and "split by" not in quiet
+    assert (int(out), int(other)) == (12, 12) if line[1] == "tensors" else int(out) + int(other) == 12
+
+
+@pytest.mark.parametrize(("latency", "faster"), [(1e-5, "tensors"), (1e-2, "layers")])
+def test_a_slow_link_asks_for_layers(folder: Path, group: mx.distributed.Group, latency: float, faster: str) -> None:
+    checkpoint = look_through(folder, None, list_tensors)
+    works = {
+        split: work_of(checkpoint.tensors, shares_of(checkpoint, group, [1, 1], split), checkpoint.config.text, 4)
+        for split in SPLITS
+    }
+    speeds = Speeds([1e9, 1e9], latency, 1e9)
+    assert min(works, key=lambda split: token_seconds(works[split], speeds)) == faster
+    by_hand = sum(works["layers"].read) / 1e9 + 2 * latency + (SHAPE.hidden * 4 + 8) / 1e9
+    assert token_seconds(works["layers"], speeds) == pytest.approx(by_hand)
+
+
+def test_layers_go_where_there_is_room(folder: Path, group: mx.distributed.Group) -> None:
+    text = read_config(folder).text  # twelve layers, the sixth and the last of them full
+    for memories, expected in (
+        ([16, 16], [(0, 6), (6, 12)]),
+        ([24, 8], [(0, 9), (9, 12)]),
+        ([100, 1], [(0, 10), (10, 12)]),  # the drafter reads the last of both kinds
+        ([1, 1, 1], [(0, 4), (4, 8), (8, 12)]),
+    ):
+        found = layer_shares(text, group, memories, [10] * 12, (0, 0))
+        assert [own.layers for own in found] == expected
+    assert [own.layers for own in layer_shares(text, group, [16, 16], [10] * 12, (0, 40))] == [(0, 8), (8, 12)]
+    with pytest.raises(ValueError, match="12 machines share a model of 12 layers; expected fewer"):
+        layer_shares(text, group, [16] * 12, [10] * 12, (0, 0))
+
+
+@pytest.mark.parametrize("split", ["rows", "", 3])
+def test_a_split_that_does_not_exist_is_refused(folder: Path, split: Any) -> None:
+    with pytest.raises(ValueError, match=r"split is .*; expected tensors or layers"):
+        load(folder, split=split)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
