@@ -172,8 +172,6 @@ def drafts_of(model: Model, options: Options) -> int | None:
         return int(length)
     if model.drafter is None:
         return 0
-    if model.group is not None:  # measured times differ from machine to machine
-        return SEEDED_LENGTH
     is_greedy = settled(sampling, model.config.generation).temperature == 0
     return None if sampling.seed is None or is_greedy else SEEDED_LENGTH
 

@@ -119,7 +119,7 @@ class Resident:
     def states(self) -> tuple[int, int, int]:
         """How many replies wait, are being read for, and are being written."""
         engine = self.engine
-        works = [] if engine is None else [*engine.works]
+        works = [] if engine is None else [*engine.works, *engine.asked]
         waiting = sum(work.reading is None for work in works)
         writing = sum(work.seat is not None for work in works)
         return waiting, len(works) - waiting - writing, writing
