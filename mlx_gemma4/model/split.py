@@ -111,6 +111,7 @@ class Gathered(nn.Module):
         for name in ("weight", "scales", "biases"):
             if name in table:
                 self._part[name] = table[name][first : first + each]  # a view
+                mx.eval(self._part[name])  # in this thread: others have not its stream
         self._missing = each - len(self._part.weight)
 
     def __call__(self, hidden: mx.array) -> mx.array:
