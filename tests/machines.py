@@ -45,13 +45,14 @@ def run_on(command: Sequence[str], count: int, hosts: Path) -> list[Machine]:
         own.close()
     tests = Path(__file__).parent
     path = os.pathsep.join([*sys.path, str(tests), str(tests / "model")])
+    told = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(count)] if count > 1 else [{}]
     return [
         subprocess.Popen(
             [sys.executable, *command],
             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path} | own,
         )
-        for rank in range(count)
+        for own in told
     ]  # fmt: skip
 
 

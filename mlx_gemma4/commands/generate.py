@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
@@ -61,7 +60,7 @@ from mlx_gemma4.weights.load import (
     load_values,
     open_checkpoint,
 )
-from mlx_gemma4.weights.peers import watch
+from mlx_gemma4.weights.peers import follows, launched
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -114,11 +113,9 @@ def generate(
     saved = None if session is None or not is_session(session) else read_saved(session)
     turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
     check_media(turn, image_budget)
-    group = mx.distributed.init()
-    if group.size() > 1:
-        if session is not None:
-            raise ValueError(f"session is {str(session)!r} and {group.size()} machines share the model; expected none")
-        watch(group)
+    group = launched()
+    if group is not None and session is not None:
+        raise ValueError(f"session is {str(session)!r} and {group.size()} machines share the model; expected none")
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     folder = find_folder(model)
     own = find_adapter(adapter)
@@ -128,7 +125,7 @@ def generate(
     if session is None:
         request = Request(content=turn, thinking=thinking, image_budget=image_budget)
         asked, prepared = request.timed_prompt(processor)
-        events = generation_events(checkpoint.model, processor, asked, options, prepared)
+        events: Iterator[Reading | Piece] = generation_events(checkpoint.model, processor, asked, options, prepared)
     else:
         conversation = Session(checkpoint.model, processor, store=PromptStore(folder=session / STORE_FOLDER))
         go_on(conversation, saved, system, thinking, image_budget)
@@ -138,7 +135,7 @@ def generate(
     load_shown(checkpoint)
     if saved is not None:
         saved.check_model(checkpoint.model)
-    with nothing_shown() if group.rank() else nullcontext():  # one of the machines says it
+    with nothing_shown() if follows(group) else nullcontext():  # one of the machines says it
         print_end(print_reply(events))
     if session is not None:
         conversation.save(session)

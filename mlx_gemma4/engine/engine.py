@@ -36,7 +36,7 @@ from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import parameters
-from mlx_gemma4.weights.peers import done, everyones, give_up, hear, lead, same, settle
+from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
@@ -278,7 +278,7 @@ class Engine:
             self.take(asked)
             self.asked = []
             if self.closed:
-                done(self.model.group)
+                release(self.model.group)
                 return None
         gone = [place for place, work in enumerate(self.works) if work.cancelled]
         return same(self.model.group, Word([work.asked for work in asked], gone, self.debt <= 0, known))
@@ -530,7 +530,7 @@ def generate_batch(
     streams: list[Stream] = []
     replies: list[Reply] = []
     with Engine(model, processor, max_batch, store) as engine:
-        if engine.rank:
+        if follows(model.group):
             engine.follow()
             return []
         for number, request in enumerate(requests):

@@ -8,6 +8,7 @@ are led, the first one's decisions go the same way: MLX's exchanges would wait f
 import atexit
 import hashlib
 import json
+import logging
 import os
 import pickle
 import secrets
@@ -52,7 +53,7 @@ class Link:
 
 watched = False  # by this process
 links: list[Link] = []  # of the first machine to all others, of these to it
-led = False  # the others follow the first machine, and none goes on without the others
+led = False  # the first machine decides, the others follow, and none goes on without the others
 at_loss: list[Callable[[], object]] = []  # what is done when a machine is gone, before this process ends
 
 
@@ -103,6 +104,17 @@ def watch(group: mx.distributed.Group) -> None:
     server.close()
 
 
+def launched() -> mx.distributed.Group | None:
+    """The machines on which `mlx.launch` has started this command, watched; None: it runs on one."""
+    group = mx.distributed.init()
+    if group.size() == 1:
+        return None
+    watch(group)
+    if group.rank():
+        logging.getLogger("mlx_gemma4").setLevel(logging.WARNING)  # the first one tells the rest
+    return group
+
+
 def leave_word(error: BaseException) -> None:
     """Before an error is shown: if an exchange failed because a machine is gone, whoever listens says so and ends."""
     if watched and isinstance(error, RuntimeError):  # as MLX's are
@@ -140,13 +152,13 @@ def listen(link: Link) -> None:
                 link.heard.put(None)
             elif kind == FAREWELL:
                 if led:
-                    give_up("")  # it has said why
+                    give_up()  # it has said why
                 return
     time.sleep(BEAT / 2)  # MLX's ring writes of it too, from a thread of its own: this line stands alone, and last
     give_up(f"error: machine {link.name} is gone; expected all to stay until the end")
 
 
-def give_up(line: str) -> None:
+def give_up(line: str = "") -> None:
     """End this process, whose other threads may hear nothing any more."""
     for action in at_loss:
         action()
@@ -159,12 +171,22 @@ def give_up(line: str) -> None:
 
 
 def lead(group: mx.distributed.Group | None) -> None:
-    """From now on the first machine decides what is done, and the others follow, until it is `done`."""
+    """From now on the first machine decides what is done, and the others follow, until it releases them."""
     global led
     led = group is not None
 
 
-def done(group: mx.distributed.Group | None) -> None:
+def leads(group: mx.distributed.Group | None) -> bool:
+    """Whether this is the first machine, and others follow it."""
+    return group is not None and led and group.rank() == 0
+
+
+def follows(group: mx.distributed.Group | None) -> bool:
+    """Whether this is one of the others."""
+    return group is not None and group.rank() > 0
+
+
+def release(group: mx.distributed.Group | None) -> None:
     """On the first machine: the others hear that nothing follows, as None."""
     global led
     if group is not None:
@@ -180,7 +202,7 @@ def tell(value: object) -> None:
 
 
 def hear(timeout: float | None = None) -> Any:
-    """What the first machine says next; None: it is done. Ends the process if that one failed, and this did not."""
+    """What the first machine says next; None: nothing follows. If that one failed, and this did not, it ends."""
     data = links[0].heard.get(timeout=timeout)
     value = None if data is None else pickle.loads(data)
     if value == FAILED and timeout is None:
@@ -190,11 +212,10 @@ def hear(timeout: float | None = None) -> Any:
 
 def same(group: mx.distributed.Group | None, value: T) -> T:
     """The first machine's value, on all of them. That one does not wait for the others."""
-    if group is None:
-        return value
-    if group.rank():
+    if follows(group):
         return cast(T, hear())
-    tell(value)
+    if group is not None:
+        tell(value)
     return value
 
 
