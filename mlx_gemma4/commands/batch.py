@@ -64,8 +64,8 @@ def batch(
 ) -> None:
     """Answer a file of chat completions, many at once. Called again, it goes on where it stopped."""
     check_max_batch(max_batch)
+    lead()
     group = launched()
-    lead(group)
     load = partial(loaded, model, drafter, computing_type(dtype), kv_bits, group, max_batch, store)
     if follows(group):
         if hear():

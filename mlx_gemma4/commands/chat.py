@@ -111,8 +111,8 @@ def chat(
     computing = computing_type(dtype)
     check_media([], image_budget)
     folder = None if session is None else session_folder(session)
+    lead()
     group = launched()
-    lead(group)
     is_first = not follows(group)
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
     terminal = Terminal() if is_first and is_terminal() else None

@@ -147,7 +147,8 @@ class Engine:
         self.model, self.processor, self.max_batch, self.store = model, processor, int(max_batch), store
         self.shelf = PromptStore() if store is None else store  # for rows that are parked
         self.footprint = footprint(model.config, parameters(model))
-        lead(model.group)
+        if model.group is not None:
+            lead()
         self.machines = everyones(model.group, (self.footprint, memory_limit()))  # what each holds, and may hold
         self.asked: list[Work] = []  # that the next step takes over
         self.works: list[Work] = []  # of the engine's own thread

@@ -88,8 +88,8 @@ def serve(
         max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
         thinking=thinking, allowed=allowed,
     )  # fmt: skip
+    lead()
     group = launched()
-    lead(group)
     if follows(group):
         Resident(settings, group).load().follow()
         return

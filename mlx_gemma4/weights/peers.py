@@ -170,10 +170,11 @@ def give_up(line: str = "") -> None:
 # --- what the first has decided ----------------------------------------------------------------
 
 
-def lead(group: mx.distributed.Group | None) -> None:
-    """From now on the first machine decides what is done, and the others follow, until it releases them."""
+def lead() -> None:
+    """From now on the first machine decides what is done, and the others follow, until it releases them: where one
+    leaves before that, all end. To be called before it is watched who does."""
     global led
-    led = group is not None
+    led = True
 
 
 def leads(group: mx.distributed.Group | None) -> bool:

@@ -25,6 +25,7 @@ IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"draft_length": 0, "sampling": Sampling(temperature=0)},
     "drafted": {"draft_length": 3, "sampling": Sampling(temperature=0)},
+    "auto": {"sampling": Sampling(temperature=0)},
     "seeded": {"draft_length": 2, "sampling": Sampling(temperature=1.0, seed=5)},
 }
 MACHINE = """

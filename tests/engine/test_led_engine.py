@@ -21,6 +21,30 @@ pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason=
 
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=2, head_dim=16, global_head_dim=32, window=16, vocab=500)
 IDS = [2, *(110 + 7 * number % 300 for number in range(200))]
+CROWDED = """
+import json, sys
+import mlx.core as mx
+from machines import outcome
+from mlx_gemma4 import Engine, load
+from mlx_gemma4.engine import engine as module
+group = mx.distributed.init(strict=True, backend="ring")
+model, processor = load(sys.argv[1], group=group)
+limit = 10**6 // 10 ** (3 * group.rank())  # positions: the second machine is the smaller one
+module.memory_limit, module.FORESEEN = lambda: limit, 8
+module.check_memory = lambda *given: None
+module.batch_bytes = lambda model, lengths, size, ahead: size * (max(lengths) + ahead) * 2.5
+parked = []
+class Watched(Engine):
+    def park(self, work):
+        parked.append(work)
+        super().park(work)
+with Watched(model, processor, max_batch=4) as engine:
+    if group.rank():
+        engine.follow()
+    else:
+        print(json.dumps(outcome(engine, json.loads(sys.stdin.readline()))))
+print(len(parked))
+"""
 PATIENCE = 120  # seconds after which machines that wait for each other are taken to do so for ever
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
 
@@ -104,6 +128,19 @@ def test_what_has_been_read_is_found_again_on_all(machines: list[Machine], folde
         expected = [outcome(engine, [own])[0] for own in longer]
     assert expected[1][2] > 0
     assert [answers(machines, [own])[0] for own in longer] == expected
+
+
+def test_rows_are_parked_where_the_smallest_machine_has_no_room(folder: Path, alone: Ask, tmp_path: Path) -> None:
+    found = started(CROWDED, 2, tmp_path / "hosts.json", folder)
+    schedule = [request(way, 20, 60, 70) for way in ("greedy", "auto", "seeded", "told")]
+    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in found])
+    timer.start()
+    ends = [machine.communicate(json.dumps(schedule) + "\n") for machine in found]
+    timer.cancel()
+    assert [machine.returncode for machine in found] == [0, 0], ends
+    first, counts = json.loads(ends[0][0].splitlines()[0]), [output.splitlines()[-1] for output, _ in ends]
+    assert without_counts(first) == without_counts(alone(schedule))
+    assert counts[0] == counts[1] != "0"
 
 
 requests = st.one_of(

@@ -98,6 +98,18 @@ def test_a_conversation_is_the_same_as_on_one_machine(run: Callable[..., Ends], 
     assert len(json.loads((tmp_path / "2" / "talk" / "messages.json").read_text())) == 6
 
 
+def test_figures_are_those_of_one_machine(run: Callable[..., Ends], folder: Path, tmp_path: Path) -> None:
+    data, other = tmp_path / "data.jsonl", write_checkpoint(tmp_path / "other", SHAPE, seed=1)
+    write_drafter(other / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 1))
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning to all of you."}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    alone, first, second = (end for count in (1, 2) for end in run("evaluate", count, folder, other, "--data", data))
+    found, expected = (json.loads(end[1].splitlines()[-1])["results"][0] for end in (first, alone))
+    assert found.pop("model") == expected.pop("model") and found["acceptance"] is not None
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert second == (0, "", "")
+
+
 # --- a server ----------------------------------------------------------------------------------
 
 
