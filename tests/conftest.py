@@ -1,5 +1,6 @@
 """Checkpoints that many tests share, written once a run."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,12 @@ from mlx_gemma4 import load
 from mlx_gemma4.decoding.warmup import Warmup
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
+
+
+def pytest_configure() -> None:
+    """Signals do what they do in a terminal, though a job in the background (&, nohup) inherits them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -183,7 +183,6 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(name: str, number: signal.
     for _ in range(3):
         running = subprocess.Popen(
             job(name, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a job in the background inherits it ignored
         )  # fmt: skip
         wait_for_handlers(running.pid)
         time.sleep(chance.random() * 1.5)

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
@@ -21,6 +21,7 @@ from mlx_gemma4.serve.transcription import ALONGSIDE, Transcription, read_record
 logger = logging.getLogger("mlx_gemma4")
 
 MOST_BODY = 256 * 2**20  # bytes
+MOST_BODIES = 2**30  # bytes of all requests that are there and not answered yet
 SILENCE = 30  # seconds that a body may stand still, or a reader leave what is sent to him
 PING = 5  # seconds: clients give up after 10 to 300 of silence
 PROGRESS = 0.5  # seconds between two words on how far a prompt is read
@@ -33,7 +34,30 @@ class Gone(Exception):
 # --- bodies ------------------------------------------------------------------------------------
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
+class Bodies:
+    """The bytes that requests hold until they are answered."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    @contextmanager
+    def one(self) -> Iterator[Callable[[int], None]]:
+        """Gives what counts the bytes of one body: Refused where all have too many together."""
+        own = 0
+
+        def count(size: int) -> None:
+            nonlocal own
+            if self.held + size > MOST_BODIES:
+                raise Refused(f"requests hold {MOST_BODIES >> 20} MB; expected less, or later", status=429)
+            own, self.held = own + size, self.held + size
+
+        try:
+            yield count
+        finally:
+            self.held -= own
+
+
+async def read_body(receive: Receive, headers: Mapping[str, str], count: Callable[[int], None]) -> bytes:
     """Refused if it is too large or stands still; Gone if the client leaves."""
     length = headers.get("content-length", "")
     if length.isdecimal() and len(length) < 20 and int(length) > MOST_BODY:
@@ -46,6 +70,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
             raise Refused(f"the body stood still for {SILENCE} seconds", status=408) from None
         if message["type"] == "http.disconnect":
             raise Gone
+        count(len(message.get("body", b"")))
         body += message.get("body", b"")
         if len(body) > MOST_BODY:
             raise too_large()

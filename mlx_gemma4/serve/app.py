@@ -9,7 +9,17 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Message, Receive, Scope, Send
 
-from mlx_gemma4.serve.answering import Gone, answer, as_bytes, read_body, read_json, streamed, transcribed, whole
+from mlx_gemma4.serve.answering import (
+    Bodies,
+    Gone,
+    answer,
+    as_bytes,
+    read_body,
+    read_json,
+    streamed,
+    transcribed,
+    whole,
+)
 from mlx_gemma4.serve.anthropic import Anthropic
 from mlx_gemma4.serve.ask import Ask, Dialect, Refused, Writer
 from mlx_gemma4.serve.chat import Chat
@@ -50,6 +60,7 @@ class App:
         }
         self.running = 0  # requests that are there as a whole and not answered yet
         self.is_closing = False
+        self.bodies = Bodies()
 
     def token_text(self, token: int) -> str:
         return self.resident.processor.tokenizer.decode([token], skip_special_tokens=False)
@@ -92,15 +103,16 @@ class App:
             return
         whose = "" if method in READ and path in OPEN else self.guard.scope(headers)
         if method == "POST" and (path in self.dialects or path == TRANSCRIPTIONS):
-            body = await read_body(receive, headers)
-            self.running += 1
-            try:
-                if path == TRANSCRIPTIONS:
-                    await self.transcribe(body, whose, headers.get("content-type", ""), receive, send)
-                else:
-                    await self.converse(path, body, whose, receive, send)
-            finally:
-                self.running -= 1
+            with self.bodies.one() as count:
+                body = await read_body(receive, headers, count)
+                self.running += 1
+                try:
+                    if path == TRANSCRIPTIONS:
+                        await self.transcribe(body, whose, headers.get("content-type", ""), receive, send)
+                    else:
+                        await self.converse(path, body, whose, receive, send)
+                finally:
+                    self.running -= 1
         elif method in READ:
             await self.show(path, send)
         elif path in (*self.dialects, TRANSCRIPTIONS, *OPEN):

@@ -15,6 +15,7 @@ import uvicorn
 from mlx_gemma4.entry import leave
 from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.serve.app import App
+from mlx_gemma4.serve.connection import Connection
 from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
@@ -126,7 +127,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: App):
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
+            app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
             server_header=False, date_header=False, timeout_keep_alive=75,
         )  # fmt: skip
         super().__init__(config)

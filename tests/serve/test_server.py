@@ -19,6 +19,7 @@ from hypothesis import strategies as st  # noqa: E402
 from serving import Running, served  # noqa: E402
 
 from mlx_gemma4.serve import answering  # noqa: E402
+from mlx_gemma4.serve import connection as connection_module  # noqa: E402
 from mlx_gemma4.serve.guard import Guard  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
 
@@ -189,6 +190,42 @@ def test_a_body_that_stands_still_is_given_up(server: Running, monkeypatch: pyte
     monkeypatch.setattr(answering, "SILENCE", 0.2)
     with sent(server, post(SUM)[:-5]) as connection:
         assert b" 408 " in connection.recv(1000)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: local"])
+def test_a_request_that_does_not_begin_is_given_up(
+    server: Running, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(connection_module, "PATIENCE", 0.3)
+    with sent(server, begun) as slow:
+        assert slow.recv(1000) == b""
+
+
+def test_a_connection_lives_from_request_to_request(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "PATIENCE", 0.3)
+    health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with sent(server, health) as own:
+        for again in (health, health[:9]):
+            answered = b""
+            while not answered.endswith(b"}"):
+                answered += own.recv(1000)
+            assert b" 200 " in answered
+            time.sleep(0.6)  # idle behind a reply is uvicorn's to bound
+            own.sendall(again)
+        assert own.recv(1000) == b""
+
+
+def test_all_bodies_together_are_bounded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "MOST_BODIES", 3 * 2**20)
+    held = post(SUM | {"user": "u" * 2**21})
+    with sent(server, held[:-9]) as slow:
+        until(lambda: server.app.bodies.held > 2**21)
+        refused = httpx.post(server.url + CHAT, json=SUM | {"user": "u" * 2**20})
+        assert refused.status_code == 429 and "MB" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"]
+        slow.sendall(held[-9:])
+        assert b" 200 " in slow.recv(1000)
+    until(lambda: server.app.bodies.held == 0)
 
 
 # --- clients that leave ----------------------------------------------------------------------------

@@ -239,7 +239,6 @@ def test_an_interrupted_download_is_not_taken_for_whole(hub: Hub, tmp_path: Path
     hub.slow = "model.safetensors"
     running = subprocess.Popen(
         words(ID), env=environment(home, hub.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits it ignored
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while "model.safetensors" not in hub.fetched and time.monotonic() < deadline:
