@@ -208,6 +208,9 @@ Split = Annotated[
         "--split", metavar="NAME", help="Several machines share it by tensors or layers; else what is faster."
     ),
 ]
+StoreFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
+]
 KvBits = Annotated[
     int | None,
     typer.Option(

@@ -31,7 +31,7 @@ from mlx_gemma4.planner import (
     predict_tuning,
     token_seconds,
 )
-from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.weights.adapter import matrices_of
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
@@ -96,9 +96,7 @@ def fit(
     hosts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For the machines of a file for mlx.launch, asked over ssh.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
     tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
@@ -122,13 +120,12 @@ def fit(
     rooms = (memory.rooms if memory else [memory_limit()]) if hosts is None else rooms_of(hosts_in(hosts))
     if tune and len(rooms) > 1:
         raise ValueError(f"{len(rooms)} machines are given for --tune; expected one")
-    is_shared = len(rooms) > 1
-    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits, is_shared)
+    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
     most = checkpoint.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
         raise ValueError(f"context is {tokens}; {model} takes at most {most}")
-    if is_shared:
+    if len(rooms) > 1:
         print(f"{model} with a context of {tokens} tokens; {len(rooms)} machines let it hold {sizes_text(rooms)}")
         return fit_shared(checkpoint, tokens, rooms)
     (room,), where = rooms, "this machine lets a model hold"
@@ -145,12 +142,17 @@ def fit(
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
     print("\n".join(lines(found)))
     longest_context = longest(lambda length: fits(own, length, room), most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
+    changes = smaller(checkpoint, tokens, longest_context, room)
+    return verdict(found.peak, room, f"context that fits is {longest_context}", changes)
+
+
+def verdict(peak: int, room: int, longest_that_fits: str, changes: Iterator[str]) -> int:
+    """The exit status."""
+    if peak <= room:
+        print(f"It fits, with {size_text(room - peak)} left; the longest {longest_that_fits}.")
         return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller(checkpoint, tokens, longest_context, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
+    print(f"It does not fit: {size_text(peak - room)} are missing.")
+    print(f"What would make it fit: {'; '.join(changes) or 'no single change; a smaller model'}.")
     return FAILED
 
 
@@ -241,13 +243,8 @@ def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
     most = checkpoint.config.text.max_position_embeddings
     longest_row = longest(lambda tokens: of_plan(checkpoint, replace(plan, tokens=tokens)).peak <= room, most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest row that fits is {longest_row} tokens.")
-        return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller_tuning(checkpoint, plan, longest_row, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
-    return FAILED
+    changes = smaller_tuning(checkpoint, plan, longest_row, room)
+    return verdict(found.peak, room, f"row that fits is {longest_row} tokens", changes)
 
 
 def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:
@@ -338,11 +335,7 @@ def at_bits(checkpoint: Checkpoint, bits: int) -> int:
 
 
 def open_anywhere(
-    path_or_hub_id: str,
-    drafter: str | None,
-    dtype: mx.Dtype | None = None,
-    kv_bits: int | None = None,
-    is_shared: bool = False,
+    path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
 ) -> Checkpoint:
     """A checkpoint, looked through; of a hub's only the configurations are downloaded, and its files' headers read."""
     settings = ["*config.json", f"*{INDEX}"]
@@ -358,7 +351,7 @@ def open_anywhere(
     def tensors_of(own: Path) -> dict[str, Tensor]:
         return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
 
-    return look_through(folder, choice, tensors_of, dtype, kv_bits, is_shared=is_shared)
+    return look_through(folder, choice, tensors_of, dtype, kv_bits)
 
 
 def is_folder(path_or_hub_id: str) -> bool:

@@ -125,6 +125,7 @@ class Gathered(nn.Module):
         for name in ("weight", "scales", "biases"):
             if name in table:
                 self._part[name] = table[name][first : first + each]  # a view
+                mx.eval(self._part[name])  # in this thread: others have not its stream
         self._missing = each - len(self._part.weight)
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -275,16 +276,25 @@ class Sent(nn.Module):
 
 def join_machines(model: Model, share: Share | LayerShare) -> None:
     """Let a model, loaded and arranged, find the rest of itself on the other machines."""
-    decoder, group = model.language_model, share.group
-    model.group = group
+    decoder = model.language_model
     if isinstance(share, LayerShare):
-        decoder["layers"] = [Received(decoder.layers[0], group), *decoder.layers[1:]]
-        decoder["norm"] = Sent(decoder.norm, group)
+        model.group = share.group
+        decoder["layers"] = [Received(decoder.layers[0], share.group), *decoder.layers[1:]]
+        decoder["norm"] = Sent(decoder.norm, share.group)
         return
     for layer in decoder.layers:
-        layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, group)
-        layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, group)
-        if layer.kind == WHOLE:
-            layer.kind, layer.self_attn.own_heads = SLIDING, slice(*share.heads)
-    decoder["lm_head"] = Gathered(decoder.embed_tokens if decoder.is_tied else decoder.lm_head, group)
+        join_layer(layer, share)
+    join_head(model, share)
+
+
+def join_layer(layer: Layer, share: Share) -> None:
+    layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, share.group)
+    layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, share.group)
+    if layer.kind == WHOLE:
+        layer.kind, layer.self_attn.own_heads = SLIDING, slice(*share.heads)
+
+
+def join_head(model: Model, share: Share) -> None:
+    decoder, model.group = model.language_model, share.group
+    decoder["lm_head"] = Gathered(decoder.embed_tokens if decoder.is_tied else decoder.lm_head, share.group)
     decoder.is_tied = False

@@ -265,19 +265,15 @@ def open_checkpoint(
     kv_bits: int | None = None,
     adapter: Path | None = None,
     group: mx.distributed.Group | None = None,
-    split: str | None = None,
+    split: str | None = "tensors",
 ) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit.
 
     dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's. adapter: a
-    folder. group: of machines that share the model, by "tensors" or "layers"; ValueError if it cannot be shared so.
+    folder. group: of machines that share the model, by "tensors", "layers", or as is faster (None); ValueError if it
+    cannot be shared so.
     """
-    is_shared = group is not None and group.size() > 1
-    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, is_shared)
-    if group is not None and is_shared:
-        if adapter is not None:
-            raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
-        checkpoint = part(checkpoint, own_share(checkpoint, group, split))
+    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group, split)
     check_memory(checkpoint.footprint)
     return checkpoint
 
@@ -289,9 +285,10 @@ def look_through(
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
     adapter: Path | None = None,
-    is_shared: bool = False,
+    group: mx.distributed.Group | None = None,
+    split: str | None = "tensors",
 ) -> Checkpoint:
-    """A whole checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
+    """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
     quantization = quantization_by_path(config, "")
     own = None if drafter is None else read_drafter_config(drafter.folder)
@@ -300,12 +297,18 @@ def look_through(
         own, found = settle_drafter(own, tensors_of(drafter.folder))
         tensors |= {DRAFTER_ROOT + path: tensor for path, tensor in found.items()}
         quantization |= quantization_by_path(own, DRAFTER_ROOT)
+    is_shared = group is not None and group.size() > 1
     if dtype is None:
         dtype = own_dtype(tensors, quantization) if is_shared else choose_dtype(tensors, quantization)
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
-    return assembled(folder, config, tensors, drafter, own, adapter)
+    checkpoint = assembled(folder, config, tensors, drafter, own, adapter)
+    if group is None or not is_shared:
+        return checkpoint
+    if adapter is not None:
+        raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
+    return part(checkpoint, own_share(checkpoint, group, split))
 
 
 def part(whole: Checkpoint, share: Share | LayerShare) -> Checkpoint:

@@ -1,12 +1,7 @@
 """One model on several machines gives what one gives; here they are processes."""
 
-import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import started
 from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
@@ -43,6 +39,7 @@ QUESTION = [{"role": "user", "content": [
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"draft_length": 0, "sampling": Sampling(temperature=0)},
     "drafted": {"draft_length": 3, "sampling": Sampling(temperature=0)},
+    "auto": {"sampling": Sampling(temperature=0)},
     "seeded": {"draft_length": 2, "sampling": Sampling(temperature=1.0, seed=5)},
 }
 MACHINE = """
@@ -118,7 +115,7 @@ def counted(model: Model, processor: Processor) -> dict[str, Any]:
         generate(model, processor, Prompt(IDS), max_tokens=6, repetition_detection="off", **way)
         in_rounds = sent[sent.index(4) + 1 :]  # behind the first token
         rounds = in_rounds.count(8)  # each ends in a decision: how many are accepted, and a token
-        found[name] = len(in_rounds) / rounds, sum(in_rounds) / rounds
+        found[f"{name}_round"] = len(in_rounds) / rounds, sum(in_rounds) / rounds
     for name, exchange in exchanges.items():
         setattr(mx.distributed, name, exchange)
     return found
@@ -137,22 +134,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("twice") / "model", TWICE)
-
-
-def started(code: str, count: int, hosts: Path, *arguments: object) -> list[subprocess.Popen[str]]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    hosts.write_text(json.dumps([[f"127.0.0.1:{own.getsockname()[1]}"] for own in sockets]))
-    for own in sockets:
-        own.close()
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONPATH": path},
-        )
-        for rank in range(count)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -188,7 +169,7 @@ def check_counts(found: list[Any], folder: Path, split: str, memories: Sequence[
                 expected = 2 * layers + 2 + (length > 1), length * (2 * layers * hidden + rows * 4) + decided
             else:
                 expected = machines - 1 + 1 + (length > 1), length * (machines - 1) * hidden + decided
-            assert tuple(own[name]) == expected, name
+            assert tuple(own[f"{name}_round"]) == expected, name
     checkpoint = look_through(folder, find_drafter(folder, folder, "auto"), list_tensors)
     shares = shares_of(checkpoint, mx.distributed.init(), [own * 2**30 for own in memories], split)
     sizes = {path: tensor.nbytes for path, tensor in checkpoint.tensors.items()}
