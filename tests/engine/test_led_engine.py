@@ -28,7 +28,7 @@ from machines import outcome
 from mlx_gemma4 import Engine, load
 from mlx_gemma4.engine import engine as module
 group = mx.distributed.init(strict=True, backend="ring")
-model, processor = load(sys.argv[1], group=group)
+model, processor = load(sys.argv[1], group=group, split="tensors")
 limit = 10**6 // 10 ** (3 * group.rank())  # positions: the second machine is the smaller one
 module.memory_limit, module.FORESEEN = lambda: limit, 8
 module.check_memory = lambda *given: None
@@ -55,7 +55,7 @@ group = mx.distributed.init(strict=True, backend="ring")
 peers.SILENCE = 4.0
 if not group.rank():
     machines.fail_on_purpose = lambda: None
-machines.answer_lines(*load(sys.argv[1], group=group), group.rank())
+machines.answer_lines(*load(sys.argv[1], group=group, split="tensors"), group.rank())
 """
 PATIENCE = 120  # seconds after which machines that wait for each other are taken to do so for ever
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
@@ -68,9 +68,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def machines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
-    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", folder)
+@pytest.fixture(scope="module", params=["tensors", "layers"])
+def machines(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[list[Machine]]:
+    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", folder, request.param)
     assert found[0].stdout is not None and found[0].stdout.readline() == "ready\n"
     yield found
     for machine in found:
@@ -177,7 +179,7 @@ def test_whatever_is_asked_left_or_fails_all_go_on_alike(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(folder: Path, number: int, tmp_path: Path) -> None:
-    first, second = started(LINES, 2, tmp_path / "hosts.json", folder)
+    first, second = started(LINES, 2, tmp_path / "hosts.json", folder, "tensors")
     try:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "ready\n"
         first.stdin.write(json.dumps([request("auto", max_tokens=100_000)]) + "\n")

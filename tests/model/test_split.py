@@ -72,7 +72,7 @@ import sys
 import mlx.core as mx
 from mlx_gemma4 import load
 group = mx.distributed.init(strict=True, backend="ring")
-model, _ = load(sys.argv[1], group=group)
+model, _ = load(sys.argv[1], group=group, split="tensors")
 print("loaded", flush=True)
 if group.rank() == 1:
     import time; time.sleep(600)
