@@ -47,6 +47,7 @@ from mlx_gemma4.terminal import (
     ModelName,
     RepetitionPenalty,
     Seed,
+    StoreFolder,
     System,
     Temperature,
     Thinking,
@@ -99,9 +100,7 @@ def chat(
     draft_length: DraftLength = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    store: StoreFolder = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:

@@ -14,7 +14,7 @@ from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import Footprint, Prediction, Tuning, longest, memory_limit, predict, predict_tuning
-from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.weights.adapter import matrices_of
 from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
 from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
@@ -48,9 +48,7 @@ def fit(
     memory: Annotated[
         int | None, typer.Option(parser=parse_memory, metavar="SIZE", help="Of another Mac, such as 16GB.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
     tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
@@ -90,12 +88,17 @@ def fit(
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
     print("\n".join(lines(found)))
     longest_context = longest(lambda length: fits(own, length, room), most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
+    changes = smaller(checkpoint, tokens, longest_context, room)
+    return verdict(found.peak, room, f"context that fits is {longest_context}", changes)
+
+
+def verdict(peak: int, room: int, longest_that_fits: str, changes: Iterator[str]) -> int:
+    """The exit status."""
+    if peak <= room:
+        print(f"It fits, with {size_text(room - peak)} left; the longest {longest_that_fits}.")
         return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller(checkpoint, tokens, longest_context, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
+    print(f"It does not fit: {size_text(peak - room)} are missing.")
+    print(f"What would make it fit: {'; '.join(changes) or 'no single change; a smaller model'}.")
     return FAILED
 
 
@@ -121,13 +124,8 @@ def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
     most = checkpoint.config.text.max_position_embeddings
     longest_row = longest(lambda tokens: of_plan(checkpoint, replace(plan, tokens=tokens)).peak <= room, most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest row that fits is {longest_row} tokens.")
-        return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller_tuning(checkpoint, plan, longest_row, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
-    return FAILED
+    changes = smaller_tuning(checkpoint, plan, longest_row, room)
+    return verdict(found.peak, room, f"row that fits is {longest_row} tokens", changes)
 
 
 def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:
