@@ -12,9 +12,11 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
+import mlx.core as mx
 import typer
 
 from mlx_gemma4.commands.generate import load_shown
@@ -42,6 +44,7 @@ from mlx_gemma4.terminal import (
     whole_above_0,
 )  # fmt: skip
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder, open_checkpoint
+from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -67,21 +70,23 @@ def batch(
 ) -> None:
     """Answer a file of chat completions, many at once. Called again, it goes on where it stopped."""
     check_max_batch(max_batch)
-    computing = computing_type(dtype)
+    lead()
+    group = launched()
+    load = partial(loaded, model, drafter, computing_type(dtype), kv_bits, group, max_batch, store)
+    if follows(group):
+        if hear():
+            load().follow()
+        return
     names = {line.name for line in lines_of(source)}
     with opened(target) as out:
         done = answered(out, source, target, names)
         failed = 0
-        if len(done) < len(names):
-            folder = find_folder(model)
-            choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-            checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
-            processor = load_processor(checkpoint.folder, checkpoint.config)
-            check_memory(checkpoint.footprint)
-            kept = PromptStore(folder=store)
-            load_shown(checkpoint)
+        if len(done) == len(names):
+            release(group)
+        else:
+            same(group, True)
             tasks = (task for task in tasks_of(source) if task.name not in done)
-            with awake(), Bar("Answering") as bar, Engine(checkpoint.model, processor, max_batch, kept) as engine:
+            with awake(), load() as engine, Bar("Answering") as bar:
                 bar.show(len(done), len(names))
                 for number, answer in enumerate(answers(engine, tasks, source.parent, model), len(done) + 1):
                     out.write(json.dumps(answer).encode() + b"\n")
@@ -90,6 +95,20 @@ def batch(
                     bar.show(number, len(names))
     before = f"; {len(done)} were before" if done else ""
     print(f"{len(names) - len(done)} lines answered, {failed} of them with an error{before}", file=sys.stderr)
+
+
+def loaded(
+    model: str, drafter: str, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
+    max_batch: int, store: Path | None,
+) -> Engine:  # fmt: skip
+    folder = find_folder(model)
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter)
+    checkpoint = open_checkpoint(folder, choice, dtype, kv_bits, group=group)
+    processor = load_processor(checkpoint.folder, checkpoint.config)
+    check_memory(checkpoint.footprint)
+    kept = PromptStore(folder=store)
+    load_shown(checkpoint)
+    return Engine(checkpoint.model, processor, max_batch, kept)
 
 
 # --- IN ----------------------------------------------------------------------------------------

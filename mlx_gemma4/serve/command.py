@@ -33,6 +33,7 @@ from mlx_gemma4.terminal import (
     whole_number,
 )  # fmt: skip
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
+from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,8 +97,14 @@ def serve(
         max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
         thinking=thinking, allowed=allowed,
     )  # fmt: skip
+    lead()
+    group = launched()
+    if follows(group):
+        Resident(settings, group).load().follow()
+        return
     with listening(host, port) as listener:
-        resident = Resident(settings)
+        resident = Resident(settings, group)
+        at_loss.append(resident.abandon)
         loader = Thread(target=resident.load_ahead, daemon=True)
         loader.start()
         name = f"[{host}]" if ":" in host else host
