@@ -117,6 +117,8 @@ def fit(
     computing = computing_type(dtype)
     if tune:
         drafter = "none"  # it is not there while the model is trained
+    if hosts is not None and memory is not None:
+        raise ValueError("memory and hosts are both given; expected one of them")
     rooms = (memory.rooms if memory else [memory_limit()]) if hosts is None else rooms_of(hosts_in(hosts))
     if tune and len(rooms) > 1:
         raise ValueError(f"{len(rooms)} machines are given for --tune; expected one")
@@ -170,8 +172,8 @@ def hosts_in(file: Path) -> list[str]:
         ) from None
     if twice := [host for host in hosts if hosts.count(host) > 1]:
         raise ValueError(f"{str(file)!r} has {twice[0]} twice; expected each machine once")
-    if not hosts:
-        raise ValueError(f"{str(file)!r} names no machines; expected at least one")
+    if len(hosts) < 2:
+        raise ValueError(f"{str(file)!r} names {len(hosts)} machines; expected two or more")
     return hosts
 
 

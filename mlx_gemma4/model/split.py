@@ -11,12 +11,12 @@ program: what a machine lacks gives zeros there, and the last one decides.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from re import compile as pattern
 
 import mlx.core as mx
 from mlx import nn
@@ -29,7 +29,7 @@ from mlx_gemma4.model.model import Model
 
 SPLITS = ("tensors", "layers")
 MEDIA = ("vision_embedder", "embed_vision", "embed_audio")
-LAYER = pattern(r"language_model\.layers\.(\d+)(\..*)")
+LAYER = re.compile(r"language_model\.layers\.(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,8 @@ class LayerShare:
     def path_here(self, path: str) -> str | None:
         """Of a tensor or module, whose layers have numbers of their own on each machine; None if it is not here."""
         if match := LAYER.match(path):
-            number = int(match[1]) - self.layers[0]
-            return (
-                f"language_model.layers.{number}{match[2]}" if 0 <= number < self.layers[1] - self.layers[0] else None
-            )
+            number, (first, end) = int(match[1]), self.layers
+            return f"language_model.layers.{number - first}{match[2]}" if first <= number < end else None
         if path.startswith(MEDIA):
             return path if self.is_first else None
         if path.startswith("language_model.embed_tokens"):
@@ -179,15 +177,11 @@ class LayerShare:
             return
         decoder.is_tied, decoder["lm_head"] = False, Elsewhere(text.vocab_size)
         if model.drafter is not None:
-            rows = {
-                "pre_projection": 1,
-                "norm": 1,
-                "embed_tokens": text.vocab_size,
-                "post_projection": text.hidden_size,
-            }
             model.drafter.layers = []
-            for name, count in rows.items():
-                model.drafter[name] = Elsewhere(count)
+            for name in ("pre_projection", "norm"):
+                model.drafter[name] = Elsewhere(1)
+            model.drafter["embed_tokens"] = Elsewhere(text.vocab_size)
+            model.drafter["post_projection"] = Elsewhere(text.hidden_size)
 
 
 def layer_shares(

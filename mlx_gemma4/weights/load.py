@@ -379,7 +379,7 @@ def better_split(checkpoint: Checkpoint, group: mx.distributed.Group, memories: 
     if group.rank() == 0:
         predicted = ", ".join(f"{1 / seconds:.1f} by {split}" for split, (_, seconds) in taken.items())
         logger.info(
-            "split by %s: at most %s tokens/s; a sum takes %.2f ms and %.2f a MB, memory gives %.0f GB/s",
+            "split by %s: at most %s tokens/s; a sum takes %.2f ms and %.2f a MB, memory gives %.1f GB/s",
             min(taken, key=taken.__getitem__), predicted, speeds.latency * 1e3, 1e9 / speeds.rate,
             min(speeds.memory) / 1e9,
         )  # fmt: skip

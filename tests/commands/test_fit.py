@@ -67,9 +67,9 @@ def test_machines_of_a_hostfile_are_asked(wide_folder: Path, tmp_path: Path, run
     for hosts, expected in (
         ([{"ssh": "127.0.0.1"}, {"ssh": "localhost"}], (0, f"2 machines let it hold {size_text(memory_limit())}, ")),
         ([{"ssh": "127.0.0.1"}] * 2, (2, "has 127.0.0.1 twice; expected each machine once")),
-        ([], (2, "names no machines; expected at least one")),
+        ([{"ssh": "127.0.0.1"}], (2, "names 1 machines; expected two or more")),
         ([{"ips": []}], (2, "names no machines: 'ssh'; expected")),
-        ([{"ssh": "nowhere.invalid"}], (1, "nowhere.invalid cannot be asked: ")),
+        ([{"ssh": "nowhere.invalid"}, {"ssh": "localhost"}], (1, "nowhere.invalid cannot be asked: ")),
     ):
         file.write_text(json.dumps(hosts))
         status, out, err = run(wide_folder, "--hosts", file)
