@@ -40,6 +40,7 @@ from mlx_gemma4.terminal import (
     RepetitionPenalty,
     Seed,
     SizeBar,
+    Split,
     System,
     Temperature,
     Thinking,
@@ -54,6 +55,7 @@ from mlx_gemma4.terminal import (
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
     Checkpoint,
+    check_split,
     find_adapter,
     find_drafter,
     find_folder,
@@ -89,6 +91,7 @@ def generate(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     session: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
     ] = None,
@@ -106,6 +109,7 @@ def generate(
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     length = parse_draft_length(draft_length)
     computing = computing_type(dtype)
+    check_split(split)
     options = Options(
         max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
         stop=stop, response_format=None if schema is None else read_schema(schema),
@@ -120,7 +124,7 @@ def generate(
     folder = find_folder(model)
     own = find_adapter(adapter)
     choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group)
+    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if session is None:
         request = Request(content=turn, thinking=thinking, image_budget=image_budget)

@@ -23,7 +23,7 @@ from mlx_gemma4.config import (
     read_config,
     with_kv_bits,
 )
-from mlx_gemma4.errors import CheckpointError, a, one_line
+from mlx_gemma4.errors import CheckpointError, a, one_line, shown
 from mlx_gemma4.media.source import SHOWN_CHARACTERS
 from mlx_gemma4.model.arrange import arrange, widen_scalar
 from mlx_gemma4.model.cache import array_shapes
@@ -31,12 +31,12 @@ from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_dra
 from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
 from mlx_gemma4.model.matrix import settle_gains
 from mlx_gemma4.model.model import Model, check_process, remember_process
-from mlx_gemma4.model.split import Share, join_machines, shares
+from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines, layer_shares, shares
 from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter
 from mlx_gemma4.weights.peers import check_alike, watch
-from mlx_gemma4.weights.sharing import columns_together, shared
+from mlx_gemma4.weights.sharing import columns_together, here, shared, sizes_of
 from mlx_gemma4.weights.tensors import (
     DTYPE_NAMES,
     EMBEDDING,
@@ -249,7 +249,7 @@ class Checkpoint:
     model: Model  # shapes only
     drafter: DrafterChoice | None
     footprint: Footprint  # once it is loaded
-    share: Share | None = None  # of several machines
+    share: Share | LayerShare | None = None  # of several machines
 
     @property
     def nbytes(self) -> int:
@@ -264,13 +264,14 @@ def open_checkpoint(
     kv_bits: int | None = None,
     adapter: Path | None = None,
     group: mx.distributed.Group | None = None,
+    split: str | None = None,
 ) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit.
 
     dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's. adapter: a
-    folder. group: of machines that share the model; ValueError if it cannot be shared so.
+    folder. group: of machines that share the model, by "tensors" or "layers"; ValueError if it cannot be shared so.
     """
-    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group)
+    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group, split)
     check_memory(checkpoint.footprint)
     return checkpoint
 
@@ -283,6 +284,7 @@ def look_through(
     kv_bits: int | None = None,
     adapter: Path | None = None,
     group: mx.distributed.Group | None = None,
+    split: str | None = None,
 ) -> Checkpoint:
     """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
@@ -299,7 +301,8 @@ def look_through(
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
-    share, whole = None, config.text
+    share: Share | LayerShare | None = None
+    whole = config.text
     if group is not None and group.size() > 1:
         if adapter is not None:
             raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
@@ -307,12 +310,15 @@ def look_through(
             raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
         described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(tensors.items())]
         check_alike(group, repr((__version__, config, own, described)))
-        share = own_share(whole, group, tensors)
+        share = own_share(whole, group, tensors, split)
         tensors = shared(tensors, share, whole)
         config = replace(config, text=share.of(whole))
     model = Model(config)
     if own is not None:
         model.drafter = Drafter(own)
+    if isinstance(share, LayerShare):
+        share.leave_out(model)
+        quantization = here(quantization, share)
     quantize_empty(model, tensors, quantization)
     if adapter is not None:
         own_tensors = read_adapter(adapter, matrices_of(model))
@@ -326,10 +332,19 @@ def look_through(
     return Checkpoint(folder, config, tensors, model, drafter, size, share)
 
 
-def own_share(text: TextConfig, group: mx.distributed.Group, tensors: Mapping[str, Tensor]) -> Share:
+def own_share(
+    text: TextConfig, group: mx.distributed.Group, tensors: Mapping[str, Tensor], split: str | None
+) -> Share | LayerShare:
     """Of this machine: each holds as much as its memory allows, in proportion."""
-    room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
-    return shares(text, group, cast(list[int], room.tolist()), columns_together(text, tensors))[group.rank()]
+    room = cast(list[int], mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group).tolist())
+    if split == "layers":
+        return layer_shares(text, group, room, *sizes_of(tensors, text))[group.rank()]
+    return shares(text, group, room, columns_together(text, tensors))[group.rank()]
+
+
+def check_split(split: str | None) -> None:
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split is {shown(split)}; expected {' or '.join(SPLITS)}")
 
 
 def settle_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -560,6 +575,7 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     group: mx.distributed.Group | None = None,
+    split: str | None = None,
 ) -> tuple[Model, Processor]:
     """A model and its processor, from a folder or a hub id.
 
@@ -571,17 +587,19 @@ def load(
     kv_bits: 8 or 4, of the keys and values that full layers keep; None: as they are computed. It saves memory at long
     contexts and costs some quality (`mlx_gemma4.evaluate --kv-bits` measures it).
     adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written; LoRA or DoRA.
-    group: machines that share the model by tensors, `mx.distributed.init()`, under `mlx.launch`; each reads its part.
+    group: machines that share the model, `mx.distributed.init()`, under `mlx.launch`; each reads its part. split: by
+    "tensors" or "layers"; None: tensors.
     CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
     weights cannot fit here, ConnectionError if the hub cannot be reached.
     """
     asked = computing_type(dtype)
+    check_split(split)
     if group is not None and group.size() > 1:
         watch(group)
     folder = find_folder(path_or_hub_id)
     own = find_adapter(adapter)
     choice = find_drafter(path_or_hub_id, folder, drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, asked, kv_bits, own, group)
+    checkpoint = open_checkpoint(folder, choice, asked, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     for _ in load_values(checkpoint):
         pass

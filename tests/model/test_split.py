@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,19 @@ from hypothesis import strategies as st
 from machines import started
 from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafter
 
-from mlx_gemma4 import Prompt, Sampling, generate, load
+from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.split import borders, shares
+from mlx_gemma4.weights.load import DEMO
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
-SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
+SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500, periods=2)
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
+QUESTION = [{"role": "user", "content": [
+    {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
+    {"type": "audio", "audio": DEMO / "samples/beeps.wav"},
+]}]  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"draft_length": 0, "sampling": Sampling(temperature=0)},
     "drafted": {"draft_length": 3, "sampling": Sampling(temperature=0)},
@@ -32,12 +37,16 @@ MACHINE = """
 import sys
 import mlx.core as mx
 import numpy as np
-from mlx_gemma4 import Prompt, load
+from mlx_gemma4 import load
+from mlx_gemma4.weights import load as loading
 from test_split import answers
 group = mx.distributed.init(strict=True, backend="ring")
-model, processor = load(sys.argv[1], group=group)
-logits, tokens = answers(model, processor)
-np.savez(f"{sys.argv[2]}/{group.rank()}.npz", logits=logits, layers=len(model.config.text.layer_types), **tokens)
+folder, out, split, memories = sys.argv[1:]
+memory = int(memories.split(",")[group.rank()]) * 2**30
+loading.memory_limit = lambda: memory
+model, processor = load(folder, group=group, split=split)
+logits, replies = answers(model, processor)
+np.savez(f"{out}/{group.rank()}.npz", **logits, **replies)
 """
 WAITING = """
 import sys
@@ -52,13 +61,25 @@ mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))
 """
 
 
-def answers(model: Any, processor: Any) -> tuple[np.ndarray, dict[str, list[int]]]:
-    prompt = Prompt(IDS)
+def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    prompts = {"long": Prompt(IDS), "media": processor(QUESTION, image_budget=70)}
+
+    def reply(prompt: Prompt, **way: Any) -> Any:
+        return generate(model, processor, prompt, max_tokens=8, repetition_detection="off", **way)
+
     replies = {
-        name: generate(model, processor, prompt, max_tokens=8, repetition_detection="off", **way).token_ids
+        f"{kind}_{name}": reply(prompt, **way).token_ids
+        for kind, prompt in prompts.items()
         for name, way in WAYS.items()
     }
-    return np.array(model.logits(prompt)), replies
+    store = PromptStore()
+    for turn in (IDS[:40], IDS):
+        replies["stored"] = reply(Prompt(turn), store=store, **WAYS["drafted"]).token_ids
+    told = reply(prompts["long"], logprobs=2, **WAYS["drafted"])
+    replies["told"] = [best for token in told.logprobs for best in token["top"]]
+    replies["form"] = reply(prompts["long"], response_format={"type": "json_object"}, **WAYS["drafted"]).token_ids
+    replies["draft"] = model.draft(prompts["long"], 3)
+    return {f"{kind}_logits": np.array(model.logits(prompt)) for kind, prompt in prompts.items()}, replies
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +89,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_machines_give_together_what_one_gives(folder: Path, count: int, tmp_path: Path) -> None:
-    logits, tokens = answers(*load(folder))
-    machines = started(MACHINE, count, tmp_path / "hosts.json", folder, tmp_path)
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    return answers(*load(folder))
+
+
+@pytest.mark.parametrize("memories", [(16, 16), (24, 16, 16)])
+@pytest.mark.parametrize("split", ["tensors", "layers"])
+def test_machines_give_together_what_one_gives(
+    folder: Path, alone: tuple[dict[str, np.ndarray], dict[str, list[int]]], split: str, memories: Sequence[int],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    own = ",".join(map(str, memories))
+    machines = started(MACHINE, len(memories), tmp_path / "hosts.json", folder, tmp_path, split, own)
     ends = [machine.communicate(timeout=300) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0] * count, ends
-    for rank in range(count):
+    assert [machine.returncode for machine in machines] == [0] * len(memories), ends
+    logits, replies = alone
+    for rank in range(len(memories)):
         found = np.load(tmp_path / f"{rank}.npz")
-        assert np.abs(found["logits"] - logits).max() < 1e-5 * np.abs(logits).max()
-        assert {name: found[name].tolist() for name in WAYS} == tokens
+        for name, expected in logits.items():
+            assert np.abs(found[name] - expected).max() < 1e-5 * np.abs(expected).max()
+        assert {name: found[name].tolist() for name in replies} == replies
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
