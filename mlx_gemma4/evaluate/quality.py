@@ -226,7 +226,7 @@ def log_probabilities(model: Model, hidden: mx.array) -> mx.array:
     """[R, hidden] -> [R, vocab] float32, at temperature 1, without the tokens that are never chosen."""
     plain = Sampling(temperature=1, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
     sampler = Sampler(plain, model.config.generation, model.config.text.vocab_size)
-    logits = mx.where(sampler.allowed, model.told_logits(hidden[None])[0], -mx.inf)
+    logits = mx.where(sampler.allowed, model.language_model.head(hidden[None])[0], -mx.inf)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -323,6 +323,5 @@ def acceptance(model: Model, exchanges: Sequence[Exchange], reads: Sequence[Read
             hidden = read.hidden[:, newest.start - 1 : newest.stop - 1]
             logits, _ = drafter(embeddings, hidden, last[:1], masks, read.caches)
             p = sampler.probabilities(model.language_model.head(read.hidden[:, newest])[0])
-            (kept,) = model.agreed(mx.minimum(p, sampler.probabilities(logits[0])).sum(axis=-1))
-            found.append(np.asarray(kept))
+            found.append(np.asarray(mx.minimum(p, sampler.probabilities(logits[0])).sum(axis=-1)))
     return float(np.concatenate(found).mean()) if found else None
