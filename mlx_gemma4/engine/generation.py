@@ -164,11 +164,14 @@ def generation_events(
     check_length(prompt, model.config)
     constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
     events = run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
-    return led_events(model, prompt, options, events) if leads(model.group) else events
+    return led_events(model, prompt, options, events)
 
 
 def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -> Events:
-    """For each of them the machines that follow take a step too; they leave when these are left."""
+    """For each of them the machines that follow, if any do, take a step too; they leave when these are left."""
+    if not leads(model.group):  # which is known once the weights are there
+        yield from events
+        return
     tell((prompt, options))
     with closing(events):
         try:
@@ -186,7 +189,7 @@ def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -
             tell(False)
 
 
-def follow(model: Model, processor: Processor, store: PromptStore) -> None:
+def follow(model: Model, processor: Processor, store: PromptStore | None) -> None:
     """On the machines behind the first of those that share a model: take part in its replies until it releases them."""
     while (asked := hear()) is not None:
         prompt, options = asked

@@ -16,6 +16,7 @@ from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=2, head_dim=16, global_head_dim=32, window=16, vocab=500)
+PICTURE = Path(__file__).parents[1] / "demo" / "01-image.png"
 PATIENCE = 120  # seconds
 Ends = list[tuple[int, str, str]]
 
@@ -57,6 +58,8 @@ def run(tmp_path: Path) -> Callable[..., Ends]:
 def test_a_batch_is_answered_as_on_one_machine(run: Callable[..., Ends], folder: Path, tmp_path: Path) -> None:
     asked = tmp_path / "in.jsonl"
     bodies = [{"messages": [{"role": "user", "content": f"Say {n}"}], "max_tokens": 6 + n} for n in range(4)]
+    seen = [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": "What is this?"}]
+    bodies += [{"messages": [{"role": "user", "content": seen}], "max_tokens": 9, "image_budget": 70}]
     bodies = [body | {"temperature": 0} for body in bodies] + [{"messages": []}]
     line = {"method": "POST", "url": "/v1/chat/completions"}
     asked.write_text(
@@ -96,6 +99,21 @@ def test_a_conversation_is_the_same_as_on_one_machine(run: Callable[..., Ends], 
     again = run("chat", 2, *options, "--session", tmp_path / "2" / "talk", typed="Go on\n")
     assert [status for status, _, _ in again] == [0, 0]
     assert len(json.loads((tmp_path / "2" / "talk" / "messages.json").read_text())) == 6
+
+
+def test_a_request_and_its_session_are_the_first_machines(
+    run: Callable[..., Ends], folder: Path, tmp_path: Path
+) -> None:
+    options = ["--model", folder, "--max-tokens", 8, "--temp", 0, "--image", PICTURE, "--image-budget", 70]
+    for number, text in enumerate(("What is this?", "And this?")):
+        alone, first, second = (
+            end
+            for count in (1, 2)
+            for end in run("generate", count, *options, "--session", tmp_path / f"{count}", "-p", "-", typed=text)
+        )
+        assert first[:2] == alone[:2] and first[1].strip()
+        assert ("of them not read again" in first[2]) == (number == 1)
+        assert second == (0, "", "")
 
 
 def test_figures_are_those_of_one_machine(run: Callable[..., Ends], folder: Path, tmp_path: Path) -> None:

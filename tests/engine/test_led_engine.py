@@ -45,6 +45,18 @@ with Watched(model, processor, max_batch=4) as engine:
         print(json.dumps(outcome(engine, json.loads(sys.stdin.readline()))))
 print(len(parked))
 """
+ALONE = """
+import sys
+import mlx.core as mx
+import machines
+from mlx_gemma4 import load
+from mlx_gemma4.weights import peers
+group = mx.distributed.init(strict=True, backend="ring")
+peers.SILENCE = 4.0
+if not group.rank():
+    machines.fail_on_purpose = lambda: None
+machines.answer_lines(*load(sys.argv[1], group=group), group.rank())
+"""
 PATIENCE = 120  # seconds after which machines that wait for each other are taken to do so for ever
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
 
@@ -180,6 +192,27 @@ def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(folder: Path, nu
         for machine in (first, second):
             machine.kill()
             machine.communicate()
+
+
+def test_a_machine_that_fails_alone_says_so_and_ends_the_other(folder: Path, tmp_path: Path) -> None:
+    first, second = started(ALONE, 2, tmp_path / "hosts.json", folder)
+    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in (first, second)])
+    timer.start()
+    ends = [machine.communicate(json.dumps([FAILED]) + "\n") for machine in (first, second)]
+    timer.cancel()
+    assert [first.returncode, second.returncode] == [1, 1], ends
+    assert ends[1][1].splitlines()[-1] == "error: machine 1 failed alone: on purpose; expected the same on all"
+    assert ends[0][1].splitlines()[-1].startswith("error: machine 127.0.0.1 is gone")
+
+
+def test_the_first_follows_nobody_and_alone_is_asked(folder: Path) -> None:
+    with Engine(*load(folder)) as engine, pytest.raises(RuntimeError, match="this is machine 0; expected to follow"):
+        engine.follow()
+    engine.rank = 1
+    with pytest.raises(
+        RuntimeError, match="this is machine 1 of those that share the model; expected to ask machine 0"
+    ):
+        engine.submit("hello")
 
 
 def test_when_the_first_is_done_so_are_the_others(machines: list[Machine]) -> None:
