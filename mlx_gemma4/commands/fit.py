@@ -115,7 +115,9 @@ def fit(
         return fit_machines(headers, rooms, tokens)
     checkpoint = fitted(headers)
     room, where = memory_limit(), "this machine lets a model hold"
-    if memory is not None:
+    if hosts is not None:
+        room, where = rooms[0], "that machine lets a model hold"
+    elif memory is not None:
         size = parse_memory(memory)
         part = "three quarters" if size > LARGE_MAC else "two thirds"
         room, where = rooms[0], f"a Mac with {size / 2**30:.3g} GB lets a model hold ({part})"
@@ -169,10 +171,10 @@ def fit_machines(headers: Headers, rooms: Sequence[int], tokens: int) -> int:
             for bandwidth in BANDWIDTHS
         ]
         said = ", ".join(
-            f"{1e3 * latency:.3f} ms with memories of {bandwidth / 1e9:.0f} GB/s"
+            f"{1e6 * latency:.3g} µs at {bandwidth / 1e9:.0f} GB/s"
             for latency, bandwidth in zip(even, BANDWIDTHS, strict=True)
         )
-        print(f"By tensors is faster where an exchange takes less than {said}.")
+        print(f"By tensors is faster where an exchange takes less than {said} of memory bandwidth.")
     return 0 if reading else FAILED
 
 

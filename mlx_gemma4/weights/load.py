@@ -315,8 +315,8 @@ def look_through(
     check_alike(group, repr((__version__, split, headers.config, headers.drafter_config, described)))
     room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
     found = shared_checkpoints(headers, cast(list[int], room.tolist()), group.rank(), split)
-    own = choose(headers.config, found, group) if len(found) > 1 else next(iter(found.values()))
-    return replace(own, group=group)
+    own = choose(headers.config, found, group) if len(found) > 1 else next(iter(found))
+    return replace(found[own], group=group)
 
 
 def read_headers(
@@ -388,7 +388,7 @@ def shared_checkpoints(
     return found
 
 
-def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distributed.Group) -> Checkpoint:
+def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distributed.Group) -> str:
     """The faster of the splits that fit on all machines; one line says which."""
     machines, bandwidth, link = group.size(), time_reading(config.dtype), time_link(group)
     own = [
@@ -411,7 +411,7 @@ def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distr
         "%d machines share the model by %s: %s expected, %.3g ms an exchange; --split fixes it",
         machines, best, expected, 1e3 * link.latency,
     )  # fmt: skip
-    return found[best]
+    return best
 
 
 def check_split(split: str | None) -> None:

@@ -21,7 +21,7 @@ from mlx_gemma4.weights.load import DEMO
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
-SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500, periods=2)
+SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 QUESTION = [{"role": "user", "content": [
     {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
@@ -65,7 +65,7 @@ def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str
     prompts = {"long": Prompt(IDS), "media": processor(QUESTION, image_budget=70)}
 
     def reply(prompt: Prompt, **way: Any) -> Any:
-        return generate(model, processor, prompt, max_tokens=8, repetition_detection="off", **way)
+        return generate(model, processor, prompt, max_tokens=6, repetition_detection="off", **way)
 
     replies = {name: reply(prompts["long"], **way).token_ids for name, way in WAYS.items()}
     replies["media"] = reply(prompts["media"], **WAYS["drafted"]).token_ids
