@@ -162,7 +162,8 @@ def open_subject(
     folder = find_folder(name)
     choice = find_drafter(name, folder, drafter, adapter=adapter)
     # by tensors, for layers are read one after the other, by all machines
-    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group, "tensors")
+    split = None if group is None else "tensors"
+    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group, split)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):

@@ -304,6 +304,8 @@ def look_through(
 ) -> Checkpoint:
     """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
     is_shared = group is not None and group.size() > 1
+    if split is not None and not is_shared:
+        raise ValueError(f"split is {split!r} on one machine; expected several, started by mlx.launch")
     headers = read_headers(folder, drafter, tensors_of, dtype, kv_bits, is_shared)
     if group is None or not is_shared:
         return fitted(headers, adapter)

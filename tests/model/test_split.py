@@ -17,11 +17,13 @@ from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafte
 from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.split import borders, shares
-from mlx_gemma4.weights.load import DEMO
+from mlx_gemma4.weights.load import DEMO, find_drafter, read_headers, shared_checkpoints
+from mlx_gemma4.weights.tensors import list_tensors
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
+LAYERS = 6
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 QUESTION = [{"role": "user", "content": [
     {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
@@ -39,14 +41,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_gemma4 import load
 from mlx_gemma4.weights import load as loading
-from test_split import answers
+from mlx_gemma4.weights.load import parameters
+from test_split import answers, exchanged
 group = mx.distributed.init(strict=True, backend="ring")
 folder, out, split, memories = sys.argv[1:]
 memory = int(memories.split(",")[group.rank()]) * 2**30
 loading.memory_limit = lambda: memory
 model, processor = load(folder, group=group, split=split)
+held = sum(array.nbytes for array in parameters(model).values()), mx.get_active_memory()
 logits, replies = answers(model, processor)
-np.savez(f"{out}/{group.rank()}.npz", **logits, **replies)
+np.savez(f"{out}/{group.rank()}.npz", **logits, **replies, held=held, **exchanged(model, processor))
 """
 WAITING = """
 import sys
@@ -79,6 +83,30 @@ def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str
     return {f"{kind}_logits": np.array(model.logits(prompt)) for kind, prompt in prompts.items()}, replies
 
 
+def exchanged(model: Any, processor: Any) -> dict[str, np.ndarray]:
+    """How many exchanges a round takes, and of how many bytes from this machine."""
+    sums, gathers, sizes, found = mx.distributed.all_sum, mx.distributed.all_gather, [], {}
+
+    def counted(function: Any) -> Any:
+        def own(x: mx.array, **rest: Any) -> mx.array:
+            sizes.append(x.nbytes)
+            return function(x, **rest)
+
+        return own
+
+    mx.distributed.all_sum, mx.distributed.all_gather = counted(sums), counted(gathers)
+    for name in ("greedy", "drafted"):
+        totals = []
+        for count in (5, 13):
+            sizes.clear()
+            reply = generate(model, processor, Prompt(IDS), max_tokens=count, repetition_detection="off", **WAYS[name])
+            totals.append((reply.stats.rounds, len(sizes), sum(sizes)))
+        rounds, *more = np.diff(totals, axis=0)[0]
+        found[f"round_{name}"] = np.array(more) / rounds
+    mx.distributed.all_sum, mx.distributed.all_gather = sums, gathers
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = write_checkpoint(tmp_path_factory.mktemp("split") / "model", SHAPE)
@@ -102,11 +130,28 @@ def test_machines_give_together_what_one_gives(
     ends = [machine.communicate(timeout=300) for machine in machines]
     assert [machine.returncode for machine in machines] == [0] * len(memories), ends
     logits, replies = alone
+    headers = read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, is_shared=True)
     for rank in range(len(memories)):
         found = np.load(tmp_path / f"{rank}.npz")
         for name, expected in logits.items():
             assert np.abs(found[name] - expected).max() < 1e-5 * np.abs(expected).max()
         assert {name: found[name].tolist() for name in replies} == replies
+        check_exchanges(split, len(memories), found)
+        planned = shared_checkpoints(headers, memories, rank, split)[split].footprint
+        held, active = found["held"]
+        assert held == planned.weights + planned.drafter and active == pytest.approx(held, rel=0.03)
+        print("HELD", split, rank, held, active)
+
+
+def check_exchanges(split: str, machines: int, found: Any) -> None:
+    """At most two sums a layer, a gather of logits, and what was decided; or a hidden state from each to the next."""
+    for name, drafts in (("greedy", 0), ("drafted", 3)):
+        rows, decided = drafts + 1, 2 * 4
+        hidden, logits = rows * SHAPE.hidden * 4, rows * -(-SHAPE.vocab // machines) * 4
+        count, nbytes = (2 * LAYERS + 1, 2 * LAYERS * hidden + logits)
+        if split == "layers":
+            count, nbytes = machines - 1, (machines - 1) * hidden
+        assert found[f"round_{name}"].tolist() == [count + 1 + (drafts > 0), nbytes + decided + 4 * drafts]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
