@@ -16,6 +16,7 @@ from machines import FAILING, LINES, WAYS, Machine, outcome, started
 from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Engine, PromptStore, load
+from mlx_gemma4.model.split import SPLITS
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
@@ -68,9 +69,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def machines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
-    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", folder)
+@pytest.fixture(scope="module", params=SPLITS)
+def machines(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Machine]]:
+    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", folder, request.param)
     assert found[0].stdout is not None and found[0].stdout.readline() == "ready\n"
     yield found
     for machine in found:
@@ -177,7 +180,7 @@ def test_whatever_is_asked_left_or_fails_all_go_on_alike(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(folder: Path, number: int, tmp_path: Path) -> None:
-    first, second = started(LINES, 2, tmp_path / "hosts.json", folder)
+    first, second = started(LINES, 2, tmp_path / "hosts.json", folder, "layers")
     try:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "ready\n"
         first.stdin.write(json.dumps([request("auto", max_tokens=100_000)]) + "\n")

@@ -16,9 +16,12 @@ from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafte
 
 from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
 from mlx_gemma4.config import read_config
-from mlx_gemma4.model.split import borders, shares
-from mlx_gemma4.weights.load import DEMO, find_drafter, read_headers, shared_checkpoints
-from mlx_gemma4.weights.tensors import list_tensors
+from mlx_gemma4.model.split import SPLITS, borders, layer_shares, shares
+from mlx_gemma4.weights import load as loading
+from mlx_gemma4.weights.link import Link, even_latency, time_link, time_reading, token_seconds
+from mlx_gemma4.weights.load import DEMO, Headers, choose, find_drafter, read_headers, shared_checkpoints
+from mlx_gemma4.weights.sharing import LAYER
+from mlx_gemma4.weights.tensors import EMBEDDING, list_tensors
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
@@ -114,6 +117,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def headers_of(folder: Path) -> Headers:
+    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, is_shared=True)
+
+
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
     return answers(*load(folder))
@@ -130,7 +137,7 @@ def test_machines_give_together_what_one_gives(
     ends = [machine.communicate(timeout=300) for machine in machines]
     assert [machine.returncode for machine in machines] == [0] * len(memories), ends
     logits, replies = alone
-    headers = read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, is_shared=True)
+    headers = headers_of(folder)
     for rank in range(len(memories)):
         found = np.load(tmp_path / f"{rank}.npz")
         for name, expected in logits.items():
@@ -140,7 +147,6 @@ def test_machines_give_together_what_one_gives(
         planned = shared_checkpoints(headers, memories, rank, split)[split].footprint
         held, active = found["held"]
         assert held == planned.weights + planned.drafter and active == pytest.approx(held, rel=0.03)
-        print("HELD", split, rank, held, active)
 
 
 def check_exchanges(split: str, machines: int, found: Any) -> None:
@@ -194,3 +200,59 @@ def test_a_model_that_cannot_be_shared_so_is_refused(tmp_path: Path, shape: Shap
     text = read_config(write_checkpoint(tmp_path, shape)).text
     with pytest.raises(ValueError, match="key/value heads; expected"):
         shares(text, [16] * machines, 1)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_machines_hold_their_share_and_little_more(folder: Path, split: str) -> None:
+    headers, memories = headers_of(folder), (24, 16)
+    parts = [shared_checkpoints(headers, memories, rank, split)[split].footprint for rank in range(2)]
+    sizes = {path: tensor.nbytes for path, tensor in headers.tensors.items()}
+    twice = {
+        "tensors": lambda path: "layers.5.self_attn.k_proj" in path or not LAYER.fullmatch(path),
+        "layers": lambda path: path.startswith(EMBEDDING),
+    }[split]
+    expected = sum(sizes.values()) + sum(nbytes for path, nbytes in sizes.items() if twice(path))
+    assert sum(own.weights + own.drafter for own in parts) == pytest.approx(expected, rel=0.03)
+
+
+def test_layers_are_shared_by_memory_and_the_last_machine_has_what_the_drafter_reads(folder: Path) -> None:
+    text = read_config(folder).text
+    found = layer_shares(text, [1, 1, 1], [10] * LAYERS, (5, 5))
+    assert [own.layers for own in found] == [(0, 2), (2, 4), (4, 6)]
+    assert [own.layers for own in layer_shares(text, [8, 1], [10] * LAYERS, (5, 5))] == [(0, 4), (4, 6)]
+    assert [own.layers for own in layer_shares(text, [1, 8], [10] * LAYERS, (5, 5))] == [(0, 1), (1, 6)]
+    with pytest.raises(ValueError, match="6 machines share a model of 6 layers; expected fewer"):
+        layer_shares(text, [1] * 6, [10] * LAYERS, (5, 5))
+
+
+@pytest.mark.parametrize(("latency", "rate", "split"), [(1e-9, 1e12, "tensors"), (1.0, 1e12, "layers")])
+def test_the_link_decides_on_the_split_and_one_line_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, latency: float, rate: float,
+    split: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(loading, "time_link", lambda group: Link(latency, rate))
+    monkeypatch.setattr(loading, "time_reading", lambda dtype: 1e9)
+    headers, group = headers_of(folder), mx.distributed.init()
+    found = shared_checkpoints(headers, (16, 16), 0, None)
+    assert list(found) == list(SPLITS)
+    reading = {name: [[1.0, 3.0], [2.0, 2.0]][name == "layers"] for name in SPLITS}
+    text = headers.config.text
+    even = even_latency(text, *reading.values())
+    assert token_seconds("tensors", text, 4, reading["tensors"], Link(even, 1e30)) == pytest.approx(
+        token_seconds("layers", text, 4, reading["layers"], Link(even, 1e30))
+    )
+    with caplog.at_level("INFO"):
+        assert choose(headers.config, found, group) == split
+    assert f"share the model by {split}: " in caplog.text and caplog.text.count("\n") == 1
+
+
+def test_a_link_is_timed() -> None:
+    found = time_link(mx.distributed.init())
+    assert found.latency > 0 and found.rate > 0 and time_reading(mx.float32) > 0
+
+
+def test_a_split_is_one_of_two_and_of_several_machines(folder: Path) -> None:
+    with pytest.raises(ValueError, match="split is 'rows'; expected tensors or layers"):
+        load(folder, split="rows")
+    with pytest.raises(ValueError, match="split is 'layers' on one machine; expected several"):
+        load(folder, split="layers")
