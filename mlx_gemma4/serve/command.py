@@ -19,7 +19,7 @@ from mlx_gemma4.serve.connection import Connection
 from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
-from mlx_gemma4.terminal import Adapter, Debug, DType, KvBits, Version, number, run, whole_above_0, whole_number
+from mlx_gemma4.terminal import Adapter, Debug, DType, KvBits, Split, Version, number, run, whole_above_0, whole_number
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
@@ -73,6 +73,7 @@ def serve(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -85,9 +86,9 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, adapter=adapter,
-        max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
-        thinking=thinking, allowed=allowed,
+        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
+        adapter=adapter, max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
+        unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
     lead()
     group = launched()

@@ -393,6 +393,7 @@ def shared_checkpoints(
 def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distributed.Group) -> str:
     """The faster of the splits that fit on all machines; one line says which."""
     machines, bandwidth, link = group.size(), time_reading(config.dtype), time_link(group)
+    mx.clear_cache()  # of what was timed
     own = [
         (read_a_token(each.tensors, cast(Share | LayerShare, each.share), machines) / bandwidth, each.footprint.fits)
         for each in found.values()
@@ -417,6 +418,7 @@ def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distr
 
 
 def check_split(split: str | None) -> None:
+    """ValueError if it is none."""
     if split not in (None, *SPLITS):
         raise ValueError(f"split is {shown(split)}; expected {' or '.join(SPLITS)}")
 

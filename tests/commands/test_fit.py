@@ -202,7 +202,7 @@ def test_machines_are_asked_for_their_memory(
     status, out, err = asked("studio", "localhost")
     assert (status, err) == (0, "") and out.count(f"{size_text(memory_limit())} of room") == 2
     assert asked("localhost", "mini")[::2] == (
-        2, "error: mini cannot be asked: ssh: no route to host; expected ssh to it, and this package there\n",
+        2, "error: mini cannot be asked: ssh: no route to host; expected ssh to reach it, and this package there\n",
     )  # fmt: skip
     assert "has 'studio' twice; expected each machine once" in asked("studio", "studio")[2]
     (tmp_path / "hosts.json").write_text("[1]")

@@ -233,7 +233,7 @@ def test_the_link_decides_on_the_split_and_one_line_says_so(
     monkeypatch.setattr(loading, "time_link", lambda group: Link(latency, rate))
     monkeypatch.setattr(loading, "time_reading", lambda dtype: 1e9)
     headers, group = headers_of(folder), mx.distributed.init()
-    found = shared_checkpoints(headers, (16, 16), 0, None)
+    found = shared_checkpoints(headers, (1, 99), 1, None)  # of this process alone: less to read by tensors
     assert list(found) == list(SPLITS)
     reading = {name: [[1.0, 3.0], [2.0, 2.0]][name == "layers"] for name in SPLITS}
     text = headers.config.text
