@@ -206,6 +206,9 @@ Split = Annotated[
     str | None,
     typer.Option("--split", metavar="NAME", help="How several machines share the model: by tensors or layers."),
 ]
+StoreFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
+]
 KvBits = Annotated[
     int | None,
     typer.Option(

@@ -30,7 +30,20 @@ from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_part
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
-from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, Split, Version, awake, run, whole_above_0
+from mlx_gemma4.terminal import (
+    Bar,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    ModelName,
+    Split,
+    StoreFolder,
+    Version,
+    awake,
+    run,
+    whole_above_0,
+)  # fmt: skip
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_drafter, find_folder, open_checkpoint
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
@@ -45,18 +58,12 @@ BOM = b"\xef\xbb\xbf"
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     max_batch: Annotated[
         int, typer.Option(parser=whole_above_0, metavar="N", help="Replies that are written at once, at most.")
     ] = 8,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    drafter: DrafterName = "auto",
+    store: StoreFolder = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
     split: Split = None,

@@ -48,6 +48,7 @@ from mlx_gemma4.terminal import (
     RepetitionPenalty,
     Seed,
     Split,
+    StoreFolder,
     System,
     Temperature,
     Thinking,
@@ -101,9 +102,7 @@ def chat(
     dtype: DType = None,
     kv_bits: KvBits = None,
     split: Split = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    store: StoreFolder = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:

@@ -20,7 +20,7 @@ from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import Footprint, Prediction, Tuning, longest, memory_limit, predict, predict_tuning
-from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.weights.adapter import matrices_of
 from mlx_gemma4.weights.link import even_latency
 from mlx_gemma4.weights.load import (
@@ -75,9 +75,7 @@ def fit(
     hosts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Of mlx.launch: asks these machines for their memory.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
     tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
@@ -130,12 +128,17 @@ def fit(
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
     print("\n".join(lines(found)))
     longest_context = longest(lambda length: fits(own, length, room), most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
+    changes = smaller(checkpoint, tokens, longest_context, room)
+    return verdict(found.peak, room, f"context that fits is {longest_context}", changes)
+
+
+def verdict(peak: int, room: int, longest_that_fits: str, changes: Iterator[str]) -> int:
+    """The exit status."""
+    if peak <= room:
+        print(f"It fits, with {size_text(room - peak)} left; the longest {longest_that_fits}.")
         return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller(checkpoint, tokens, longest_context, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
+    print(f"It does not fit: {size_text(peak - room)} are missing.")
+    print(f"What would make it fit: {'; '.join(changes) or 'no single change; a smaller model'}.")
     return FAILED
 
 
@@ -236,13 +239,8 @@ def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
     most = checkpoint.config.text.max_position_embeddings
     longest_row = longest(lambda tokens: of_plan(checkpoint, replace(plan, tokens=tokens)).peak <= room, most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest row that fits is {longest_row} tokens.")
-        return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller_tuning(checkpoint, plan, longest_row, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
-    return FAILED
+    changes = smaller_tuning(checkpoint, plan, longest_row, room)
+    return verdict(found.peak, room, f"row that fits is {longest_row} tokens", changes)
 
 
 def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:

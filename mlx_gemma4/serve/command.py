@@ -19,7 +19,20 @@ from mlx_gemma4.serve.connection import Connection
 from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
-from mlx_gemma4.terminal import Adapter, Debug, DType, KvBits, Split, Version, number, run, whole_above_0, whole_number
+from mlx_gemma4.terminal import (
+    Adapter,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    ModelName,
+    Split,
+    Version,
+    number,
+    run,
+    whole_above_0,
+    whole_number,
+)  # fmt: skip
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
@@ -30,9 +43,7 @@ LAST_BYTES = 1  # seconds that connections have to take what has been sent to th
 
 @app.command()
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen; beyond this machine with a key only.")] = (
         "127.0.0.1"
     ),
@@ -67,9 +78,7 @@ def serve(
     unload_after: Annotated[
         float | None, typer.Option(parser=number, metavar="SECONDS", help="Give the memory back when nobody asks.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
