@@ -36,7 +36,7 @@ import mlx.core as mx
 from machines import answer_lines
 from mlx_gemma4 import load
 group = mx.distributed.init(strict=True, backend="ring")
-answer_lines(*load(sys.argv[1], group=group), group.rank())
+answer_lines(*load(sys.argv[1], group=group, split=sys.argv[2]), group.rank())
 """
 
 

@@ -47,6 +47,7 @@ from mlx_gemma4.terminal import (
     ModelName,
     RepetitionPenalty,
     Seed,
+    Split,
     StoreFolder,
     System,
     Temperature,
@@ -59,7 +60,7 @@ from mlx_gemma4.terminal import (
     run,
     show_warning,
 )
-from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder, footprint_of, open_checkpoint
+from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_drafter, find_folder, footprint_of, open_checkpoint
 from mlx_gemma4.weights.peers import follows, launched, lead, release
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -100,6 +101,7 @@ def chat(
     draft_length: DraftLength = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     store: StoreFolder = None,
     version: Version = False,
     debug: Debug = False,
@@ -109,6 +111,7 @@ def chat(
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=parse_draft_length(draft_length))
     computing = computing_type(dtype)
     check_media([], image_budget)
+    check_split(split)
     folder = None if session is None else session_folder(session)
     lead()
     group = launched()
@@ -117,7 +120,7 @@ def chat(
     terminal = Terminal() if is_first and is_terminal() else None
     path = find_folder(model)
     choice = find_drafter(path, path, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits, group=group)
+    checkpoint = open_checkpoint(path, choice, computing, kv_bits, group=group, split=split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)

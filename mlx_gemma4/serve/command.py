@@ -26,6 +26,7 @@ from mlx_gemma4.terminal import (
     DType,
     KvBits,
     ModelName,
+    Split,
     Version,
     number,
     run,
@@ -81,6 +82,7 @@ def serve(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -93,9 +95,9 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, adapter=adapter,
-        max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
-        thinking=thinking, allowed=allowed,
+        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
+        adapter=adapter, max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
+        unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
     lead()
     group = launched()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from machines import FAILING, LINES, PATIENCE, WAYS, Machine, outcome, patience, started
 
 from mlx_gemma4 import Engine, PromptStore, load
+from mlx_gemma4.model.split import SPLITS
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
@@ -57,9 +58,11 @@ machines.answer_lines(*load(sys.argv[1], group=group), group.rank())
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
 
 
-@pytest.fixture(scope="module")
-def machines(split_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
-    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", split_folder)
+@pytest.fixture(scope="module", params=SPLITS)
+def machines(
+    request: pytest.FixtureRequest, split_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Machine]]:
+    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", split_folder, request.param)
     assert found[0].stdout is not None and found[0].stdout.readline() == "ready\n"
     yield found
     for machine in found:
@@ -164,7 +167,7 @@ def test_whatever_is_asked_left_or_fails_all_go_on_alike(
 def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(
     split_folder: Path, number: int, tmp_path: Path
 ) -> None:
-    first, second = started(LINES, 2, tmp_path / "hosts.json", split_folder)
+    first, second = started(LINES, 2, tmp_path / "hosts.json", split_folder, "layers")
     try:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "ready\n"
         first.stdin.write(json.dumps([request("auto", max_tokens=100_000)]) + "\n")
