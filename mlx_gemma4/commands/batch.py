@@ -28,8 +28,8 @@ from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_part
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
-from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, Version, awake, run, whole_above_0
-from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder, open_checkpoint
+from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, awake, run, whole_above_0
+from mlx_gemma4.weights.load import DEFAULT_MODEL, find_adapter, find_drafter, find_folder, open_checkpoint
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -54,6 +54,7 @@ def batch(
     store: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
     ] = None,
+    adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
     version: Version = False,
@@ -68,8 +69,9 @@ def batch(
         failed = 0
         if len(done) < len(names):
             folder = find_folder(model)
-            choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-            checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
+            own = find_adapter(adapter)
+            choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
+            checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own)
             processor = load_processor(checkpoint.folder, checkpoint.config)
             check_memory(checkpoint.footprint)
             kept = PromptStore(folder=store)

@@ -36,6 +36,7 @@ from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
 from mlx_gemma4.terminal import (
+    Adapter,
     Debug,
     DrafterName,
     DraftLength,
@@ -58,7 +59,14 @@ from mlx_gemma4.terminal import (
     run,
     show_warning,
 )
-from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder, footprint_of, open_checkpoint
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    footprint_of,
+    open_checkpoint,
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,6 +104,7 @@ def chat(
     image_budget: ImageBudget = None,
     drafter: DrafterName = "auto",
     draft_length: DraftLength = "auto",
+    adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
     store: Annotated[
@@ -112,9 +121,9 @@ def chat(
     folder = None if session is None else session_folder(session)
     saved = read_saved(folder) if folder is not None and is_session(folder) else None
     terminal = Terminal() if is_terminal() else None
-    path = find_folder(model)
-    choice = find_drafter(path, path, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits)
+    path, own = find_folder(model), find_adapter(adapter)
+    choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)
+    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = store if store is not None else None if folder is None else folder / STORE_FOLDER
