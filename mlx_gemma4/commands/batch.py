@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -22,13 +22,14 @@ from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.completion import asked, completion, failure
 from mlx_gemma4.engine.engine import AHEAD, Engine, check_max_batch
+from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import url_scheme
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_part
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
-from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, awake, run, whole_above_0
+from mlx_gemma4.terminal import Adapters, Bar, Debug, DType, KvBits, Version, adapters_of, awake, run, whole_above_0
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_adapter, find_drafter, find_folder, open_checkpoint
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -54,7 +55,7 @@ def batch(
     store: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
     ] = None,
-    adapter: Adapter = None,
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
     version: Version = False,
@@ -69,7 +70,7 @@ def batch(
         failed = 0
         if len(done) < len(names):
             folder = find_folder(model)
-            own = find_adapter(adapter)
+            own = find_adapter(adapters_of(adapter))
             choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
             checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own)
             processor = load_processor(checkpoint.folder, checkpoint.config)
@@ -181,7 +182,9 @@ def answer_to(task: Task, engine: Engine, folder: Path, model: str) -> dict[str,
         if task.error is not None:
             raise task.error
         request, options = asked(with_media_from(folder, task.body))
-        status, body = 200, completion(collect(engine.ask(request, options)), model, task.name)
+        adapter = adapter_named(task.body.get("model"), engine.model.config.adapters, model)
+        reply = collect(engine.ask(request, replace(options, adapter=adapter)))
+        status, body = 200, completion(reply, adapter or model, task.name)
     except Exception as error:  # whatever one line raises, the others are to be answered
         status, words = failure(error)
         body = {"error": words}

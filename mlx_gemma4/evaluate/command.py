@@ -32,7 +32,7 @@ from mlx_gemma4.evaluate.quality import (
 from mlx_gemma4.prompt.messages import json_lines
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
-from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, look_through
+from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.tensors import list_tensors
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
@@ -149,7 +149,7 @@ def open_subject(
     max_tokens: int | None,
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
 ) -> Subject:
     folder = find_folder(name)
     choice = find_drafter(name, folder, drafter, adapter=adapter)

@@ -19,7 +19,18 @@ from mlx_gemma4.serve.connection import Connection
 from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
-from mlx_gemma4.terminal import Adapter, Debug, DType, KvBits, Version, number, run, whole_above_0, whole_number
+from mlx_gemma4.terminal import (
+    Adapters,
+    Debug,
+    DType,
+    KvBits,
+    Version,
+    adapters_of,
+    number,
+    run,
+    whole_above_0,
+    whole_number,
+)
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -69,7 +80,7 @@ def serve(
     drafter: Annotated[
         str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
     ] = "auto",
-    adapter: Adapter = None,
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
     version: Version = False,
@@ -84,9 +95,9 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, adapter=adapter,
-        max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
-        thinking=thinking, allowed=allowed,
+        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits,
+        adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
+        unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
     with listening(host, port) as listener:
         resident = Resident(settings)

@@ -2,15 +2,18 @@
 
 import gc
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Timer
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.engine import Engine, check_max_batch
+from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.serve.ask import Refused
@@ -30,7 +33,7 @@ class Settings:
     drafter: str | None = "auto"
     dtype: str | None = None
     kv_bits: int | None = None
-    adapter: Path | None = None
+    adapter: str | Path | Mapping[str, str | Path] | None = None  # by name: requests choose from them
     max_batch: int = 8
     max_queue: int = 64  # replies that wait for a row
     store: Path | None = None
@@ -64,6 +67,7 @@ class Resident:
         self.context = checkpoint.config.text.max_position_embeddings
         is_path = settings.model != "demo" and Path(settings.model).expanduser() == folder
         self.name = folder.resolve().name if is_path else settings.model
+        self.adapters = checkpoint.config.adapters
         self.checkpoint: Checkpoint | None = checkpoint
         self.engine: Engine | None = None
         self.is_ready = False  # it has been loaded once; what is given back is loaded again
@@ -75,6 +79,13 @@ class Resident:
     def look(self) -> Checkpoint:
         dtype = computing_type(self.settings.dtype)
         return open_checkpoint(self.folder, self.choice, dtype, self.settings.kv_bits, self.adapter)
+
+    def chosen(self, model: Any) -> str | None:
+        """The adapter that a request's `model` is; None: the model itself. Refused, 404, for what is neither."""
+        try:
+            return adapter_named(model, self.adapters, self.name)
+        except ValueError as error:
+            raise Refused(str(error), status=404, field="model", code="model_not_found") from None
 
     def new_store(self) -> PromptStore:
         return PromptStore(max_bytes=self.settings.store_bytes, folder=self.settings.store)

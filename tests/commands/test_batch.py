@@ -82,7 +82,16 @@ def test_an_adapter_is_the_models(run: Run, tiny_folder: Path, tmp_path: Path) -
     source, target = write(tmp_path / "in.jsonl", [question("a", "the quick")]), tmp_path / "out.jsonl"
     assert run(source, target, "--model", tiny_folder, "--adapter", tmp_path / "own")[0] == 0
     loaded = load(tiny_folder, adapter=tmp_path / "own")
-    assert text_of(answers_in(target)[0]) == generate(*loaded, "the quick", max_tokens=6, sampling=GREEDY).text
+    alone = generate(*loaded, "the quick", max_tokens=6, sampling=GREEDY).text
+    assert text_of(answers_in(target)[0]) == alone
+    lines = [question(name, "the quick", model=name) for name in ("mine", "base", "yours")]
+    write(source, lines)
+    target.unlink()
+    assert run(source, target, "--model", tiny_folder, "--adapter", f"mine={tmp_path / 'own'}")[0] == 0
+    found = {answer["custom_id"]: answer for answer in answers_in(target)}
+    assert (text_of(found["mine"]), found["mine"]["response"]["body"]["model"]) == (alone, "mine")
+    assert text_of(found["base"]) == generate(*load(tiny_folder), "the quick", max_tokens=6, sampling=GREEDY).text
+    assert "model is 'yours'; expected" in found["yours"]["error"]["message"]
 
 
 WRONG: list[tuple[Any, str | None, str]] = [  # a line, its custom_id in OUT, what is said of it

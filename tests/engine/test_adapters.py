@@ -1,0 +1,102 @@
+"""Of several adapters each row has its own, and gives what it gives where that adapter is the only one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from adapters import random_adapter
+from rounds import GREEDY
+from toy_checkpoint import TINY
+
+from mlx_gemma4 import Engine, Prompt, PromptStore, collect, generate, load
+from mlx_gemma4.engine.request import adapter_named
+from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.model.matrix import Adapted
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.weights.adapter import write_adapter
+
+Loaded = tuple[Model, Processor]
+ASKED = [Prompt([2, *(110 + (place * 7 + 13) % 300 for place in range(length))]) for length in (150, 40)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {name: tmp_path_factory.mktemp("adapters") / name for name in ("one", "two")}
+    for rank, (name, folder) in enumerate(found.items(), 2):
+        adapter = random_adapter(TINY, rank=rank, dora=name == "two", seed=rank)
+        write_adapter(folder, adapter, "dora" if name == "two" else "lora", rank, 0.4, -1)
+    return found
+
+
+def endless(folder: Path, adapter: Any) -> Loaded:
+    model, processor = load(folder, adapter=adapter)
+    model.config = replace(model.config, generation=replace(model.config.generation, eos_token_ids=()))
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def several(planted_folder: Path, folders: dict[str, Path]) -> Iterator[Loaded]:
+    yield endless(planted_folder, folders)
+
+
+@pytest.fixture(scope="module")
+def alone(planted_folder: Path, folders: dict[str, Path]) -> dict[tuple[str | None, int], list[int]]:
+    """What each adapter says to each prompt, loaded alone."""
+    found = {}
+    for name in (None, *folders):
+        loaded = endless(planted_folder, name and folders[name])
+        for place, asked in enumerate(ASKED):
+            reply = generate(*loaded, asked, max_tokens=20, sampling=GREEDY, draft_length=2)
+            found[name, place] = reply.token_ids
+    assert len({tuple(own) for own in found.values()}) == len(found)
+    return found
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_rows_of_one_batch_have_their_own(several: Loaded, alone: dict[Any, list[int]], drafts: int) -> None:
+    """With a store too, in which the same prompt was read with others."""
+    with Engine(*several, max_batch=4, store=PromptStore()) as engine:
+        for again in (False, True):
+            streams = {
+                (name, place): engine.submit(
+                    ASKED[place], max_tokens=20, sampling=GREEDY, draft_length=drafts, adapter=name
+                )
+                for name, place in alone
+            }
+            replies = {key: collect(stream) for key, stream in streams.items()}
+            assert {key: reply.token_ids for key, reply in replies.items()} == alone
+            cached = [reply.stats.cached_tokens for (_, place), reply in replies.items() if place == 0]
+            assert all(cached) if again else not any(cached)
+
+
+def test_without_an_adapter_nothing_of_them_is_computed(
+    several: Loaded, alone: dict[Any, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[mx.array | None] = []
+    plain = Adapted.__call__
+    monkeypatch.setattr(
+        Adapted, "__call__", lambda self, x, adapters=None: given.append(adapters) or plain(self, x, adapters)
+    )
+    reply = generate(*several, ASKED[1], max_tokens=20, sampling=GREEDY, draft_length=1)
+    assert reply.token_ids == alone[None, 1]
+    assert given and all(own is None for own in given)
+    assert generate(*several, ASKED[1], max_tokens=20, sampling=GREEDY, adapter="one").token_ids == alone["one", 1]
+    assert any(own is not None for own in given)
+
+
+def test_a_name_that_is_none_is_refused(several: Loaded, planted: Loaded, planted_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter is 'three'; expected None, or one of one, two"):
+        generate(*several, "hello", adapter="three")
+    with pytest.raises(ValueError, match="adapter is 'one'; expected None: no adapter was loaded by name"):
+        generate(*planted, "hello", adapter="one")
+    with Engine(*several) as engine, pytest.raises(ValueError, match="adapter is 3; expected None, or"):
+        engine.submit("hello", adapter=3)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="adapter has 'base'"):
+        load(planted_folder, adapter={"base": tmp_path})
+    assert adapter_named("any", (), "gemma") is adapter_named("gemma", ("one",), "gemma") is None
+    with pytest.raises(ValueError, match="model is 'tow'; expected gemma, or an adapter's name: one, two"):
+        adapter_named("tow", ("one", "two"), "gemma")
