@@ -20,7 +20,7 @@ from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.weights.adapter import write_adapter
 
 Loaded = tuple[Model, Processor]
-ASKED = [Prompt([2, *(110 + (place * 7 + 13) % 300 for place in range(length))]) for length in (150, 40)]
+ASKED = [Prompt([2, *(110 + (place * 7 + length) % 300 for place in range(length))]) for length in (150, 40)]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_rows_of_one_batch_have_their_own(several: Loaded, alone: dict[Any, list
             replies = {key: collect(stream) for key, stream in streams.items()}
             assert {key: reply.token_ids for key, reply in replies.items()} == alone
             cached = [reply.stats.cached_tokens for (_, place), reply in replies.items() if place == 0]
-            assert all(cached) if again else not any(cached)
+            assert min(cached) > 100 if again else max(cached) <= 1  # the first token is that of both prompts
 
 
 def test_without_an_adapter_nothing_of_them_is_computed(
