@@ -204,9 +204,10 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(model: Footprint, prompt_tokens: int = 1, reply_tokens: int = 1) -> None:
-    """MemoryError if this machine cannot hold the model, read the prompt and begin the reply."""
-    room, reply = memory_limit(), min(reply_tokens, SHORT_REPLY)  # a reply may end long before its limit
+def check_memory(model: Footprint, prompt_tokens: int = 1, reply_tokens: int = 1, room: int | None = None) -> None:
+    """MemoryError if this machine, or one that has so much room, cannot hold the model, read the prompt and begin the
+    reply."""
+    room, reply = room or memory_limit(), min(reply_tokens, SHORT_REPLY)  # a reply may end long before its limit
     needed = predict(model, prompt_tokens, reply).peak
     if needed <= room:
         return

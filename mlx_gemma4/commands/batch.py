@@ -12,9 +12,11 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
+import mlx.core as mx
 import typer
 
 from mlx_gemma4.commands.generate import load_shown
@@ -29,8 +31,23 @@ from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_part
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
-from mlx_gemma4.terminal import Adapters, Bar, Debug, DType, KvBits, Version, adapters_of, awake, run, whole_above_0
+from mlx_gemma4.terminal import (
+    Adapters,
+    Bar,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    ModelName,
+    StoreFolder,
+    Version,
+    adapters_of,
+    awake,
+    run,
+    whole_above_0,
+)  # fmt: skip
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_adapter, find_drafter, find_folder, open_checkpoint
+from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -43,18 +60,12 @@ BOM = b"\xef\xbb\xbf"
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     max_batch: Annotated[
         int, typer.Option(parser=whole_above_0, metavar="N", help="Replies that are written at once, at most.")
     ] = 8,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    drafter: DrafterName = "auto",
+    store: StoreFolder = None,
     adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
@@ -63,22 +74,23 @@ def batch(
 ) -> None:
     """Answer a file of chat completions, many at once. Called again, it goes on where it stopped."""
     check_max_batch(max_batch)
-    computing = computing_type(dtype)
+    lead()
+    group = launched()
+    load = partial(loaded, model, drafter, computing_type(dtype), kv_bits, group, max_batch, store, adapter)
+    if follows(group):
+        if hear():
+            load().follow()
+        return
     names = {line.name for line in lines_of(source)}
     with opened(target) as out:
         done = answered(out, source, target, names)
         failed = 0
-        if len(done) < len(names):
-            folder = find_folder(model)
-            own = find_adapter(adapters_of(adapter))
-            choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-            checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own)
-            processor = load_processor(checkpoint.folder, checkpoint.config)
-            check_memory(checkpoint.footprint)
-            kept = PromptStore(folder=store)
-            load_shown(checkpoint)
+        if len(done) == len(names):
+            release(group)
+        else:
+            same(group, True)
             tasks = (task for task in tasks_of(source) if task.name not in done)
-            with awake(), Bar("Answering") as bar, Engine(checkpoint.model, processor, max_batch, kept) as engine:
+            with awake(), load() as engine, Bar("Answering") as bar:
                 bar.show(len(done), len(names))
                 for number, answer in enumerate(answers(engine, tasks, source.parent, model), len(done) + 1):
                     out.write(json.dumps(answer).encode() + b"\n")
@@ -87,6 +99,20 @@ def batch(
                     bar.show(number, len(names))
     before = f"; {len(done)} were before" if done else ""
     print(f"{len(names) - len(done)} lines answered, {failed} of them with an error{before}", file=sys.stderr)
+
+
+def loaded(
+    model: str, drafter: str, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
+    max_batch: int, store: Path | None, adapter: list[str],
+) -> Engine:  # fmt: skip
+    folder, own = find_folder(model), find_adapter(adapters_of(adapter))
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
+    checkpoint = open_checkpoint(folder, choice, dtype, kv_bits, own, group)
+    processor = load_processor(checkpoint.folder, checkpoint.config)
+    check_memory(checkpoint.footprint)
+    kept = PromptStore(folder=store)
+    load_shown(checkpoint)
+    return Engine(checkpoint.model, processor, max_batch, kept)
 
 
 # --- IN ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mlx_gemma4.commands.typed import Medium, read_argument, read_typed
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading
+from mlx_gemma4.engine.generation import Reading, follow
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import STORE_FOLDER, is_session, read_saved
 from mlx_gemma4.entry import if_stopped, leave
@@ -48,6 +48,7 @@ from mlx_gemma4.terminal import (
     ModelName,
     RepetitionPenalty,
     Seed,
+    StoreFolder,
     System,
     Temperature,
     Thinking,
@@ -67,6 +68,7 @@ from mlx_gemma4.weights.load import (
     footprint_of,
     open_checkpoint,
 )
+from mlx_gemma4.weights.peers import follows, launched, lead, release
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -107,9 +109,7 @@ def chat(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    store: StoreFolder = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -119,17 +119,22 @@ def chat(
     computing = computing_type(dtype)
     check_media([], image_budget)
     folder = None if session is None else session_folder(session)
-    saved = read_saved(folder) if folder is not None and is_session(folder) else None
-    terminal = Terminal() if is_terminal() else None
+    lead()
+    group = launched()
+    is_first = not follows(group)
+    saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
+    terminal = Terminal() if is_first and is_terminal() else None
     path, own = find_folder(model), find_adapter(adapter)
     choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own)
+    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own, group)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
-    kept = store if store is not None else None if folder is None else folder / STORE_FOLDER
-    with Agent(
-        checkpoint.model, processor, (), mcp, skills, allow, system, thinking, image_budget, PromptStore(folder=kept)
-    ) as agent:
+    kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)
+    if not is_first:
+        load_shown(checkpoint)
+        follow(checkpoint.model, processor, kept)
+        return
+    with Agent(checkpoint.model, processor, (), mcp, skills, allow, system, thinking, image_budget, kept) as agent:
         load_shown(checkpoint)
         tools = agent.session.settings.tools
         if saved is not None:
@@ -143,6 +148,7 @@ def chat(
             conversation.run(piped() if terminal is None else terminal.lines())
         finally:
             conversation.close()
+    release(group)
 
 
 def is_terminal() -> bool:

@@ -13,7 +13,7 @@ import typer
 from mlx_gemma4.config import FULL, computing_type, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, nbytes_at
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
-from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.tune.plan import TuningPlan, longest_row, of_plan, smaller_tuning
 from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
@@ -46,9 +46,7 @@ def fit(
     memory: Annotated[
         int | None, typer.Option(parser=parse_memory, metavar="SIZE", help="Of another Mac, such as 16GB.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
     tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
@@ -88,12 +86,17 @@ def fit(
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
     print("\n".join(lines(found)))
     longest_context = longest(lambda length: fits(own, length, room), most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
+    changes = smaller(checkpoint, tokens, longest_context, room)
+    return verdict(found.peak, room, f"context that fits is {longest_context}", changes)
+
+
+def verdict(peak: int, room: int, longest_that_fits: str, changes: Iterator[str]) -> int:
+    """The exit status."""
+    if peak <= room:
+        print(f"It fits, with {size_text(room - peak)} left; the longest {longest_that_fits}.")
         return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller(checkpoint, tokens, longest_context, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
+    print(f"It does not fit: {size_text(peak - room)} are missing.")
+    print(f"What would make it fit: {'; '.join(changes) or 'no single change; a smaller model'}.")
     return FAILED
 
 
@@ -105,14 +108,8 @@ def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     names = ("weights", "adapter, Adam", "kept of layers", "workspace", "together")
     parts = (found.weights, found.adapter, found.kept, found.workspace, found.peak)
     print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
-    if found.peak <= room:
-        most = longest_row(checkpoint, plan, room)
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest row that fits is {most} tokens.")
-        return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller_tuning(checkpoint, plan, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
-    return FAILED
+    fits = f"row that fits is {longest_row(checkpoint, plan, room)} tokens"
+    return verdict(found.peak, room, fits, smaller_tuning(checkpoint, plan, room))
 
 
 # --- arithmetic --------------------------------------------------------------------------------

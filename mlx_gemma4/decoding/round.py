@@ -221,7 +221,8 @@ def make_halves(owner: Model, stages: Stages, length: int) -> tuple[Draft, Verif
 
     def first(state: State, arrays: list[Arrays]) -> tuple[mx.array, mx.array]:
         drafts, q = draft(model, stages, choices, length, state, traced(arrays, model.config.text))
-        return mx.stack(drafts, axis=1), mx.concatenate(q, axis=1)
+        (agreed,) = model.agreed(mx.stack(drafts, axis=1))  # the host of each machine makes masks of them
+        return agreed, mx.concatenate(q, axis=1)
 
     def second(
         state: State, arrays: list[Arrays], drafts: mx.array, q: mx.array | None, bits: mx.array, forced: mx.array

@@ -2,8 +2,8 @@
 
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
+from mlx_gemma4.weights.peers import hear, leads, settle, tell
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
@@ -41,6 +42,9 @@ class Reading:
 
     done: int
     total: int
+
+
+Events = Generator[Reading | Piece, None, None]
 
 
 def generate(
@@ -152,7 +156,7 @@ def generation_events(
     options: Options,
     prepared: float,
     store: PromptStore | None = None,
-) -> Iterator[Reading | Piece]:
+) -> Events:
     """Check the request against the model, then give what happens: how far the prompt is read, then the pieces.
 
     The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
@@ -162,7 +166,42 @@ def generation_events(
     check_length(prompt, model.config)
     adapter_of(model, options)
     constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
-    return run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
+    events = run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
+    return led_events(model, prompt, options, events)
+
+
+def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -> Events:
+    """For each of them the machines that follow, if any do, take a step too; they leave when these are left."""
+    if not leads(model.group):  # which is known once the weights are there
+        yield from events
+        return
+    tell((prompt, options))
+    with closing(events):
+        try:
+            while True:
+                tell(True)
+                try:
+                    event = next(events)
+                except StopIteration:
+                    return
+                except Exception as error:  # whatever it is, the others must have it too
+                    settle(model.group, error)
+                    raise
+                yield event
+        finally:
+            tell(False)
+
+
+def follow(model: Model, processor: Processor, store: PromptStore | None) -> None:
+    """On the machines behind the first of those that share a model: take part in its replies until it releases them."""
+    while (asked := hear()) is not None:
+        prompt, options = asked
+        with closing(generation_events(model, processor, prompt, options, 0, store)) as events:
+            while hear():
+                try:
+                    next(events, None)
+                except Exception as error:  # of this reply: the first machine goes on
+                    settle(model.group, error)
 
 
 def adapter_of(model: Model, options: Options) -> int:
@@ -186,8 +225,6 @@ def drafts_of(model: Model, options: Options) -> int | None:
         return int(length)
     if model.drafter is None:
         return 0
-    if model.group is not None:  # measured times differ from machine to machine
-        return SEEDED_LENGTH
     is_greedy = settled(sampling, model.config.generation).temperature == 0
     return None if sampling.seed is None or is_greedy else SEEDED_LENGTH
 
@@ -201,7 +238,7 @@ def run(
     constraint: "Constraint | None",
     prepared: float,
     store: PromptStore | None,
-) -> Iterator[Reading | Piece]:
+) -> Events:
     length, sampling = len(prompt), options.sampling
     row = row_of(model, processor, prompt, options, prepared, constraint)
     limit = row.limit

@@ -35,7 +35,7 @@ class Options:
     logprobs: int | None = None  # the likeliest tokens told at each place, 0 for the chosen one alone; None: nothing
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids
     thinking_budget: int | None = None  # tokens of a thought, until its next line ends; None: no bound
-    response_format: Any = None  # what the answer is held to: grammar.response_grammar
+    response_format: Any = None  # what the answer is held to: forms.response
     tool_choice: str = "auto"  # "auto" | "none" | "required" | a tool's name
     parallel_tool_calls: bool = True  # a reply may have more than one
     scope: str = ""  # whose request it is: what has been read for others is not found in a store
@@ -64,7 +64,7 @@ class Options:
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise ValueError(f"adapter is {shown(self.adapter)}; expected None, or an adapter's name")
         if self.response_format is not None:
-            from mlx_gemma4.decoding.grammar import response_grammar  # here: it loads llguidance
+            from mlx_gemma4.forms.response import response_grammar  # here: it loads llguidance
 
             response_grammar(self.response_format)
 
@@ -85,7 +85,8 @@ class Options:
         is_free = self.response_format is None and no_tools
         if is_free and self.thinking_budget is None:
             return None
-        from mlx_gemma4.decoding.constraint import Constraint, form_of, vocabulary_of
+        from mlx_gemma4.decoding.constraint import Constraint, vocabulary_of
+        from mlx_gemma4.forms.form import form_of
 
         controls = Controls.from_tokenizer(processor.tokenizer)
         form = form_of(

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_gemma4.config import FULL, SLIDING, WHOLE, TextConfig
+from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.model import Model
 
 
@@ -111,6 +112,7 @@ class Gathered(nn.Module):
         for name in ("weight", "scales", "biases"):
             if name in table:
                 self._part[name] = table[name][first : first + each]  # a view
+                mx.eval(self._part[name])  # in this thread: others have not its stream
         self._missing = each - len(self._part.weight)
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -125,12 +127,19 @@ class Gathered(nn.Module):
 
 def join_machines(model: Model, share: Share) -> None:
     """Let a model, loaded and arranged, find the rest of itself on the other machines."""
-    decoder, group = model.language_model, share.group
-    model.group = group
-    for layer in decoder.layers:
-        layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, group)
-        layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, group)
-        if layer.kind == WHOLE:
-            layer.kind, layer.self_attn.own_heads = SLIDING, slice(*share.heads)
-    decoder["lm_head"] = Gathered(decoder.embed_tokens if decoder.is_tied else decoder.lm_head, group)
+    for layer in model.language_model.layers:
+        join_layer(layer, share)
+    join_head(model, share)
+
+
+def join_layer(layer: Layer, share: Share) -> None:
+    layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, share.group)
+    layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, share.group)
+    if layer.kind == WHOLE:
+        layer.kind, layer.self_attn.own_heads = SLIDING, slice(*share.heads)
+
+
+def join_head(model: Model, share: Share) -> None:
+    decoder, model.group = model.language_model, share.group
+    decoder["lm_head"] = Gathered(decoder.embed_tokens if decoder.is_tied else decoder.lm_head, share.group)
     decoder.is_tied = False

@@ -22,7 +22,7 @@ space, on names that hold a dot or colon, and on white space after a comma.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,28 +156,25 @@ class Reader:
         return {"name": self.match(NAME, "a name"), "arguments": self.mapping(depth=1)}
 
     def mapping(self, depth: int) -> dict[str, Any]:
-        self.expect("{")
         result: dict[str, Any] = {}
-        if self.take("}"):
-            return result
-        while True:
+        for _ in self.entries("{", "}"):
             key = self.key()
             self.expect(":")
             result[key] = self.value(depth)
-            if not self.take(","):
-                self.expect("}")
-                return result
+        return result
 
     def sequence(self, depth: int) -> list[Any]:
-        self.expect("[")
-        result: list[Any] = []
-        if self.take("]"):
-            return result
-        while True:
-            result.append(self.value(depth))
-            if not self.take(","):
-                self.expect("]")
-                return result
+        return [self.value(depth) for _ in self.entries("[", "]")]
+
+    def entries(self, opening: str, closing: str) -> Iterator[None]:
+        """Before each entry between these."""
+        self.expect(opening)
+        if self.take(closing):
+            return
+        yield
+        while self.take(","):
+            yield
+        self.expect(closing)
 
     def key(self) -> str:
         self.skip_space()

@@ -22,16 +22,19 @@ from mlx_gemma4.serve.resident import Resident, Settings
 from mlx_gemma4.terminal import (
     Adapters,
     Debug,
+    DrafterName,
     DType,
     KvBits,
+    ModelName,
     Version,
     adapters_of,
     number,
     run,
     whole_above_0,
     whole_number,
-)
+)  # fmt: skip
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
+from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -40,9 +43,7 @@ LAST_BYTES = 1  # seconds that connections have to take what has been sent to th
 
 @app.command()
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen; beyond this machine with a key only.")] = (
         "127.0.0.1"
     ),
@@ -77,9 +78,7 @@ def serve(
     unload_after: Annotated[
         float | None, typer.Option(parser=number, metavar="SECONDS", help="Give the memory back when nobody asks.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
@@ -99,8 +98,14 @@ def serve(
         adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
         unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
+    lead()
+    group = launched()
+    if follows(group):
+        Resident(settings, group).load().follow()
+        return
     with listening(host, port) as listener:
-        resident = Resident(settings)
+        resident = Resident(settings, group)
+        at_loss.append(resident.abandon)
         loader = Thread(target=resident.load_ahead, daemon=True)
         loader.start()
         name = f"[{host}]" if ":" in host else host

@@ -24,6 +24,10 @@ def prompt_piece(
     text = processor.tokenizer.decode(ids, skip_special_tokens=True)
     if tops is None:
         return Piece(text, "", ids)
+    if model.group is not None:  # the engine alone decides what the machines do next
+        raise ValueError(
+            "logprobs is asked of a prompt, and several machines share the model; expected echo without it"
+        )
     entries: list[dict[str, Any]] = [{"token_id": ids[0], "logprob": None, "top": {}}]
     index = adapter_of(model, Options(adapter=adapter))
     for hidden in model.read(prompt, model.caches(len(prompt)), CHUNK, index):

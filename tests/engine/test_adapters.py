@@ -58,19 +58,27 @@ def alone(planted_folder: Path, folders: dict[str, Path]) -> dict[tuple[str | No
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_rows_of_one_batch_have_their_own(several: Loaded, alone: dict[Any, list[int]], drafts: int) -> None:
-    """With a store too, in which the same prompt was read with others."""
+    with Engine(*several, max_batch=4) as engine:
+        streams = {
+            (name, place): engine.submit(
+                ASKED[place], max_tokens=20, sampling=GREEDY, draft_length=drafts, adapter=name
+            )
+            for name, place in alone
+        }
+        assert {key: collect(stream).token_ids for key, stream in streams.items()} == alone
+
+
+def test_what_was_read_with_one_is_found_with_that_one_alone(several: Loaded, alone: dict[Any, list[int]]) -> None:
     with Engine(*several, max_batch=4, store=PromptStore()) as engine:
-        for again in (False, True):
-            streams = {
-                (name, place): engine.submit(
-                    ASKED[place], max_tokens=20, sampling=GREEDY, draft_length=drafts, adapter=name
-                )
-                for name, place in alone
-            }
-            replies = {key: collect(stream) for key, stream in streams.items()}
-            assert {key: reply.token_ids for key, reply in replies.items()} == alone
-            cached = [reply.stats.cached_tokens for (_, place), reply in replies.items() if place == 0]
-            assert min(cached) > 100 if again else max(cached) <= 1  # the first token is that of both prompts
+        for name in (None, "one", "two"):
+            first = collect(engine.submit(ASKED[0], max_tokens=20, sampling=GREEDY, adapter=name))
+            assert (first.token_ids, first.stats.cached_tokens) == (alone[name, 0], 0)
+        for name in ("two", None, "one"):
+            longer = Prompt([*ASKED[0].token_ids, *alone[name, 0], 150, 151])
+            again = collect(engine.submit(longer, max_tokens=9, sampling=GREEDY, adapter=name))
+            fresh = generate(*several, longer, max_tokens=9, sampling=GREEDY, adapter=name)
+            assert again.token_ids == fresh.token_ids
+            assert again.stats.cached_tokens == 128  # whole pages
 
 
 def test_without_an_adapter_nothing_of_them_is_computed(

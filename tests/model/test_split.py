@@ -1,11 +1,6 @@
 """One model on several machines gives what one gives; here they are processes."""
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import started
 from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
@@ -29,6 +25,7 @@ IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"draft_length": 0, "sampling": Sampling(temperature=0)},
     "drafted": {"draft_length": 3, "sampling": Sampling(temperature=0)},
+    "auto": {"sampling": Sampling(temperature=0)},
     "seeded": {"draft_length": 2, "sampling": Sampling(temperature=1.0, seed=5)},
 }
 MACHINE = """
@@ -69,22 +66,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = write_checkpoint(tmp_path_factory.mktemp("split") / "model", SHAPE)
     write_drafter(made / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 0))
     return made
-
-
-def started(code: str, count: int, hosts: Path, *arguments: Path) -> list[subprocess.Popen[str]]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    hosts.write_text(json.dumps([[f"127.0.0.1:{own.getsockname()[1]}"] for own in sockets]))
-    for own in sockets:
-        own.close()
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONPATH": path},
-        )
-        for rank in range(count)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [2, 3])
