@@ -78,7 +78,7 @@ def test_what_was_read_with_one_is_found_with_that_one_alone(several: Loaded, al
             again = collect(engine.submit(longer, max_tokens=9, sampling=GREEDY, adapter=name))
             fresh = generate(*several, longer, max_tokens=9, sampling=GREEDY, adapter=name)
             assert again.token_ids == fresh.token_ids
-            assert again.stats.cached_tokens == 128  # whole pages
+            assert again.stats.cached_tokens >= 128  # whole pages at least
 
 
 def test_without_an_adapter_nothing_of_them_is_computed(
