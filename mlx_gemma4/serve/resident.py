@@ -74,6 +74,8 @@ class Resident:
         is_path = settings.model != "demo" and Path(settings.model).expanduser() == folder
         self.name = folder.resolve().name if is_path else settings.model
         self.adapters = checkpoint.config.adapters
+        if self.name in self.adapters:
+            raise ValueError(f"an adapter is named {self.name}, as the model; expected another name")
         self.checkpoint: Checkpoint | None = checkpoint
         self.engine: Engine | None = None
         self.is_ready = False  # it has been loaded once; what is given back is loaded again
