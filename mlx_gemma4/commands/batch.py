@@ -45,7 +45,7 @@ from mlx_gemma4.terminal import (
     awake,
     run,
     whole_above_0,
-)  # fmt: skip
+)
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_adapter, find_drafter, find_folder, open_checkpoint
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 

@@ -251,24 +251,20 @@ class Constraint:
         form, controls = self.form, self.controls
         if self.phase is Phase.DONE:
             return self.only(self.stops)
-        if self.phase is Phase.CALL:
+        if self.phase in (Phase.CALL, Phase.ANSWER):
             return self.matched()
         if self.phase is Phase.CALLED:
-            opening = [controls.tool_call_open] if form.several else []
-            return self.only([*self.stops, *opening])
-        if self.phase is Phase.ANSWER:
-            return self.matched()
-        if self.thinking:
-            ends = self.thought_ends()
-            if ends is not None:
-                return self.only([ends])
+            return self.only([*self.stops, controls.tool_call_open if form.several else None])
+        if self.thinking and (ends := self.thought_ends()) is not None:
+            return self.only([ends])
         if form.any_text:
             return self.all_tokens()
         if self.thinking:
-            return self.all_but([controls.channel_open, *self.stops, *([] if form.call else [controls.tool_call_open])])
+            barred = [controls.channel_open, None if form.call else controls.tool_call_open, *self.stops]
+            return self.all_tokens() & ~self.only(barred)
         found = self.only([]) if form.answer is None else self.matched()
-        more = [controls.tool_call_open] if form.call else []
-        return found | self.only([*more, *([controls.channel_open] if self.may_think else [])])
+        call, thought = controls.tool_call_open, controls.channel_open
+        return found | self.only([call if form.call else None, thought if self.may_think else None])
 
     def thought_ends(self) -> int | None:
         """What must come where thoughts have had their tokens: behind a line, or soon, their end."""
@@ -287,13 +283,10 @@ class Constraint:
                 bits[token // 32] |= np.uint32(1 << token % 32)
         return bits
 
-    def all_but(self, tokens: Collection[int | None]) -> Mask:
-        return self.all_tokens() & ~self.only(tokens)
-
     def matched(self) -> Mask:
         """What a grammar allows, and the end of the reply where an answer may end."""
         matcher = self.matching()
-        bits = np.zeros(-(-self.vocabulary.size // 32), np.uint32)
+        bits = self.only([])
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         self.check(matcher)
         bits &= ~self.only([self.vocabulary.end])

@@ -301,10 +301,14 @@ class PromptStore:
 
     # --- finding -------------------------------------------------------------------------------
 
+    def longest(self, space: bytes, own: np.ndarray) -> tuple[int, Line | None]:
+        """The line that a prompt goes along with longest, and how far."""
+        lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
+        return max(lines, key=lambda entry: entry[0], default=(0, None))
+
     def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int, int] | None:
         """Where a prompt parts from the line that it goes along with longest, and the ids there of both."""
-        lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
-        same, line = max(lines, key=lambda entry: entry[0], default=(0, None))
+        same, line = self.longest(space, own)
         if line is None or not 0 < same < min(len(line), len(own)):
             return None
         return same, int(line.units[same, 0]), int(own[same, 0])
@@ -422,9 +426,7 @@ class PromptStore:
             if prompt is None:
                 save_lines(self.lines, disk)
                 return
-            space, own = prompt[0], units(prompt[1])
-            lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
-            same, line = max(lines, key=lambda entry: entry[0], default=(0, None))
+            same, line = self.longest(prompt[0], units(prompt[1]))
             if line is not None:
                 save_line(line, disk, same)
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ class Session:
             for made in (folder, folder / MEDIA_FOLDER):
                 if not made.is_dir():
                     made.mkdir(parents=True, exist_ok=True, mode=0o700)
-            messages = [saved_message(message, folder / MEDIA_FOLDER) for message in self.messages]
+            messages = [with_parts(message, saved_part, folder / MEDIA_FOLDER) for message in self.messages]
             about = {"format": FORMAT, "weights": fingerprint_of(self.model).hex(), "settings": asdict(self.settings)}
             # both are there before either takes the place of an older one
             parts = [written_beside(folder / ABOUT, about), written_beside(folder / MESSAGES, messages)]
@@ -279,7 +279,7 @@ def read_saved(folder: str | Path) -> Saved:
             raise ValueError(
                 f"{str(folder / ABOUT)!r} has {name} {shown(found[name])}; expected what Session.save writes"
             )
-    loaded = [loaded_message(message, folder) for message in messages]
+    loaded = [with_parts(message, loaded_part, folder) for message in messages]
     if loaded:
         check_messages(loaded)
     return Saved(folder, about["weights"], settings, loaded)
@@ -322,15 +322,16 @@ def bytes_beside(file: Path, data: bytes) -> Path:
     return part
 
 
-def saved_message(message: dict[str, Any], media: Path) -> dict[str, Any]:
-    """A message whose media are files in the folder `media`."""
-    content = message.get("content")
+def with_parts(message: Any, change: Callable[[Any, Path], Any], folder: Path) -> Any:
+    """A message with each part of its content changed."""
+    content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, (list, tuple)):
         return message
-    return message | {"content": [saved_part(part, media) for part in content]}
+    return message | {"content": [change(part, folder) for part in content]}
 
 
 def saved_part(part: Any, media: Path) -> Any:
+    """A part whose medium is a file in the folder `media`."""
     kind = KIND_OF.get(part["type"]) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
     if kind not in MEDIA:
         return part
@@ -371,15 +372,8 @@ def media_bytes(source: Any, kind: str) -> tuple[bytes, str]:
     raise ValueError(f"the {kind} {shown(source)} cannot be saved; expected a path, a URL, bytes or decoded media")
 
 
-def loaded_message(message: Any, folder: Path) -> Any:
-    """A message whose media lie in the session's folder, wherever that is now."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    return message | {"content": [loaded_part(part, folder) for part in content]}
-
-
 def loaded_part(part: Any, folder: Path) -> Any:
+    """A part whose medium lies in the session's folder, wherever that is now."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in MEDIA or kind not in part:
         return part

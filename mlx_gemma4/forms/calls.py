@@ -27,7 +27,7 @@ from mlx_gemma4.forms.lark import (
     first_error,
     literal,
     row,
-)  # fmt: skip
+)
 from mlx_gemma4.forms.strings import FORMATS, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes

@@ -58,8 +58,6 @@ def form_of(
 
 def thought_of(prompt: Prompt, controls: Controls) -> tuple[bool, bool]:
     """Whether a reply begins inside a thought that the prompt has opened, and else whether it may open one."""
-    marks = {controls.channel_open, controls.channel_close, controls.turn_open, controls.turn_close}
-    last = next((token for token in reversed(prompt.token_ids) if token in marks), None)
-    if last is not None and last == controls.channel_open:
+    if controls.opened_thought(prompt.token_ids) is not None:
         return True, False
     return False, controls.think is not None and controls.think in prompt.token_ids

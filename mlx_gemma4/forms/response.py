@@ -85,6 +85,10 @@ def text_of(form: Schema, key: str) -> str:
         raise ValueError(f"response_format has {a(text)} for its {key}; expected a string")
     if len(text) > LONGEST:
         raise ValueError(f"response_format has a {key} of {len(text)} characters; expected at most {LONGEST}")
+    return encodable(text, key)
+
+
+def encodable(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -145,11 +149,7 @@ def cached_schema_grammar(text: str) -> str:
     unheld: set[str] = set()
     dropped: set[str] = set()
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("response_format has half a surrogate pair in its schema") from None
-    try:
-        schema = held(json.loads(text), unheld, dropped)
+        schema = held(json.loads(encodable(text, "schema")), unheld, dropped)
         if unheld:
             names = f"keyword{'s' if len(unheld) > 1 else ''} {', '.join(sorted(unheld))}"
             raise ValueError(f"response_format: the {names} cannot be held")

@@ -32,7 +32,7 @@ from mlx_gemma4.terminal import (
     run,
     whole_above_0,
     whole_number,
-)  # fmt: skip
+)
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 

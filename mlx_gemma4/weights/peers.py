@@ -151,8 +151,9 @@ def listen(link: Link) -> None:
                 led = False
                 link.heard.put(None)
             elif kind == FAREWELL:
-                if led:
-                    give_up()  # it has said why
+                if led:  # it has said why, and is to end first
+                    time.sleep(BEAT)
+                    give_up()
                 return
     time.sleep(BEAT / 2)  # MLX's ring writes of it too, from a thread of its own: this line stands alone, and last
     give_up(f"error: machine {link.name} is gone; expected all to stay until the end")
