@@ -141,7 +141,8 @@ def predict_tuning(model: Footprint, trained: int, tokens: int, checkpoint: bool
     layer = max(BACK_MLP_ARRAYS * text.intermediate_size, BACK_HEAD_ARRAYS * max(sizes) + scores)
     head = BLOCK_LOGIT_ARRAYS * min(HEAD_BLOCK, tokens) * text.vocab_size * 4
     workspace = max(tokens * layer * item, head)
-    return Tuning(model.weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
+    weights = model.weights + model.drafter
+    return Tuning(weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
 
 
 def batch_bytes(model: Footprint, lengths: Sequence[int], size: int, ahead: int) -> float:

@@ -36,6 +36,7 @@ from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
 from mlx_gemma4.terminal import (
+    Adapter,
     Debug,
     DrafterName,
     DraftLength,
@@ -60,7 +61,15 @@ from mlx_gemma4.terminal import (
     run,
     show_warning,
 )
-from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_drafter, find_folder, footprint_of, open_checkpoint
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    footprint_of,
+    open_checkpoint,
+)
 from mlx_gemma4.weights.peers import follows, launched, lead, release
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -99,6 +108,7 @@ def chat(
     image_budget: ImageBudget = None,
     drafter: DrafterName = "auto",
     draft_length: DraftLength = "auto",
+    adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
     split: Split = None,
@@ -118,9 +128,9 @@ def chat(
     is_first = not follows(group)
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
     terminal = Terminal() if is_first and is_terminal() else None
-    path = find_folder(model)
-    choice = find_drafter(path, path, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits, group=group, split=split)
+    path, own = find_folder(model), find_adapter(adapter)
+    choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)
+    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)

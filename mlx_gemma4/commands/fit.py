@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +14,13 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4 import __version__
-from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
-from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
+from mlx_gemma4.config import FULL, computing_type, with_kv_bits
+from mlx_gemma4.convert.recipes import BITS, nbytes_at
 from mlx_gemma4.errors import one_line
-from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.split import SPLITS
-from mlx_gemma4.planner import Footprint, Prediction, Tuning, longest, memory_limit, predict, predict_tuning
+from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
-from mlx_gemma4.weights.adapter import matrices_of
+from mlx_gemma4.tune.plan import TuningPlan, longest_row, of_plan, smaller_tuning
 from mlx_gemma4.weights.link import even_latency
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
@@ -30,7 +29,6 @@ from mlx_gemma4.weights.load import (
     find_drafter,
     find_folder,
     fitted,
-    parameters,
     read_headers,
     shared_checkpoints,
 )
@@ -43,7 +41,6 @@ METAL_SHARE, LARGE_MAC, SHARE_OF_LARGE = 2 / 3, 36 * 2**30, 3 / 4
 UNITS = {"B": 1, "MB": 2**20, "GB": 2**30, "TB": 2**40}  # of memory, which is sold in powers of two
 REPLY = 1024  # tokens of a context that are written and not read: generate's --max-tokens
 USUAL_CONTEXT = 8192
-SHORTEST_ROW = 128  # of training
 SHORTEST = 1024  # a context below it is of little use
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -220,51 +217,13 @@ def rooms_of(hosts: Sequence[str]) -> list[int]:
 # --- tuning ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TuningPlan:
-    tokens: int  # of the longest row
-    rank: int
-    checkpoint: bool
-
-    @property
-    def text(self) -> str:
-        twice = "layers computed twice" if self.checkpoint else "layers computed once"
-        return f"rows of {self.tokens} tokens, rank {self.rank}, {twice}"
-
-
 def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     found = of_plan(checkpoint, plan)
     names = ("weights", "adapter, Adam", "kept of layers", "workspace", "together")
     parts = (found.weights, found.adapter, found.kept, found.workspace, found.peak)
     print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
-    most = checkpoint.config.text.max_position_embeddings
-    longest_row = longest(lambda tokens: of_plan(checkpoint, replace(plan, tokens=tokens)).peak <= room, most)
-    changes = smaller_tuning(checkpoint, plan, longest_row, room)
-    return verdict(found.peak, room, f"row that fits is {longest_row} tokens", changes)
-
-
-def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:
-    sizes = matrices_of(checkpoint.model).items()
-    trained = plan.rank * sum(sum(shape) for path, shape in sizes if ".layers." in path)
-    return predict_tuning(checkpoint.footprint, trained, plan.tokens, plan.checkpoint)
-
-
-def smaller_tuning(checkpoint: Checkpoint, plan: TuningPlan, longest_row: int, room: int) -> Iterator[str]:
-    """Single changes that make it fit, those first that cost time alone."""
-    if not plan.checkpoint and of_plan(checkpoint, replace(plan, checkpoint=True)).peak <= room:
-        yield "layers computed twice (--grad-checkpoint)"
-    ranks = [rank for rank in (64, 32, 16, 8, 4, 2, 1) if rank < plan.rank]
-    fitting = (rank for rank in ranks if of_plan(checkpoint, replace(plan, rank=rank)).peak <= room)
-    if (rank := next(fitting, None)) is not None:
-        yield f"rank {rank} (--rank {rank})"
-    if longest_row >= SHORTEST_ROW:
-        yield f"rows of {longest_row} tokens (--max-seq-length {longest_row})"
-    for bits in sorted(BITS["affine"], reverse=True):
-        weights = at_bits(checkpoint, bits)
-        smaller = replace(checkpoint, footprint=replace(checkpoint.footprint, weights=weights))
-        if weights < checkpoint.footprint.weights and of_plan(smaller, plan).peak <= room:
-            yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
-            return
+    fits = f"row that fits is {longest_row(checkpoint, plan, room)} tokens"
+    return verdict(found.peak, room, fits, smaller_tuning(checkpoint, plan, room))
 
 
 # --- arithmetic --------------------------------------------------------------------------------
@@ -306,7 +265,7 @@ def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int
             yield f"caches in {bits} bits (--kv-bits {bits})"
             break
     for bits in sorted(BITS["affine"], reverse=True):
-        weights = at_bits(checkpoint, bits)
+        weights = nbytes_at(checkpoint.config, bits)
         if fits(replace(own, weights=weights), tokens, room):
             yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
             return
@@ -318,13 +277,6 @@ def can_be_packed(model: Footprint) -> bool:
     except ValueError:  # the sizes of its heads
         return False
     return True
-
-
-def at_bits(checkpoint: Checkpoint, bits: int) -> int:
-    """Bytes of the weights if every matrix had so many bits, and the rest two bytes."""
-    shapes = {path: array.shape for path, array in parameters(Model(checkpoint.config)).items()}
-    chosen = plan(Recipe("", Quantization(GROUP_SIZES["affine"][0], bits, "affine")), shapes, 2)
-    return sum(weights_nbytes(shapes, chosen, 2).values())
 
 
 # --- what is in a folder or on the hub ---------------------------------------------------------

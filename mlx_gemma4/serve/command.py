@@ -20,7 +20,7 @@ from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
 from mlx_gemma4.terminal import (
-    Adapter,
+    Adapters,
     Debug,
     DrafterName,
     DType,
@@ -28,6 +28,7 @@ from mlx_gemma4.terminal import (
     ModelName,
     Split,
     Version,
+    adapters_of,
     number,
     run,
     whole_above_0,
@@ -79,7 +80,7 @@ def serve(
         float | None, typer.Option(parser=number, metavar="SECONDS", help="Give the memory back when nobody asks.")
     ] = None,
     drafter: DrafterName = "auto",
-    adapter: Adapter = None,
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
     split: Split = None,
@@ -96,7 +97,7 @@ def serve(
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
         model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
-        adapter=adapter, max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
+        adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
         unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
     lead()

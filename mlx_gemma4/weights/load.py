@@ -35,7 +35,7 @@ from mlx_gemma4.model.model import Model, check_process, remember_process
 from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines
 from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
-from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter
+from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter, read_adapters
 from mlx_gemma4.weights.link import Link, time_link, time_reading, token_seconds
 from mlx_gemma4.weights.peers import check_alike, watch
 from mlx_gemma4.weights.sharing import here, read_a_token, shared, shares_by
@@ -206,9 +206,18 @@ class DrafterChoice:
     quantize: bool  # to 4 bits if it is not quantized yet
 
 
-def find_adapter(adapter: str | Path | None) -> Path | None:
+Adapters = Path | dict[str, Path] | None  # one for all requests; by name, for requests to choose from
+BASE = "base"  # what a request may call the model without any of them
+
+
+def find_adapter(adapter: str | Path | Mapping[str, str | Path] | None) -> Adapters:
+    if isinstance(adapter, Mapping):
+        for name, folder in adapter.items():
+            if not isinstance(name, str) or name in ("", BASE) or not isinstance(folder, str | Path):
+                raise CheckpointError(f"adapter has {quoted(name)}: {quoted(folder)}; expected a name and a folder")
+        return {name: Path(folder).expanduser() for name, folder in adapter.items()} or None
     if adapter is not None and not isinstance(adapter, str | Path):
-        raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder or None")
+        raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder, several by name, or None")
     return None if adapter is None else Path(adapter).expanduser()
 
 
@@ -217,12 +226,12 @@ def find_drafter(
     folder: Path,
     drafter: str | Path | None,
     patterns: Sequence[str] | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
 ) -> DrafterChoice | None:
     """The drafter to use with the model in `folder`, which was asked for as `path_or_hub_id`.
 
-    "auto": the adapter's subfolder `drafter/`, else the model's, else, for a hub id, the published partner; None where
-    there is none. patterns: as in `find_folder`.
+    "auto": the subfolder `drafter/` of the adapter, if it is one, else the model's, else, for a hub id, the published
+    partner; None where there is none. patterns: as in `find_folder`.
     """
     if drafter is None:
         return None
@@ -230,7 +239,7 @@ def find_drafter(
         raise CheckpointError(f"drafter is {a(drafter)}; expected 'auto', a folder, a hub id or None")
     if drafter != "auto":
         return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
-    for own in (*([] if adapter is None else [adapter / "drafter"]), folder / "drafter"):
+    for own in (*([adapter / "drafter"] if isinstance(adapter, Path) else []), folder / "drafter"):
         if own.is_dir():
             return DrafterChoice(own, str(own), quantize=False)
     if folder == Path(path_or_hub_id).expanduser():
@@ -277,15 +286,15 @@ def open_checkpoint(
     drafter: DrafterChoice | None,
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
     group: mx.distributed.Group | None = None,
     split: str | None = None,
 ) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit.
 
     dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's. adapter: a
-    folder. group: of machines that share the model, by "tensors" or "layers"; None: the faster. ValueError if it cannot
-    be shared so.
+    folder, or several by name. group: of machines that share the model, by "tensors" or "layers"; None: the faster.
+    ValueError if it cannot be shared so.
     """
     checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group, split)
     check_memory(checkpoint.footprint)
@@ -298,7 +307,7 @@ def look_through(
     tensors_of: Callable[[Path], dict[str, Tensor]],
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
     group: mx.distributed.Group | None = None,
     split: str | None = None,
 ) -> Checkpoint:
@@ -346,13 +355,15 @@ def read_headers(
     return Headers(folder, config, tensors, quantization, drafter, own)
 
 
-def fitted(headers: Headers, adapter: Path | None = None, share: Share | LayerShare | None = None) -> Checkpoint:
+def fitted(headers: Headers, adapter: Adapters = None, share: Share | LayerShare | None = None) -> Checkpoint:
     """The model, or what one of several machines holds of it, and that it is whole."""
     config, tensors, quantization = headers.config, headers.tensors, headers.quantization
     drafter, own = headers.drafter, headers.drafter_config
     if share is not None:
         tensors = shared(tensors, share, config.text)
         config = replace(config, text=share.of(config.text))
+    if isinstance(adapter, dict):
+        config = replace(config, adapters=tuple(adapter))
     model = Model(config)
     if own is not None:
         model.drafter = Drafter(own)
@@ -361,7 +372,11 @@ def fitted(headers: Headers, adapter: Path | None = None, share: Share | LayerSh
         quantization = here(quantization, share)
     quantize_empty(model, tensors, quantization)
     if adapter is not None:
-        own_tensors = read_adapter(adapter, matrices_of(model))
+        matrices = matrices_of(model)
+        if isinstance(adapter, dict):
+            own_tensors = read_adapters([*adapter.values()], matrices)
+        else:
+            own_tensors = read_adapter(adapter, matrices)
         attach(model, own_tensors)
         tensors |= own_tensors
     check_tensors(model, tensors)
@@ -554,7 +569,7 @@ def is_worse_in_float16(tensor: Tensor) -> bool:
 def loaded_dtype(tensor: Tensor, config: ModelConfig) -> mx.Dtype:
     """All that floats has one type; packed weights and scales of a byte stay. The lengths of DoRA's rows are divided by
     others that are nearly the same: float32."""
-    if isinstance(tensor, AdapterTensor) and len(tensor.shape) == 1:
+    if isinstance(tensor, AdapterTensor) and tensor.is_gain:
         return mx.float32
     return config.dtype if tensor.dtype in FLOATING else tensor.dtype
 
@@ -648,7 +663,7 @@ def load(
     path_or_hub_id: str | Path,
     drafter: str | Path | None = "auto",
     kv_bits: int | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     dtype: str | None = None,
     group: mx.distributed.Group | None = None,
     split: str | None = None,
@@ -662,7 +677,8 @@ def load(
     scale loses by it.
     kv_bits: 8 or 4, of the keys and values that full layers keep; None: as they are computed. It saves memory at long
     contexts and costs some quality (`mlx_gemma4.evaluate --kv-bits` measures it).
-    adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written; LoRA or DoRA.
+    adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written, LoRA or DoRA; or several, {name: folder}, of
+    which a request chooses one, `generate(…, adapter=name)`, or none.
     group: machines that share the model, `mx.distributed.init()`, under `mlx.launch`; each reads its part. split: by
     "tensors" or "layers"; None: what is faster here, by the link between them.
     CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its

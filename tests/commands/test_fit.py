@@ -13,20 +13,13 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from mlx_gemma4.commands.fit import (
-    TuningPlan,
-    at_bits,
-    headers_anywhere,
-    main,
-    of_context,
-    of_plan,
-    open_anywhere,
-    parse_memory,
-)
+from mlx_gemma4.commands.fit import headers_anywhere, main, of_context, open_anywhere, parse_memory
 from mlx_gemma4.convert.command import convert
+from mlx_gemma4.convert.recipes import nbytes_at
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.planner import Footprint, memory_limit, predict
 from mlx_gemma4.terminal import size_text
+from mlx_gemma4.tune.plan import TuningPlan, of_plan
 from mlx_gemma4.weights import hub
 from mlx_gemma4.weights.load import shared_checkpoints
 from mlx_gemma4.weights.tensors import DTYPE_NAMES, list_tensors
@@ -84,7 +77,7 @@ def test_what_would_make_it_fit(wide_folder: Path, model: Footprint, run: Run) -
     assert status == 1
     assert re.search(r"It does not fit: \d+\.\d\d MB are missing", out)
     assert "a context of 40" in out and "no drafter (--drafter none)" in out
-    assert f"8 bits a weight ({size_text(at_bits(open_anywhere(str(wide_folder), None), 8))}" in out
+    assert f"8 bits a weight ({size_text(nbytes_at(open_anywhere(str(wide_folder), None).config, 8))}" in out
     alone = of_context(replace(model, drafter=0), 64).peak
     assert alone < of_context(model, 1).peak
     _, out, _ = run(wide_folder, "--context", 64, "--memory", memory_for(alone))
@@ -97,7 +90,7 @@ def test_fewer_bits_are_named_as_the_converter_would_make_them(
     checkpoint = open_anywhere(str(wide_folder), None)
     convert(hf_path=str(wide_folder), mlx_path=str(tmp_path / "made"), q_bits=4, dtype="bfloat16", no_drafter=True)
     made = sum(tensor.nbytes for tensor in list_tensors(tmp_path / "made").values())
-    assert at_bits(checkpoint, 4) == made < model.weights
+    assert nbytes_at(checkpoint.config, 4) == made < model.weights
 
 
 def test_nothing_makes_a_model_fit_into_nearly_nothing(wide_folder: Path, run: Run) -> None:
