@@ -262,8 +262,10 @@ class Received(nn.Module):
         super().__init__()
         self.own, self.kind, self._group = layer, layer.kind, group
 
-    def __call__(self, h: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
-        return self.own(handed_on(h, self._group, 0, self._group.rank()), offset, mask, cache)
+    def __call__(
+        self, h: mx.array, offset: Offset, mask: Mask, cache: LayerCache, adapters: mx.array | None
+    ) -> mx.array:
+        return self.own(handed_on(h, self._group, 0, self._group.rank()), offset, mask, cache, adapters)
 
 
 class Sent(nn.Module):
