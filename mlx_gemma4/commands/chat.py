@@ -61,7 +61,7 @@ from mlx_gemma4.terminal import (
     show_warning,
 )
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_drafter, find_folder, footprint_of, open_checkpoint
-from mlx_gemma4.weights.peers import follows, launched, lead, release
+from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -117,6 +117,7 @@ def chat(
     group = launched()
     is_first = not follows(group)
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
+    split = same(group, saved.split if split is None and saved is not None else split)
     terminal = Terminal() if is_first and is_terminal() else None
     path = find_folder(model)
     choice = find_drafter(path, path, None if drafter == "none" else drafter)
