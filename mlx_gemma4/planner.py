@@ -27,10 +27,10 @@ FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 4.5, 2
 SHORT_REPLY = 256  # tokens that must fit for a request to be taken: most replies end long before their limit
 # Of a training step (mlx_gemma4.tune), fitted to 11 shapes and lengths in float32 on a CPU: what is alive on the way
 # back through one layer, in its MLP or in its attention, and what is kept of each layer that is not computed twice. The
-# head goes through blocks of positions; of two blocks a part is alive at once.
+# head goes through blocks of positions, one after the other.
 BACK_MLP_ARRAYS, BACK_HEAD_ARRAYS, BACK_SCORES = 27.5, 18, 3.4
 KEPT_HIDDEN_ARRAYS, KEPT_MLP_ARRAYS, KEPT_HEAD_ARRAYS = 8.6, 6.5, 5.5
-HEAD_BLOCK, BLOCK_LOGIT_ARRAYS = 128, 11.6
+HEAD_BLOCK, BLOCK_LOGIT_ARRAYS = 64, 4.1
 TRAINED_ARRAYS = 5  # float32, of what is trained: itself, its gradient, their sum and Adam's two
 LOGIT_ARRAYS = 6  # of each row of a round: the sampler's filters, p, q and what is left of them
 
@@ -54,6 +54,11 @@ class Footprint:
     @property
     def drafts(self) -> int:
         return ROUND - 1 if self.drafter else 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether this machine can hold it and begin a reply."""
+        return predict(self, 1, 1).peak <= memory_limit()
 
     def row_bytes(self, kind: str) -> int:
         """Keys and values of one position in all layers of a kind."""
@@ -136,7 +141,8 @@ def predict_tuning(model: Footprint, trained: int, tokens: int, checkpoint: bool
     layer = max(BACK_MLP_ARRAYS * text.intermediate_size, BACK_HEAD_ARRAYS * max(sizes) + scores)
     head = BLOCK_LOGIT_ARRAYS * min(HEAD_BLOCK, tokens) * text.vocab_size * 4
     workspace = max(tokens * layer * item, head)
-    return Tuning(model.weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
+    weights = model.weights + model.drafter
+    return Tuning(weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
 
 
 def batch_bytes(model: Footprint, lengths: Sequence[int], size: int, ahead: int) -> float:
@@ -182,35 +188,6 @@ def layer_bytes(model: Footprint, kind: str, start: int, end: int) -> float:
     first = min(scores, FIRST_PASSES * MAX_SCORE_BYTES) + rows * (heads * own.head_dim * head + wide)
     later = min(scores, PASSES * MAX_SCORE_BYTES) + rows * heads * own.head_dim * RESULT_ARRAYS * item
     return max(first, later)
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Of machines that share a model, and of the link between them."""
-
-    memory: Sequence[float]  # bytes that each reads in a second
-    latency: float  # seconds that a sum over all of them takes, of one number
-    rate: float  # bytes a second, of a large one
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one token takes of machines that share a model."""
-
-    read: Sequence[int]  # bytes, by each
-    sums: Sequence[tuple[int, int]]  # how many, of how many bytes
-    together: bool  # all read at once; or one after the other
-
-    @property
-    def exchanges(self) -> int:
-        return sum(count for count, _ in self.sums)
-
-
-def token_seconds(work: Work, speeds: Speeds) -> float:
-    """How long one token takes, without drafts, if reading and the link take all the time: docs/scaling.md."""
-    reading = [nbytes / rate for nbytes, rate in zip(work.read, speeds.memory, strict=True)]
-    sent = sum(count * (speeds.latency + nbytes / speeds.rate) for count, nbytes in work.sums)
-    return (max if work.together else sum)(reading) + sent
 
 
 def longest(fits: Callable[[int], bool], most: int) -> int:

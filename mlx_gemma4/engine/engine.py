@@ -24,7 +24,7 @@ from mlx_gemma4.decoding.disk import PAGE, common
 from mlx_gemma4.decoding.round import State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
-from mlx_gemma4.engine.generation import bounded_memory, drafts_of, first_token, row_of, sampler_of, seat_of
+from mlx_gemma4.engine.generation import adapter_of, bounded_memory, drafts_of, first_token, row_of, sampler_of, seat_of
 from mlx_gemma4.engine.reading import Opened, opened, space_of
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
@@ -54,6 +54,7 @@ class Work:
     prompt: Prompt
     options: Options
     drafts: int | None
+    adapter: int  # of the model's by name, from 1 on; 0: none
     constraint: "Constraint | None"
     prepared: float
     units: np.ndarray  # what its positions depend on
@@ -194,6 +195,7 @@ class Engine:
         tool_choice: str = "auto",
         parallel_tool_calls: bool = True,
         scope: str = "",
+        adapter: str | None = None,
     ) -> Stream:
         """The reply piece by piece; takes what `generate` takes. The request is checked, and its media are decoded, in
         the thread that asks. scope: whose request it is; what has been read for others is not found in the store.
@@ -203,7 +205,7 @@ class Engine:
             repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
             thinking_budget=thinking_budget,
             response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
-            scope=scope,
+            scope=scope, adapter=adapter,
         )  # fmt: skip
         asked = Request(
             content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -231,7 +233,8 @@ class Engine:
 
     def work(self, prompt: Prompt, options: Options, prepared: float) -> Work:
         constraint = options.constraint(self.processor, prompt, self.model.config.generation.eos_token_ids)
-        return Work(prompt, options, drafts_of(self.model, options), constraint, prepared, units(prompt))
+        drafts, adapter = drafts_of(self.model, options), adapter_of(self.model, options)
+        return Work(prompt, options, drafts, adapter, constraint, prepared, units(prompt))
 
     def check_open(self) -> None:
         if self.rank:
@@ -343,7 +346,7 @@ class Engine:
             arrays, state = self.batch.part(work.seat)
             reading.caches.take(arrays)
             work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
-        space = space_of(self.model, work.options.scope)
+        space = space_of(self.model, work.options.scope, work.adapter)
         reading.put_aside(self.shelf, space, work.grown, self.model.config.text)
         work.reading = None
         work.stack.close()
@@ -430,8 +433,8 @@ class Engine:
 
     def shares(self, work: Work, other: Work) -> bool:
         """Whether what another reads will be found by this one."""
-        same = self.store is not None and work.options.scope == other.options.scope
-        return same and common(work.units, other.units) >= PAGE
+        same = (work.options.scope, work.adapter) == (other.options.scope, other.adapter)
+        return self.store is not None and same and common(work.units, other.units) >= PAGE
 
     def fits(self, work: Work) -> bool:
         """Whether a newcomer fits beside those in work, for a while: what a reply may come to is not reserved."""
@@ -457,7 +460,7 @@ class Engine:
         needed = predict(self.footprint, len(prompt), limit).peak
         work.stack.enter_context(bounded_memory.request(needed))
         store = self.store if work.parked is None else self.shelf
-        context = opened(store, self.model, self.processor, prompt, limit, needed, work.options.scope)
+        context = opened(store, self.model, self.processor, prompt, limit, needed, work.options.scope, work.adapter)
         work.reading = work.stack.enter_context(context)
         if work.parked is None:
             work.row.cached = work.reading.caches.length
@@ -470,7 +473,7 @@ class Engine:
         if work.left:
             chunk = min(SHORT_CHUNK, reading.chunk) if self.batch.rows else reading.chunk
             before = reading.caches.length
-            hidden = next(self.model.read(work.known, reading.caches, chunk))
+            hidden = next(self.model.read(work.known, reading.caches, chunk, work.adapter))
             reading.keep()
             with self.news:
                 self.read += reading.caches.length - before
@@ -483,9 +486,11 @@ class Engine:
             return
         sampler, seed = sampler_of(self.model, self.processor, work.options), work.options.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
-        state, tokens, told = first_token(self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint)
+        state, tokens, told = first_token(
+            self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint, work.adapter
+        )
         reading.share()
-        work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint)
+        work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint, work.adapter)
         self.batch.put(work.seat, reading.caches, state)
         self.hand_on(work, None, tokens, told)
 
@@ -519,6 +524,7 @@ def generate_batch(
     response_format: Any = None,
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
+    adapter: str | None = None,
 ) -> list[Reply]:
     """The whole replies to many requests, in their order; at most `max_batch` are decoded at once.
 
@@ -545,7 +551,7 @@ def generate_batch(
                     logprobs=logprobs, logit_bias=logit_bias,
                     thinking_budget=thinking_budget, continue_final_message=continue_final_message,
                     response_format=response_format, tool_choice=tool_choice,
-                    parallel_tool_calls=parallel_tool_calls,
+                    parallel_tool_calls=parallel_tool_calls, adapter=adapter,
                 )  # fmt: skip
             except ValueError as error:
                 raise ValueError(f"request {number}: {error}") from None

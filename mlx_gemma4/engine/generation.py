@@ -18,7 +18,7 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.reading import opened
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
-from mlx_gemma4.errors import a
+from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import check_memory, predict
 from mlx_gemma4.prompt.processor import Processor
@@ -73,6 +73,7 @@ def generate(
     response_format: Any = None,
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
+    adapter: str | None = None,
 ) -> Reply:
     """The whole reply to a request.
 
@@ -85,8 +86,8 @@ def generate(
     answer ends. logprobs: how many of the likeliest tokens are told at each place, from 0, the chosen one alone, to 20,
     by the model's own law; None: nothing. logit_bias: what is added to the logits of token ids. thinking_budget: tokens
     of a thought, which then ends with its line, or soon; 0: it does not think. continue_final_message: the last message
-    is the assistant's, and the reply is what follows in it. ValueError if any of it is wrong, MemoryError if this
-    machine cannot hold the model and the prompt.
+    is the assistant's, and the reply is what follows in it. adapter: one of the model's, by name; None: none of them.
+    ValueError if any of it is wrong, MemoryError if this machine cannot hold the model and the prompt.
     """
     return collect(
         stream_generate(
@@ -95,7 +96,7 @@ def generate(
             repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
             thinking_budget=thinking_budget,
             continue_final_message=continue_final_message, response_format=response_format, tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
+            parallel_tool_calls=parallel_tool_calls, adapter=adapter,
         )
     )  # fmt: skip
 
@@ -126,6 +127,7 @@ def stream_generate(
     response_format: Any = None,
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
+    adapter: str | None = None,
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
     if not isinstance(model, Model):
@@ -134,7 +136,7 @@ def stream_generate(
         max_tokens=max_tokens, sampling=sampling, draft_length=draft_length, repetition_detection=repetition_detection,
         stop=stop, logprobs=logprobs, logit_bias=logit_bias,
         thinking_budget=thinking_budget, response_format=response_format, tool_choice=tool_choice,
-        parallel_tool_calls=parallel_tool_calls,
+        parallel_tool_calls=parallel_tool_calls, adapter=adapter,
     )  # fmt: skip
     request_ = Request(
         content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -162,6 +164,7 @@ def generation_events(
     """
     check_process()
     check_length(prompt, model.config)
+    adapter_of(model, options)
     constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
     events = run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
     return led_events(model, prompt, options, events)
@@ -201,6 +204,17 @@ def follow(model: Model, processor: Processor, store: PromptStore | None) -> Non
                     settle(model.group, error)
 
 
+def adapter_of(model: Model, options: Options) -> int:
+    """Which of the model's adapters by name it is, from 1 on; 0: none."""
+    names, name = model.config.adapters, options.adapter
+    if name is None:
+        return 0
+    if name not in names:
+        there = f"None, or one of {', '.join(names)}" if names else "None: no adapter was loaded by name"
+        raise ValueError(f"adapter is {shown(name)}; expected {there}")
+    return names.index(name) + 1
+
+
 def drafts_of(model: Model, options: Options) -> int | None:
     """Drafts of every round; None: as many as pay. With a seed "auto" is one length: which random number decides on
     which token must not hang on measured times."""
@@ -230,24 +244,24 @@ def run(
     limit = row.limit
     sampler = sampler_of(model, processor, options)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    needed = predict(footprint_of(model), length, limit).peak
+    needed, adapter = predict(footprint_of(model), length, limit).peak, adapter_of(model, options)
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),
-        opened(store, model, processor, prompt, limit, needed, options.scope) as reading,
+        opened(store, model, processor, prompt, limit, needed, options.scope, adapter) as reading,
     ):
         caches = reading.caches
         row.cached = caches.length
         yield Reading(caches.length, length)
-        for hidden in model.read(prompt, caches, reading.chunk):  # noqa: B007
+        for hidden in model.read(prompt, caches, reading.chunk, adapter):  # noqa: B007
             reading.keep()
             yield Reading(caches.length, length)
-        state, tokens, told = first_token(model, sampler, prompt, hidden[:, -1:], seed, constraint)
+        state, tokens, told = first_token(model, sampler, prompt, hidden[:, -1:], seed, constraint, adapter)
         piece = row.take(tokens, told=told)
         reading.ids += tokens
         yield piece
         if row.finish_reason is None:
-            batch, seat = Batch(model), seat_of(sampler, length, limit, drafts, constraint)
+            batch, seat = Batch(model), seat_of(sampler, length, limit, drafts, constraint, adapter)
             batch.put(seat, caches, state)
             try:
                 while row.finish_reason is None:
@@ -281,12 +295,13 @@ def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
 
 
 def first_token(
-    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int, constraint: "Constraint | None"
-) -> tuple[State, list[int], np.ndarray | None]:
+    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int, constraint: "Constraint | None",
+    adapter: int = 0,
+) -> tuple[State, list[int], np.ndarray | None]:  # fmt: skip
     """The state of a row whose prompt has been read, its first token, and how likely that was, if it is to be told.
     hidden: [1, 1, D], of the last position."""
     bits = None if constraint is None or not constraint.binds else mx.array(constraint.mask())[None, None]
-    state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits)
+    state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits, adapter)
     if constraint is not None:
         state["pauses"] = mx.array([constraint.pauses])
     tokens = tokens_of(state["token"])
@@ -296,8 +311,10 @@ def first_token(
     return state, tokens, None if told is None else np.asarray(told)[0]
 
 
-def seat_of(sampler: Sampler, length: int, limit: int, drafts: int | None, constraint: "Constraint | None") -> Seat:
-    stages = sampler.stages if constraint is None else replace(sampler.stages, pauses=True)
+def seat_of(
+    sampler: Sampler, length: int, limit: int, drafts: int | None, constraint: "Constraint | None", adapter: int = 0
+) -> Seat:
+    stages = replace(sampler.stages, pauses=constraint is not None, adapts=adapter > 0)
     return Seat(stages, length, limit, drafts, constraint)
 
 

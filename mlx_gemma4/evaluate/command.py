@@ -32,7 +32,7 @@ from mlx_gemma4.evaluate.quality import (
 from mlx_gemma4.prompt.messages import json_lines
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
-from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, look_through
+from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
 from mlx_gemma4.weights.tensors import list_tensors
 
@@ -156,12 +156,14 @@ def open_subject(
     max_tokens: int | None,
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
     group: mx.distributed.Group | None = None,
 ) -> Subject:
     folder = find_folder(name)
     choice = find_drafter(name, folder, drafter, adapter=adapter)
-    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group)
+    # by tensors, for layers are read one after the other, by all machines
+    split = None if group is None else "tensors"
+    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group, split)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):

@@ -17,6 +17,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import cast
 
 import mlx.core as mx
 from mlx import nn
@@ -29,14 +30,14 @@ from mlx_gemma4.model.model import Model
 
 SPLITS = ("tensors", "layers")
 MEDIA = ("vision_embedder", "embed_vision", "embed_audio")
-LAYER = re.compile(r"language_model\.layers\.(\d+)(\..*)")
+LAYERS = "language_model.layers."
+LAYER = re.compile(rf"{re.escape(LAYERS)}(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
 class Share:
     """What one of several machines holds of a model."""
 
-    group: mx.distributed.Group
     heads: tuple[int, int]  # of the sliding layers' key/value heads, from … to
     columns: tuple[int, int]  # of the MLP's
 
@@ -67,7 +68,7 @@ def last_of(text: TextConfig, kind: str) -> int:
     return max(number for number, own in enumerate(text.layer_types) if own == kind)
 
 
-def shares(text: TextConfig, group: mx.distributed.Group, memories: Sequence[int], block: int) -> list[Share]:
+def shares(text: TextConfig, memories: Sequence[int], block: int) -> list[Share]:
     """Of all machines, in the order of their ranks, in proportion to what each may hold.
 
     block: columns of the MLP that stay together, which share a scale. ValueError if a machine is left without a head.
@@ -84,8 +85,7 @@ def shares(text: TextConfig, group: mx.distributed.Group, memories: Sequence[int
         )
     ends = list(zip(borders(heads, memories), borders(blocks, memories), strict=True))
     return [
-        Share(group, (head, next_head), (first * block, last * block))
-        for (head, first), (next_head, last) in pairwise(ends)
+        Share((head, next_head), (first * block, last * block)) for (head, first), (next_head, last) in pairwise(ends)
     ]
 
 
@@ -145,10 +145,16 @@ class Gathered(nn.Module):
 class LayerShare:
     """What one of several machines holds of a model whose layers they share."""
 
-    group: mx.distributed.Group
     layers: tuple[int, int]  # from … to
-    is_first: bool
-    is_last: bool
+    count: int  # of all machines' layers
+
+    @property
+    def is_first(self) -> bool:
+        return self.layers[0] == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.layers[1] == self.count
 
     def of(self, text: TextConfig) -> TextConfig:
         """The decoder of this machine alone."""
@@ -157,13 +163,15 @@ class LayerShare:
     def path_here(self, path: str) -> str | None:
         """Of a tensor or module, whose layers have numbers of their own on each machine; None if it is not here."""
         if match := LAYER.match(path):
-            number, (first, end) = int(match[1]), self.layers
-            return f"language_model.layers.{number - first}{match[2]}" if first <= number < end else None
-        if path.startswith(MEDIA):
-            return path if self.is_first else None
-        if path.startswith("language_model.embed_tokens"):
-            return path if self.is_first or self.is_last else None
-        return path if self.is_last or not path.startswith(("language_model.lm_head", "drafter.")) else None
+            number = int(match[1])
+            is_here, path = number in range(*self.layers), f"{LAYERS}{number - self.layers[0]}{match[2]}"
+        elif path.startswith(MEDIA):
+            is_here = self.is_first
+        elif path.startswith("language_model.embed_tokens"):
+            is_here = self.is_first or self.is_last
+        else:
+            is_here = self.is_last or not path.startswith(("language_model.lm_head", "drafter."))
+        return path if is_here else None
 
     def leave_out(self, model: Model) -> None:
         """What other machines have, from an empty model, but its layers."""
@@ -176,21 +184,22 @@ class LayerShare:
         if self.is_last:
             return
         decoder.is_tied, decoder["lm_head"] = False, Elsewhere(text.vocab_size)
-        if model.drafter is not None:
-            model.drafter.layers = []
-            for name in ("pre_projection", "norm"):
-                model.drafter[name] = Elsewhere(1)
-            model.drafter["embed_tokens"] = Elsewhere(text.vocab_size)
-            model.drafter["post_projection"] = Elsewhere(text.hidden_size)
+        if (drafter := model.drafter) is not None:
+            drafter.clear()
+            drafter.layers = []
+            drafter["pre_projection"] = drafter["norm"] = Elsewhere(1)
+            drafter["embed_tokens"] = Elsewhere(text.vocab_size)
+            drafter["post_projection"] = Elsewhere(text.hidden_size)
 
 
 def layer_shares(
-    text: TextConfig, group: mx.distributed.Group, memories: Sequence[int], sizes: Sequence[int], ends: tuple[int, int]
+    text: TextConfig, memories: Sequence[int], sizes: Sequence[int], ends: tuple[int, int]
 ) -> list[LayerShare]:
     """Of all machines, so that the fullest has as much room left as can be.
 
-    sizes: bytes of each layer; ends: of what the first and the last machine hold besides. Each has a sliding layer, so
-    that all read a prompt in the same chunks, and the last also a full one. ValueError if that cannot be.
+    sizes: bytes of each layer; ends: of what the first and the last machine hold besides. The last has the last layer
+    of each kind, which the drafter reads, and each one that slides, so that all read a prompt in the same chunks.
+    ValueError if a machine is left without.
     """
     kinds, count, last = text.layer_types, len(text.layer_types), len(memories) - 1
 
@@ -209,10 +218,10 @@ def layer_shares(
     fullest, starts = best(0, 0)
     if fullest == math.inf:
         raise ValueError(
-            f"{len(memories)} machines share a model of {count} layers; expected fewer: each needs a sliding layer, "
-            "the last one of each kind"
+            f"{len(memories)} machines share a model of {count} layers; expected fewer, each with a sliding layer, the "
+            "last with one of each kind"
         )
-    return [LayerShare(group, own, own[0] == 0, own[1] == count) for own in pairwise([*starts, count])]
+    return [LayerShare(own, count) for own in pairwise([*starts, count])]
 
 
 class Elsewhere(nn.Module):
@@ -253,8 +262,10 @@ class Received(nn.Module):
         super().__init__()
         self.own, self.kind, self._group = layer, layer.kind, group
 
-    def __call__(self, h: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
-        return self.own(handed_on(h, self._group, 0, self._group.rank()), offset, mask, cache)
+    def __call__(
+        self, h: mx.array, offset: Offset, mask: Mask, cache: LayerCache, adapters: mx.array | None
+    ) -> mx.array:
+        return self.own(handed_on(h, self._group, 0, self._group.rank()), offset, mask, cache, adapters)
 
 
 class Sent(nn.Module):
@@ -265,30 +276,34 @@ class Sent(nn.Module):
         self.own, self._group = norm, group
 
     def __call__(self, h: mx.array) -> mx.array:
-        return self.own(handed_on(h, self._group, self._group.rank(), self._group.size() - 1))
+        return cast(mx.array, self.own(handed_on(h, self._group, self._group.rank(), self._group.size() - 1)))
 
 
-def join_machines(model: Model, share: Share | LayerShare) -> None:
+# --- when all is loaded ------------------------------------------------------------------------
+
+
+def join_machines(model: Model, share: Share | LayerShare, group: mx.distributed.Group) -> None:
     """Let a model, loaded and arranged, find the rest of itself on the other machines."""
     decoder = model.language_model
+    model.split = SPLITS[isinstance(share, LayerShare)]
     if isinstance(share, LayerShare):
-        model.group = share.group
-        decoder["layers"] = [Received(decoder.layers[0], share.group), *decoder.layers[1:]]
-        decoder["norm"] = Sent(decoder.norm, share.group)
+        model.group = group
+        decoder.layers[0] = cast(Layer, Received(decoder.layers[0], group))
+        decoder["norm"] = Sent(decoder.norm, group)
         return
     for layer in decoder.layers:
-        join_layer(layer, share)
-    join_head(model, share)
+        join_layer(layer, share, group)
+    join_head(model, group)
 
 
-def join_layer(layer: Layer, share: Share) -> None:
-    layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, share.group)
-    layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, share.group)
+def join_layer(layer: Layer, share: Share, group: mx.distributed.Group) -> None:
+    layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, group)
+    layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, group)
     if layer.kind == WHOLE:
         layer.kind, layer.self_attn.own_heads = SLIDING, slice(*share.heads)
 
 
-def join_head(model: Model, share: Share) -> None:
-    decoder, model.group = model.language_model, share.group
-    decoder["lm_head"] = Gathered(decoder.embed_tokens if decoder.is_tied else decoder.lm_head, share.group)
+def join_head(model: Model, group: mx.distributed.Group) -> None:
+    decoder, model.group = model.language_model, group
+    decoder["lm_head"] = Gathered(decoder.embed_tokens if decoder.is_tied else decoder.lm_head, group)
     decoder.is_tied = False

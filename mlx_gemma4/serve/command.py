@@ -20,13 +20,15 @@ from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
 from mlx_gemma4.terminal import (
-    Adapter,
+    Adapters,
     Debug,
     DrafterName,
     DType,
     KvBits,
     ModelName,
+    Split,
     Version,
+    adapters_of,
     number,
     run,
     whole_above_0,
@@ -78,9 +80,10 @@ def serve(
         float | None, typer.Option(parser=number, metavar="SECONDS", help="Give the memory back when nobody asks.")
     ] = None,
     drafter: DrafterName = "auto",
-    adapter: Adapter = None,
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -93,9 +96,9 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, adapter=adapter,
-        max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
-        thinking=thinking, allowed=allowed,
+        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
+        adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
+        unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
     lead()
     group = launched()

@@ -3,20 +3,31 @@
 import gc
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Timer
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.engine import Engine, Work, check_max_batch
+from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.serve.ask import Refused
 from mlx_gemma4.serve.media import NOTHING, Allowed
-from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, load_values, open_checkpoint
+from mlx_gemma4.weights.load import (
+    Checkpoint,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    load_values,
+    open_checkpoint,
+)
 from mlx_gemma4.weights.peers import give_up
 
 logger = logging.getLogger("mlx_gemma4")
@@ -33,7 +44,8 @@ class Settings:
     drafter: str | None = "auto"
     dtype: str | None = None
     kv_bits: int | None = None
-    adapter: Path | None = None
+    split: str | None = None
+    adapter: str | Path | Mapping[str, str | Path] | None = None  # by name: requests choose from them
     max_batch: int = 8
     max_queue: int = 64  # replies that wait for a row
     store: Path | None = None
@@ -44,6 +56,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_max_batch(self.max_batch)
+        check_split(self.split)
         if self.max_queue < 0:
             raise ValueError(f"max_queue is {shown(self.max_queue)}; expected a whole number, 0 or more")
         if self.unload_after is not None and not 0 < self.unload_after < 1e9:
@@ -70,6 +83,9 @@ class Resident:
         self.context = checkpoint.config.text.max_position_embeddings
         is_path = settings.model != "demo" and Path(settings.model).expanduser() == folder
         self.name = folder.resolve().name if is_path else settings.model
+        self.adapters = checkpoint.config.adapters
+        if self.name in self.adapters:
+            raise ValueError(f"an adapter is named {self.name}, as the model; expected another name")
         self.checkpoint: Checkpoint | None = checkpoint
         self.engine: Engine | None = None
         self.is_ready = False  # it has been loaded once; what is given back is loaded again
@@ -80,7 +96,15 @@ class Resident:
 
     def look(self) -> Checkpoint:
         dtype = computing_type(self.settings.dtype)
-        return open_checkpoint(self.folder, self.choice, dtype, self.settings.kv_bits, self.adapter, self.group)
+        bits, split = self.settings.kv_bits, self.settings.split
+        return open_checkpoint(self.folder, self.choice, dtype, bits, self.adapter, self.group, split)
+
+    def chosen(self, model: Any) -> str | None:
+        """The adapter that a request's `model` is; None: the model itself. Refused, 404, for what is neither."""
+        try:
+            return adapter_named(model, self.adapters, self.name)
+        except ValueError as error:
+            raise Refused(str(error), status=404, field="model", code="model_not_found") from None
 
     def new_store(self) -> PromptStore:
         return PromptStore(max_bytes=self.settings.store_bytes, folder=self.settings.store)

@@ -331,11 +331,10 @@ class Shelf:
 
 
 class Responses:
-    """model: the name that stands in replies."""
+    """model: the name that stands in replies. shelf: of what can be referred to."""
 
-    def __init__(self, model: str):
-        self.model = model
-        self.shelf = Shelf()
+    def __init__(self, model: str, shelf: Shelf):
+        self.model, self.shelf = model, shelf
 
     def parse(self, body: dict[str, Any], scope: str) -> tuple[Ask, "ResponseWriter"]:
         request = checked(Request, body)

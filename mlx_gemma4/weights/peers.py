@@ -1,4 +1,4 @@
-"""Whether the other machines that share a model are alike, fast and still there; what the first has decided.
+"""Whether the other machines that share a model are alike, and still there; and what the first of them has decided.
 
 MLX's exchanges wait for a machine that is gone, some of them for ever, and no signal is heard inside them. So a thread
 beside them hears every second from the first machine, and that one from all, over a plain socket. Where the machines
@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -28,10 +27,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.errors import CheckpointError, one_line
-from mlx_gemma4.planner import Speeds
 
 BEAT, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until a machine counts as gone
-SUMMED, ROW, TRIES = 2**20, 4096, 5  # numbers of a large sum, a row of a matrix that is read, and how often
 ALIVE, FAREWELL, WORD, DONE = b".", b"q", b"w", b"d"
 LENGTH = 8  # bytes that say how long a word is
 FAILED = "failed"
@@ -69,27 +66,6 @@ def check_alike(group: mx.distributed.Group, described: str) -> None:
             f"machine {others[0]} has another version, model or options than machine 0; expected the same on all "
             f"{group.size()}"
         )
-
-
-def measured(group: mx.distributed.Group) -> Speeds:
-    """How fast the machines and the link are; all are told the same, that of the slowest link."""
-    own = [seconds(partial(mx.distributed.all_sum, mx.ones(count), group=group)) for count in (1, SUMMED)]
-    matrix = mx.ones((32 * SUMMED // ROW, ROW))  # more than what caches hold
-    mx.eval(matrix)
-    own.append(matrix.nbytes / seconds(lambda: matrix @ mx.ones(ROW)))
-    small, large, memory = mx.distributed.all_gather(mx.array([own]), group=group).T
-    latency, whole = cast(float, small.max().item()), cast(float, large.max().item())
-    return Speeds(cast(list[float], memory.tolist()), latency, 4 * SUMMED / max(whole - latency, 1e-9))
-
-
-def seconds(made: Callable[[], mx.array]) -> float:
-    """That it takes at best to compute something."""
-    found: list[float] = []
-    for _ in range(1 + TRIES):
-        begun = time.perf_counter()
-        mx.eval(made())
-        found.append(time.perf_counter() - begun)
-    return min(found[1:])
 
 
 # --- whether they are there --------------------------------------------------------------------

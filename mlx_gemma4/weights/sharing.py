@@ -6,8 +6,7 @@ from typing import TypeVar
 
 from mlx_gemma4.config import FULL, SLIDING, TextConfig
 from mlx_gemma4.model.split import LAYER as ANY_LAYER
-from mlx_gemma4.model.split import MEDIA, LayerShare, Share, last_of
-from mlx_gemma4.planner import Work
+from mlx_gemma4.model.split import MEDIA, LayerShare, Share, last_of, layer_shares, shares
 from mlx_gemma4.weights.tensors import EMBEDDING, HEAD, Tensor
 
 Known = TypeVar("Known")
@@ -19,6 +18,15 @@ def columns_together(text: TextConfig, tensors: Mapping[str, Tensor]) -> int:
     """How many columns of the MLP share a scale, and stay on one machine."""
     counts = [tensor.shape[1] for path, tensor in tensors.items() if DOWN.fullmatch(path)]
     return text.intermediate_size // min(counts, default=text.intermediate_size)
+
+
+def shares_by(
+    split: str, text: TextConfig, tensors: Mapping[str, Tensor], memories: Sequence[int]
+) -> Sequence[Share | LayerShare]:
+    """Of all machines, in proportion to what each may hold. ValueError if the model cannot be shared so."""
+    if split == "layers":
+        return layer_shares(text, memories, *sizes_of(tensors, text))
+    return shares(text, memories, columns_together(text, tensors))
 
 
 def sizes_of(tensors: Mapping[str, Tensor], text: TextConfig) -> tuple[list[int], tuple[int, int]]:
@@ -33,24 +41,19 @@ def sizes_of(tensors: Mapping[str, Tensor], text: TextConfig) -> tuple[list[int]
     return sizes, (first, last)
 
 
-def work_of(tensors: Mapping[str, Tensor], shares: Sequence[Share | LayerShare], text: TextConfig, item: int) -> Work:
-    """What a token takes of machines that share a model. item: bytes of a number in hidden states and logits."""
-    head, count = EMBEDDING if text.tie_word_embeddings else HEAD, len(shares)
-    parts = [shared(tensors, share, text) for share in shares]
-    layers = [sum(own.nbytes for path, own in part.items() if ANY_LAYER.match(path)) for part in parts]
-    rows = sum(own.nbytes for path, own in tensors.items() if path.startswith(f"{head}."))
-    hidden, decided = text.hidden_size * item, (1, 8)
-    if isinstance(shares[0], LayerShare):
-        return Work([*layers[:-1], layers[-1] + rows], [(count - 1, hidden), decided], together=False)
-    sums = [(2 * len(text.layer_types), hidden), (1, text.vocab_size * item), decided]
-    return Work([nbytes + rows // count for nbytes in layers], sums, together=True)
-
-
 def shared(tensors: Mapping[str, Tensor], share: Share | LayerShare, text: TextConfig) -> dict[str, Tensor]:
     """What one machine reads, by the paths there. text: the whole decoder's."""
     if isinstance(share, LayerShare):
         return here(tensors, share)
     return {path: part_of(path, tensor, share, text) for path, tensor in tensors.items()}
+
+
+def read_a_token(tensors: Mapping[str, Tensor], share: Share | LayerShare, machines: int) -> int:
+    """Bytes of weights that one of several machines reads for each token, the drafter's not among them."""
+    head = sum(own.nbytes for path, own in tensors.items() if path.startswith(HEAD))
+    head = head or sum(own.nbytes for path, own in tensors.items() if path.startswith(EMBEDDING))
+    part = 1 / machines if isinstance(share, Share) else float(share.is_last)
+    return sum(own.nbytes for path, own in tensors.items() if ANY_LAYER.match(path)) + int(head * part)
 
 
 def here(by_path: Mapping[str, Known], share: LayerShare) -> dict[str, Known]:

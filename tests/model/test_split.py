@@ -1,10 +1,8 @@
 """One model on several machines gives what one gives; here they are processes."""
 
-import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,18 @@ from machines import started
 from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
-from mlx_gemma4.config import FULL, SLIDING, read_config
-from mlx_gemma4.model.cache import sliding_slots
-from mlx_gemma4.model.model import Model
+from mlx_gemma4.config import read_config
 from mlx_gemma4.model.split import SPLITS, borders, layer_shares, shares
-from mlx_gemma4.planner import Speeds, token_seconds
-from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.weights.load import DEMO, find_drafter, look_through, parameters, part, shares_of
-from mlx_gemma4.weights.sharing import work_of
-from mlx_gemma4.weights.tensors import list_tensors
+from mlx_gemma4.weights import load as loading
+from mlx_gemma4.weights.link import Link, even_latency, time_link, time_reading, token_seconds
+from mlx_gemma4.weights.load import DEMO, Headers, choose, find_drafter, read_headers, shared_checkpoints
+from mlx_gemma4.weights.sharing import LAYER
+from mlx_gemma4.weights.tensors import EMBEDDING, list_tensors
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
-TWICE = replace(SHAPE, periods=2)  # so that the first of two machines that share layers has a full one
+LAYERS = 6
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 QUESTION = [{"role": "user", "content": [
     {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
@@ -48,31 +44,23 @@ import mlx.core as mx
 import numpy as np
 from mlx_gemma4 import load
 from mlx_gemma4.weights import load as loading
-from test_split import answers, counted
+from mlx_gemma4.weights.load import parameters
+from test_split import answers, exchanged
 group = mx.distributed.init(strict=True, backend="ring")
 folder, out, split, memories = sys.argv[1:]
 memory = int(memories.split(",")[group.rank()]) * 2**30
 loading.memory_limit = lambda: memory
 model, processor = load(folder, group=group, split=split)
+held = sum(array.nbytes for array in parameters(model).values()), mx.get_active_memory()
 logits, replies = answers(model, processor)
-np.savez(f"{out}/{group.rank()}.npz", **logits, **replies, **counted(model, processor))
-"""
-CHOOSING = """
-import logging
-import sys
-import mlx.core as mx
-from mlx_gemma4 import load
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-group = mx.distributed.init(strict=True, backend="ring")
-model, _ = load(sys.argv[1], group=group)
-print(len(model.config.text.layer_types))
+np.savez(f"{out}/{group.rank()}.npz", **logits, **replies, held=held, **exchanged(model, processor))
 """
 WAITING = """
 import sys
 import mlx.core as mx
 from mlx_gemma4 import load
 group = mx.distributed.init(strict=True, backend="ring")
-model, _ = load(sys.argv[1], group=group, split="tensors")
+model, _ = load(sys.argv[1], group=group)
 print("loaded", flush=True)
 if group.rank() == 1:
     import time; time.sleep(600)
@@ -84,151 +72,92 @@ def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str
     prompts = {"long": Prompt(IDS), "media": processor(QUESTION, image_budget=70)}
 
     def reply(prompt: Prompt, **way: Any) -> Any:
-        return generate(model, processor, prompt, max_tokens=8, repetition_detection="off", **way)
+        return generate(model, processor, prompt, max_tokens=6, repetition_detection="off", **way)
 
     replies = {name: reply(prompts["long"], **way).token_ids for name, way in WAYS.items()}
-    replies["media"] = reply(prompts["media"], **WAYS["seeded"]).token_ids
+    replies["media"] = reply(prompts["media"], **WAYS["drafted"]).token_ids
     store = PromptStore()
     for turn in (IDS[:40], IDS):
         replies["stored"] = reply(Prompt(turn), store=store, **WAYS["drafted"]).token_ids
-    formed = reply(prompts["long"], response_format={"type": "json_object"}, logprobs=2, **WAYS["drafted"])
-    replies["formed"] = [best for token in formed.logprobs for best in token["top"]]
+    told = reply(prompts["long"], logprobs=2, **WAYS["drafted"])
+    replies["told"] = [best for token in told.logprobs for best in token["top"]]
+    replies["form"] = reply(prompts["long"], response_format={"type": "json_object"}, **WAYS["drafted"]).token_ids
     replies["draft"] = model.draft(prompts["long"], 3)
     return {f"{kind}_logits": np.array(model.logits(prompt)) for kind, prompt in prompts.items()}, replies
 
 
-def counted(model: Model, processor: Processor) -> dict[str, Any]:
-    """Exchanges and their bytes in a round, plain and drafted, and bytes held."""
-    found: dict[str, Any] = {"held": sum(array.nbytes for array in parameters(model).values())}
-    found["caches"] = sum(array.nbytes for arrays in model.caches(1024).arrays for array in arrays)
-    sent: list[int] = []
-    exchanges = {name: getattr(mx.distributed, name) for name in ("all_sum", "all_gather")}
-    for name, exchange in exchanges.items():
+def exchanged(model: Any, processor: Any) -> dict[str, np.ndarray]:
+    """How many exchanges a round takes, and of how many bytes from this machine."""
+    sums, gathers, sizes, found = mx.distributed.all_sum, mx.distributed.all_gather, [], {}
 
-        def noted(x: mx.array, exchange: Any = exchange, **where: Any) -> mx.array:
-            sent.append(x.nbytes)
-            return exchange(x, **where)
+    def counted(function: Any) -> Any:
+        def own(x: mx.array, **rest: Any) -> mx.array:
+            sizes.append(x.nbytes)
+            return function(x, **rest)
 
-        setattr(mx.distributed, name, noted)
-    for name, way in (("plain", WAYS["greedy"]), ("drafted", WAYS["drafted"])):
-        sent.clear()
-        generate(model, processor, Prompt(IDS), max_tokens=6, repetition_detection="off", **way)
-        in_rounds = sent[sent.index(4) + 1 :]  # behind the first token
-        rounds = in_rounds.count(8)  # each ends in a decision: how many are accepted, and a token
-        found[f"{name}_round"] = len(in_rounds) / rounds, sum(in_rounds) / rounds
-    for name, exchange in exchanges.items():
-        setattr(mx.distributed, name, exchange)
+        return own
+
+    mx.distributed.all_sum, mx.distributed.all_gather = counted(sums), counted(gathers)
+    for name in ("greedy", "drafted"):
+        totals = []
+        for count in (5, 13):
+            sizes.clear()
+            reply = generate(model, processor, Prompt(IDS), max_tokens=count, repetition_detection="off", **WAYS[name])
+            totals.append((reply.stats.rounds, len(sizes), sum(sizes)))
+        rounds, *more = np.diff(totals, axis=0)[0]
+        found[f"round_{name}"] = np.array(more) / rounds
+    mx.distributed.all_sum, mx.distributed.all_gather = sums, gathers
     return found
-
-
-def written(folder: Path, shape: Shape) -> Path:
-    write_drafter(folder / "drafter", shape, planted=True, target_weights=tensors(shape, 0))
-    return write_checkpoint(folder, shape)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("split") / "model", SHAPE)
+    made = write_checkpoint(tmp_path_factory.mktemp("split") / "model", SHAPE)
+    write_drafter(made / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 0))
+    return made
+
+
+def headers_of(folder: Path) -> Headers:
+    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, is_shared=True)
 
 
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("twice") / "model", TWICE)
+def alone(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    return answers(*load(folder))
 
 
-@pytest.mark.parametrize(
-    ("split", "memories", "shape"),
-    [("tensors", (16, 16), SHAPE), ("tensors", (24, 16, 16), SHAPE), ("layers", (24, 16), TWICE),
-     ("layers", (24, 16, 16), SHAPE)],
-)  # fmt: skip
+@pytest.mark.parametrize("memories", [(16, 16), (24, 16, 16)])
+@pytest.mark.parametrize("split", ["tensors", "layers"])
 def test_machines_give_together_what_one_gives(
-    folder: Path, twice: Path, split: str, memories: Sequence[int], shape: Shape, tmp_path: Path
-) -> None:
-    folder = twice if shape == TWICE else folder
-    logits, replies = answers(*load(folder))
+    folder: Path, alone: tuple[dict[str, np.ndarray], dict[str, list[int]]], split: str, memories: Sequence[int],
+    tmp_path: Path,
+) -> None:  # fmt: skip
     own = ",".join(map(str, memories))
     machines = started(MACHINE, len(memories), tmp_path / "hosts.json", folder, tmp_path, split, own)
     ends = [machine.communicate(timeout=300) for machine in machines]
     assert [machine.returncode for machine in machines] == [0] * len(memories), ends
+    logits, replies = alone
+    headers = headers_of(folder)
     for rank in range(len(memories)):
         found = np.load(tmp_path / f"{rank}.npz")
         for name, expected in logits.items():
             assert np.abs(found[name] - expected).max() < 1e-5 * np.abs(expected).max()
         assert {name: found[name].tolist() for name in replies} == replies
-    check_counts([np.load(tmp_path / f"{rank}.npz") for rank in range(len(memories))], folder, split, memories, shape)
+        check_exchanges(split, len(memories), found)
+        planned = shared_checkpoints(headers, memories, rank, split)[split].footprint
+        held, active = found["held"]
+        assert held == planned.weights + planned.drafter and active == pytest.approx(held, rel=0.03)
 
 
-def check_counts(found: list[Any], folder: Path, split: str, memories: Sequence[int], shape: Shape) -> None:
-    """A round exchanges no more, and a machine holds no more, than the way of splitting asks for."""
-    machines, rows = len(found), -(-shape.vocab // len(found))
-    hidden, layers = shape.hidden * 4, 6 * shape.periods
-    for own in found:
-        for name, length in (("plain", 1), ("drafted", 4)):
-            decided = ((length > 1) * 3 + 2) * 4  # proposals; how many are accepted, and a token
-            if split == "tensors":
-                expected = 2 * layers + 2 + (length > 1), length * (2 * layers * hidden + rows * 4) + decided
-            else:
-                expected = machines - 1 + 1 + (length > 1), length * (machines - 1) * hidden + decided
-            assert tuple(own[f"{name}_round"]) == expected, name
-    checkpoint = look_through(folder, find_drafter(folder, folder, "auto"), list_tensors)
-    shares = shares_of(checkpoint, mx.distributed.init(), [own * 2**30 for own in memories], split)
-    sizes = {path: tensor.nbytes for path, tensor in checkpoint.tensors.items()}
-    table = sizes["language_model.embed_tokens.weight"]
-    twice = table  # what the split asks that more than one holds
-    if split == "tensors":
-        last = f"layers.{layers - 2}.self_attn"
-        everywhere = re.compile(rf"drafter|.*embed|.*layers\.(5|11)\.self_attn\.k_proj|.*{last}\.[kv]_proj")
-        twice = (machines - 1) * sum(nbytes for path, nbytes in sizes.items() if everywhere.match(path))
-    assert sum(own["held"] for own in found) == pytest.approx(sum(sizes.values()) + twice, rel=0.03)
-    for own, share in zip(found, shares, strict=True):  # as `fit` says of each
-        footprint = part(checkpoint, share).footprint
-        assert own["held"] == pytest.approx(footprint.weights + footprint.drafter, rel=0.001)
-        caches = footprint.row_bytes(SLIDING) * sliding_slots(shape.window) + footprint.row_bytes(FULL) * 1024
-        assert own["caches"] == caches
-
-
-def test_the_link_is_timed_and_the_split_that_is_chosen_is_said(folder: Path, tmp_path: Path) -> None:
-    machines = started(CHOOSING, 2, tmp_path / "hosts.json", folder)
-    (out, said), (other, quiet) = [machine.communicate(timeout=120) for machine in machines]
-    line = re.search(
-        r"^split by (tensors|layers): at most [\d.]+ by tensors, [\d.]+ by layers tokens/s; .*$", said, re.M
-    )
-    assert line and "split by" not in quiet
-    assert (int(out), int(other)) == (6, 6) if line[1] == "tensors" else int(out) + int(other) == 6
-
-
-@pytest.mark.parametrize(("latency", "faster"), [(1e-5, "tensors"), (1e-2, "layers")])
-def test_a_slow_link_asks_for_layers(folder: Path, group: mx.distributed.Group, latency: float, faster: str) -> None:
-    checkpoint = look_through(folder, None, list_tensors)
-    works = {
-        split: work_of(checkpoint.tensors, shares_of(checkpoint, group, [1, 1], split), checkpoint.config.text, 4)
-        for split in SPLITS
-    }
-    speeds = Speeds([1e9, 1e9], latency, 1e9)
-    assert min(works, key=lambda split: token_seconds(works[split], speeds)) == faster
-    by_hand = sum(works["layers"].read) / 1e9 + 2 * latency + (SHAPE.hidden * 4 + 8) / 1e9
-    assert token_seconds(works["layers"], speeds) == pytest.approx(by_hand)
-
-
-def test_layers_go_where_there_is_room(twice: Path, group: mx.distributed.Group) -> None:
-    text = read_config(twice).text  # twelve layers, the sixth and the last of them full
-    for memories, expected in (
-        ([16, 16], [(0, 6), (6, 12)]),
-        ([24, 8], [(0, 9), (9, 12)]),
-        ([100, 1], [(0, 10), (10, 12)]),  # the drafter reads the last of both kinds
-        ([1, 1, 1], [(0, 4), (4, 8), (8, 12)]),
-    ):
-        found = layer_shares(text, group, memories, [10] * 12, (0, 0))
-        assert [own.layers for own in found] == expected
-    assert [own.layers for own in layer_shares(text, group, [16, 16], [10] * 12, (0, 40))] == [(0, 8), (8, 12)]
-    with pytest.raises(ValueError, match="12 machines share a model of 12 layers; expected fewer"):
-        layer_shares(text, group, [16] * 12, [10] * 12, (0, 0))
-
-
-@pytest.mark.parametrize("split", ["rows", "", 3])
-def test_a_split_that_does_not_exist_is_refused(folder: Path, split: Any) -> None:
-    with pytest.raises(ValueError, match=r"split is .*; expected tensors or layers"):
-        load(folder, split=split)
+def check_exchanges(split: str, machines: int, found: Any) -> None:
+    """At most two sums a layer, a gather of logits, and what was decided; or a hidden state from each to the next."""
+    for name, drafts in (("greedy", 0), ("drafted", 3)):
+        rows, decided = drafts + 1, 2 * 4
+        hidden, logits = rows * SHAPE.hidden * 4, rows * -(-SHAPE.vocab // machines) * 4
+        count, nbytes = (2 * LAYERS + 1, 2 * LAYERS * hidden + logits)
+        if split == "layers":
+            count, nbytes = machines - 1, (machines - 1) * hidden
+        assert found[f"round_{name}"].tolist() == [count + 1 + (drafts > 0), nbytes + decided + 4 * drafts]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -248,11 +177,6 @@ def test_a_machine_that_is_gone_ends_the_others(folder: Path, number: int, tmp_p
             machine.communicate()
 
 
-@pytest.fixture
-def group() -> Iterator[mx.distributed.Group]:
-    yield mx.distributed.init()
-
-
 @given(st.integers(1, 40), st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
 def test_parts_are_as_the_weights_and_none_is_empty(count: int, weights: list[int]) -> None:
     if len(weights) > count:
@@ -264,17 +188,74 @@ def test_parts_are_as_the_weights_and_none_is_empty(count: int, weights: list[in
         assert all(own >= part - (more == less) for less, part in zip(weights, parts, strict=True) if more >= less)
 
 
-def test_unequal_memories_get_whole_heads_and_groups(folder: Path, group: mx.distributed.Group) -> None:
+def test_unequal_memories_get_whole_heads_and_groups(folder: Path) -> None:
     text = read_config(folder).text
-    found = shares(text, group, [24, 16], 64)
+    found = shares(text, [24, 16], 64)
     assert [own.heads for own in found] == [(0, 2), (2, 3)]
     assert [own.columns for own in found] == [(0, 128), (128, 192)]
 
 
 @pytest.mark.parametrize(("shape", "machines"), [(SHAPE, 4), (OTHER, 2)])
-def test_a_model_that_cannot_be_shared_so_is_refused(
-    tmp_path: Path, group: mx.distributed.Group, shape: Shape, machines: int
-) -> None:
+def test_a_model_that_cannot_be_shared_so_is_refused(tmp_path: Path, shape: Shape, machines: int) -> None:
     text = read_config(write_checkpoint(tmp_path, shape)).text
     with pytest.raises(ValueError, match="key/value heads; expected"):
-        shares(text, group, [16] * machines, 1)
+        shares(text, [16] * machines, 1)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_machines_hold_their_share_and_little_more(folder: Path, split: str) -> None:
+    headers, memories = headers_of(folder), (24, 16)
+    parts = [shared_checkpoints(headers, memories, rank, split)[split].footprint for rank in range(2)]
+    sizes = {path: tensor.nbytes for path, tensor in headers.tensors.items()}
+    twice = {
+        "tensors": lambda path: "layers.5.self_attn.k_proj" in path or not LAYER.fullmatch(path),
+        "layers": lambda path: path.startswith(EMBEDDING),
+    }[split]
+    expected = sum(sizes.values()) + sum(nbytes for path, nbytes in sizes.items() if twice(path))
+    assert sum(own.weights + own.drafter for own in parts) == pytest.approx(expected, rel=0.03)
+
+
+def test_layers_are_shared_by_memory_and_the_last_machine_has_what_the_drafter_reads(folder: Path) -> None:
+    text = read_config(folder).text
+    found = layer_shares(text, [1, 1, 1], [10] * LAYERS, (5, 5))
+    assert [own.layers for own in found] == [(0, 2), (2, 4), (4, 6)]
+    assert [own.layers for own in layer_shares(text, [8, 1], [10] * LAYERS, (5, 5))] == [(0, 4), (4, 6)]
+    assert [own.layers for own in layer_shares(text, [1, 8], [10] * LAYERS, (5, 5))] == [(0, 1), (1, 6)]
+    with pytest.raises(ValueError, match="6 machines share a model of 6 layers; expected fewer"):
+        layer_shares(text, [1] * 6, [10] * LAYERS, (5, 5))
+
+
+@pytest.mark.parametrize(("latency", "rate", "split"), [(1e-9, 1e12, "tensors"), (1.0, 1e12, "layers")])
+def test_the_link_decides_on_the_split_and_one_line_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, latency: float, rate: float,
+    split: str,
+) -> None:  # fmt: skip
+    by_layers: list[Any] = []
+    monkeypatch.setattr(loading, "time_link", lambda group: Link(latency, rate))
+    monkeypatch.setattr(loading, "time_reading", lambda dtype: 1e9)
+    monkeypatch.setattr(loading, "read_a_token", lambda tensors, share, machines: 10**6 * (1 + (share in by_layers)))
+    headers, group = headers_of(folder), mx.distributed.init()
+    found = shared_checkpoints(headers, (16, 16), 1, None)
+    assert list(found) == list(SPLITS)
+    by_layers.append(found["layers"].share)
+    reading = {name: [[1.0, 3.0], [2.0, 2.0]][name == "layers"] for name in SPLITS}
+    text = headers.config.text
+    even = even_latency(text, *reading.values())
+    assert token_seconds("tensors", text, 4, reading["tensors"], Link(even, 1e30)) == pytest.approx(
+        token_seconds("layers", text, 4, reading["layers"], Link(even, 1e30))
+    )
+    with caplog.at_level("INFO"):
+        assert choose(headers.config, found, group) == split
+    assert f"share the model by {split}: " in caplog.text and caplog.text.count("\n") == 1
+
+
+def test_a_link_is_timed() -> None:
+    found = time_link(mx.distributed.init())
+    assert found.latency > 0 and found.rate > 0 and time_reading(mx.float32) > 0
+
+
+def test_a_split_is_one_of_two_and_of_several_machines(folder: Path) -> None:
+    with pytest.raises(ValueError, match="split is 'rows'; expected tensors or layers"):
+        load(folder, split="rows")
+    with pytest.raises(ValueError, match="split is 'layers' on one machine; expected several"):
+        load(folder, split="layers")
