@@ -49,15 +49,8 @@ class Page:
     """Arrays of consecutive positions in all layers of a kind."""
 
     first: int
-    arrays: list[Arrays]  # each [1, heads, count, …]
-
-    @property
-    def last(self) -> int:
-        return self.first + self.count
-
-    @property
-    def count(self) -> int:
-        return self.arrays[0][0].shape[2] if self.arrays else 0
+    last: int
+    arrays: list[Arrays]  # each [1, heads, last - first, …]; none where another machine has all layers of the kind
 
     @cached_property
     def nbytes(self) -> int:
@@ -67,7 +60,7 @@ class Page:
         """A copy of its positions before `last`."""
         count = last - self.first
         arrays = [tuple(mx.contiguous(array[:, :, :count]) for array in own) for own in self.arrays]
-        return Page(self.first, arrays)
+        return Page(self.first, last, arrays)
 
 
 @dataclass(frozen=True)
@@ -164,10 +157,8 @@ class Disk:
             arrays = list(unpacked(header["arrays"], body))
             if (header["kind"], header["before"]) != (kind, place.before.hex()):
                 raise ValueError("it is of another place")
-            page = Page(start, arrays)
-            if page.last != place.first + len(own) or any(
-                array.shape[2] != page.count for entries in arrays for array in entries
-            ):
+            page = Page(start, place.first + len(own), arrays)
+            if any(array.shape[2] != page.last - start for entries in arrays for array in entries):
                 raise ValueError("it has not the positions that it names")
         except DAMAGES as error:
             leave_out(file, error)

@@ -362,7 +362,7 @@ class PromptStore:
                 save_line(line, self.disk)
             return line
         self.lines.append(line)
-        full = Page(0, line.full).upto(cut).arrays
+        full = Page(0, len(line), line.full).upto(cut).arrays
         mx.eval(full)
         return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used, uses=line.uses)
 
@@ -451,7 +451,7 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
         first = number * PAGE
         last = first + len(own)
         arrays = [tuple(array[:, :, first:last] for array in entries) for entries in line.full]
-        if not disk.write(FULL, before, own, Page(first, arrays), now):
+        if not disk.write(FULL, before, own, Page(first, last, arrays), now):
             return
         page = line.pages.get(number) if number in needed else None
         if (
@@ -526,11 +526,11 @@ def span(first: int, last: int) -> range:
 def ring_page(sliding: list[SlidingCache], first: int, last: int) -> Page:
     """Positions first … last of rings that hold them."""
     slots = mx.arange(first, last) % sliding[0].slots
-    return Page(first, [tuple(array[:, :, slots] for array in layer.arrays) for layer in sliding])
+    return Page(first, last, [tuple(array[:, :, slots] for array in layer.arrays) for layer in sliding])
 
 
 def joined(before: Page | None, page: Page) -> Page:
     """A page with what was there of it before, if nothing is missing between."""
     if before is None or before.last != page.first:
         return page
-    return Page(before.first, [along(pair) for pair in zip(before.arrays, page.arrays, strict=True)])
+    return Page(before.first, page.last, [along(pair) for pair in zip(before.arrays, page.arrays, strict=True)])
