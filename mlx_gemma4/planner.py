@@ -55,6 +55,11 @@ class Footprint:
     def drafts(self) -> int:
         return ROUND - 1 if self.drafter else 0
 
+    @property
+    def fits(self) -> bool:
+        """Whether this machine can hold it and begin a reply."""
+        return predict(self, 1, 1).peak <= memory_limit()
+
     def row_bytes(self, kind: str) -> int:
         """Keys and values of one position in all layers of a kind."""
         kinds = (SLIDING, WHOLE) if kind == SLIDING else (kind,)

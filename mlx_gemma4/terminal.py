@@ -224,6 +224,10 @@ ImageBudget = Annotated[
 ]
 DrafterName = Annotated[str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")]
 DraftLength = Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", metavar="NAME", help="How several machines share the model: by tensors or layers."),
+]
 StoreFolder = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
 ]

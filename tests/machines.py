@@ -5,14 +5,20 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
+
+from toy_checkpoint import Shape
 
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect
 from mlx_gemma4.engine import engine as module
 from mlx_gemma4.engine.engine import Stream
 
+# Whose heads can be dealt to two machines.
+SPLIT = Shape(hidden=64, mlp=192, heads=6, kv_heads=2, head_dim=16, global_head_dim=32, window=16, vocab=500)
 Machine = subprocess.Popen[str]
 GREEDY = Sampling(temperature=0)
 WAYS: dict[str, dict[str, Any]] = {
@@ -22,6 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "form": {"sampling": GREEDY, "response_format": {"type": "regex", "regex": "[a-m]{2,12}"}},
     "told": {"draft_length": 1, "sampling": GREEDY, "logprobs": 2},
 }
+PATIENCE = 600  # seconds
 FAILING = 13  # max_tokens of a request that fails when its prompt has been read
 LINES = """
 import sys
@@ -29,8 +36,19 @@ import mlx.core as mx
 from machines import answer_lines
 from mlx_gemma4 import load
 group = mx.distributed.init(strict=True, backend="ring")
-answer_lines(*load(sys.argv[1], group=group), group.rank())
+answer_lines(*load(sys.argv[1], group=group, split=sys.argv[2]), group.rank())
 """
+
+
+@contextmanager
+def patience(machines: list[Machine]) -> Iterator[None]:
+    """For machines that would wait for each other for ever: they are killed, after so long that no load explains it."""
+    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in machines])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def started(code: str, count: int, hosts: Path, *arguments: object) -> list[Machine]:

@@ -39,6 +39,7 @@ from mlx_gemma4.terminal import (
     DType,
     KvBits,
     ModelName,
+    Split,
     StoreFolder,
     Version,
     adapters_of,
@@ -46,7 +47,14 @@ from mlx_gemma4.terminal import (
     run,
     whole_above_0,
 )
-from mlx_gemma4.weights.load import DEFAULT_MODEL, find_adapter, find_drafter, find_folder, open_checkpoint
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    open_checkpoint,
+)
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -69,14 +77,16 @@ def batch(
     adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Answer a file of chat completions, many at once. Called again, it goes on where it stopped."""
     check_max_batch(max_batch)
+    check_split(split)
     lead()
     group = launched()
-    load = partial(loaded, model, drafter, computing_type(dtype), kv_bits, group, max_batch, store, adapter)
+    load = partial(loaded, model, drafter, computing_type(dtype), kv_bits, group, split, max_batch, store, adapter)
     if follows(group):
         if hear():
             load().follow()
@@ -103,11 +113,11 @@ def batch(
 
 def loaded(
     model: str, drafter: str, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
-    max_batch: int, store: Path | None, adapter: list[str],
+    split: str | None, max_batch: int, store: Path | None, adapter: list[str],
 ) -> Engine:  # fmt: skip
     folder, own = find_folder(model), find_adapter(adapters_of(adapter))
     choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, dtype, kv_bits, own, group)
+    checkpoint = open_checkpoint(folder, choice, dtype, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store)

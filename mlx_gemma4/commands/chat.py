@@ -48,6 +48,7 @@ from mlx_gemma4.terminal import (
     ModelName,
     RepetitionPenalty,
     Seed,
+    Split,
     StoreFolder,
     System,
     Temperature,
@@ -62,6 +63,7 @@ from mlx_gemma4.terminal import (
 )
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
+    check_split,
     find_adapter,
     find_drafter,
     find_folder,
@@ -109,6 +111,7 @@ def chat(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     store: StoreFolder = None,
     version: Version = False,
     debug: Debug = False,
@@ -118,6 +121,7 @@ def chat(
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=parse_draft_length(draft_length))
     computing = computing_type(dtype)
     check_media([], image_budget)
+    check_split(split)
     folder = None if session is None else session_folder(session)
     lead()
     group = launched()
@@ -126,7 +130,7 @@ def chat(
     terminal = Terminal() if is_first and is_terminal() else None
     path, own = find_folder(model), find_adapter(adapter)
     choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own, group)
+    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)

@@ -39,6 +39,7 @@ from mlx_gemma4.terminal import (
     RepetitionPenalty,
     Seed,
     SizeBar,
+    Split,
     System,
     Temperature,
     Thinking,
@@ -53,6 +54,7 @@ from mlx_gemma4.terminal import (
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
     Checkpoint,
+    check_split,
     find_adapter,
     find_drafter,
     find_folder,
@@ -88,6 +90,7 @@ def generate(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     session: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
     ] = None,
@@ -108,6 +111,7 @@ def generate(
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     length = parse_draft_length(draft_length)
     computing = computing_type(dtype)
+    check_split(split)
     options = Options(
         max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
         stop=stop, response_format=read_schema(schema) if is_first and schema is not None else None,
@@ -120,7 +124,7 @@ def generate(
     folder = find_folder(model)
     own = find_adapter(adapter)
     choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group)
+    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if not is_first:
         load_shown(checkpoint)

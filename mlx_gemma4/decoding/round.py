@@ -106,7 +106,7 @@ def first_state(
     p = probabilities(logits, sampler.stages, state, choices, seen_by_place(state, []))
     (token,) = model.agreed(checked(draw(p[:, 0], draw_key[None], sampler.stages)[:, None], logits))
     if sampler.stages.tells:
-        state["told"] = told(logits, token)
+        (state["told"],) = model.agreed(told(logits, token))
     return see(state, token) | {"token": token[:, 0]}
 
 
@@ -221,8 +221,7 @@ def make_halves(owner: Model, stages: Stages, length: int) -> tuple[Draft, Verif
 
     def first(state: State, arrays: list[Arrays]) -> tuple[mx.array, mx.array]:
         drafts, q = draft(model, stages, choices, length, state, traced(arrays, model.config.text))
-        (agreed,) = model.agreed(mx.stack(drafts, axis=1))  # the host of each machine makes masks of them
-        return agreed, mx.concatenate(q, axis=1)
+        return mx.stack(drafts, axis=1), mx.concatenate(q, axis=1)
 
     def second(
         state: State, arrays: list[Arrays], drafts: mx.array, q: mx.array | None, bits: mx.array, forced: mx.array
@@ -267,7 +266,7 @@ def draft(
         if seen is not None:
             seen = seen + (mx.arange(seen.shape[1]) == token[:, None])
         drafts.append(token)
-    return drafts, q
+    return [*model.agreed(*drafts)], q
 
 
 def verify(
@@ -279,8 +278,6 @@ def verify(
     keys, limit, offset = row_keys(state), state["limit"], state["offset"]
     length = len(drafts)
     tokens = mx.stack([state["token"], *drafts], axis=1)  # [B, k + 1]
-    if length:
-        (tokens,) = model.agreed(tokens)
     masks = model.masks(caches, offset, length + 1)
     adapters = state["adapter"] if stages.adapts else None
     hidden = model.language_model(model.language_model.embed(tokens), offset, masks, caches.layers, adapters)
@@ -293,7 +290,8 @@ def verify(
     token = draw(rest, keys[:, 2], stages)  # [B]
     if stages.pauses and length:
         accepted, token = paused(state["pauses"], tokens[:, 1:], accepted, token)
-    accepted, token = model.agreed(accepted, token)
+    # whether logits are finite is told with the token: not all machines have them
+    accepted, token = model.agreed(accepted, checked(token[:, None], logits)[:, 0])
     place, count = mx.arange(length + 1), accepted[:, None]
     following = mx.concatenate([tokens[:, 1:], token[:, None]], axis=1)
     tokens = mx.where(place < count, following, mx.where(place == count, token[:, None], NONE))
@@ -304,8 +302,8 @@ def verify(
         "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1) if length else hidden,
     }
     if stages.tells:
-        state["told"] = told(logits, tokens)
-    return checked(tokens, logits), state
+        (state["told"],) = model.agreed(told(logits, tokens))
+    return mx.where(token[:, None] == NOT_FINITE, NOT_FINITE, tokens), state
 
 
 def paused(pauses: mx.array, drafts: mx.array, accepted: mx.array, token: mx.array) -> tuple[mx.array, mx.array]:

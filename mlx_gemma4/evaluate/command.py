@@ -161,7 +161,9 @@ def open_subject(
 ) -> Subject:
     folder = find_folder(name)
     choice = find_drafter(name, folder, drafter, adapter=adapter)
-    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group)
+    # by tensors, for layers are read one after the other, by all machines
+    split = None if group is None else "tensors"
+    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group, split)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):

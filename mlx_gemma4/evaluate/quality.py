@@ -24,7 +24,7 @@ from mlx_gemma4.model.cache import Caches, LayerCache, empty_cache
 from mlx_gemma4.model.mask import whole_mask
 from mlx_gemma4.model.matrix import Adapted, adapt, settle_gains
 from mlx_gemma4.model.model import Model, image_blocks
-from mlx_gemma4.model.split import join_head, join_layer
+from mlx_gemma4.model.split import Share, join_head, join_layer
 from mlx_gemma4.prompt.messages import check_messages, check_tools, without_sources
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
@@ -135,15 +135,15 @@ def read_exchanges(
     """Take all exchanges through the model, which loses its layers on the way; `step` hears (layers done, of all)."""
     model = checkpoint.model
     decoder = model.language_model
-    kinds, share = model.config.text.layer_types, checkpoint.share
+    kinds, share, group = model.config.text.layer_types, checkpoint.share, checkpoint.group
     last = {kind: place for place, kind in enumerate(kinds)}
     layers, decoder.layers = decoder.layers[::-1], []  # what is left of the model has no layers
     drafter, model.drafter = model.drafter, None
     load_module(checkpoint, model, "")
     unpack(model, model.config.dtype)
     model.drafter = drafter
-    if share is not None:
-        join_head(model, share)
+    if group is not None:
+        join_head(model, group)
     states = [model.embed(exchange.prompt, 0, len(exchange.prompt)) for exchange in exchanges]
     kept: list[dict[str, LayerCache]] = [{} for _ in exchanges]
     attention, weight = model.config.text.attention, None
@@ -153,8 +153,8 @@ def read_exchanges(
         unpack(layer, model.config.dtype)
         still = arrange_layer(layer)
         weight = still if still is not None else weight
-        if share is not None:
-            join_layer(layer, share)
+        if group is not None and isinstance(share, Share):  # `open_subject`
+            join_layer(layer, share, group)
         for index, exchange in enumerate(exchanges):
             length = len(exchange.prompt)
             caches = Caches([empty_cache(attention[kind], decoder.dtype, length)], [kind])  # as long as all

@@ -75,7 +75,11 @@ class Model(nn.Module):
         """
         check_prompt(prompt, self.config)
         hidden = mx.concatenate(list(self.read(prompt, self.caches(len(prompt)))), axis=1)
-        return self.language_model.head(hidden)
+        return self.told_logits(hidden)
+
+    def told_logits(self, hidden: mx.array) -> mx.array:
+        """[B, L, hidden] -> logits [B, L, vocab], on all machines that share the model."""
+        return self.agreed(self.language_model.head(hidden))[0]
 
     def draft(self, prompt: Prompt, length: int) -> list[int]:
         """The drafter's `length` greedy proposals; the prompt's last token is the newest one.
@@ -102,7 +106,7 @@ class Model(nn.Module):
             logits, hidden = self.drafter(self.language_model.embed(token[None]), hidden, last, masks, caches.last)
             token = mx.put_along_axis(logits[0], suppressed[None], mx.array(-mx.inf), axis=-1).argmax(axis=-1)
             proposals.append(token)
-        return cast(list[int], mx.concatenate(proposals).tolist())
+        return cast(list[int], self.agreed(mx.concatenate(proposals))[0].tolist())
 
     def caches(self, positions: int) -> Caches:
         """Empty ones for one request, with room for so many positions."""
@@ -127,11 +131,11 @@ class Model(nn.Module):
             yield hidden
 
     def agreed(self, *decided: mx.array) -> Sequence[mx.array]:
-        """What the first of several machines has decided, in arrays alike: rounding must not let them drift apart."""
+        """What the last of several machines has decided, in arrays alike: rounding must not let them drift apart."""
         if self.group is None:
             return decided
         # times 0 and not zeros: what led to it exchanges too, and has to be computed everywhere
-        own = mx.stack([*decided]) * int(self.group.rank() == 0)
+        own = mx.stack([*decided]) * int(self.group.rank() == self.group.size() - 1)
         return [*mx.distributed.all_sum(own, group=self.group)]
 
     def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:

@@ -26,6 +26,7 @@ from mlx_gemma4.terminal import (
     DType,
     KvBits,
     ModelName,
+    Split,
     Version,
     adapters_of,
     number,
@@ -82,6 +83,7 @@ def serve(
     adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -94,7 +96,7 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits,
+        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
         adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
         unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip

@@ -19,7 +19,15 @@ from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.serve.ask import Refused
 from mlx_gemma4.serve.media import NOTHING, Allowed
-from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, load_values, open_checkpoint
+from mlx_gemma4.weights.load import (
+    Checkpoint,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    load_values,
+    open_checkpoint,
+)
 from mlx_gemma4.weights.peers import give_up
 
 logger = logging.getLogger("mlx_gemma4")
@@ -36,6 +44,7 @@ class Settings:
     drafter: str | None = "auto"
     dtype: str | None = None
     kv_bits: int | None = None
+    split: str | None = None
     adapter: str | Path | Mapping[str, str | Path] | None = None  # by name: requests choose from them
     max_batch: int = 8
     max_queue: int = 64  # replies that wait for a row
@@ -47,6 +56,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_max_batch(self.max_batch)
+        check_split(self.split)
         if self.max_queue < 0:
             raise ValueError(f"max_queue is {shown(self.max_queue)}; expected a whole number, 0 or more")
         if self.unload_after is not None and not 0 < self.unload_after < 1e9:
@@ -86,7 +96,8 @@ class Resident:
 
     def look(self) -> Checkpoint:
         dtype = computing_type(self.settings.dtype)
-        return open_checkpoint(self.folder, self.choice, dtype, self.settings.kv_bits, self.adapter, self.group)
+        bits, split = self.settings.kv_bits, self.settings.split
+        return open_checkpoint(self.folder, self.choice, dtype, bits, self.adapter, self.group, split)
 
     def chosen(self, model: Any) -> str | None:
         """The adapter that a request's `model` is; None: the model itself. Refused, 404, for what is neither."""

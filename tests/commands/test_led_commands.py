@@ -6,40 +6,16 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
 
 import mlx.core as mx
 import pytest
-from machines import Machine, run_on
-from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
+from machines import PATIENCE, SPLIT, Machine, patience, run_on
+from toy_checkpoint import tensors, write_checkpoint, write_drafter
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
-SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=2, head_dim=16, global_head_dim=32, window=16, vocab=500)
 PICTURE = Path(__file__).parents[1] / "demo" / "01-image.png"
-PATIENCE = 600  # seconds
 Ends = list[tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_checkpoint(tmp_path_factory.mktemp("machines") / "model", SHAPE)
-    write_drafter(made / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 0))
-    return made
-
-
-@contextmanager
-def patience(machines: list[Machine]) -> Iterator[None]:
-    """For machines that would wait for each other for ever."""
-    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in machines])
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        for machine in machines:
-            machine.kill()
-            machine.communicate()
 
 
 @pytest.fixture
@@ -55,7 +31,7 @@ def run(tmp_path: Path) -> Callable[..., Ends]:
     return command
 
 
-def test_a_batch_is_answered_as_on_one_machine(run: Callable[..., Ends], folder: Path, tmp_path: Path) -> None:
+def test_a_batch_is_answered_as_on_one_machine(run: Callable[..., Ends], split_folder: Path, tmp_path: Path) -> None:
     asked = tmp_path / "in.jsonl"
     bodies = [{"messages": [{"role": "user", "content": f"Say {n}"}], "max_tokens": 6 + n} for n in range(4)]
     seen = [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": "What is this?"}]
@@ -69,7 +45,7 @@ def test_a_batch_is_answered_as_on_one_machine(run: Callable[..., Ends], folder:
     for count in (1, 2):
         target = tmp_path / f"{count}.jsonl"
         for again in (False, True):  # the second time there is nothing to do
-            ends = run("batch", count, asked, target, "--model", folder)
+            ends = run("batch", count, asked, target, "--model", split_folder)
             assert ends[0][0] == 0, ends
             assert ("0 lines answered" in ends[0][2]) == again and ends[1:] == [(0, "", "")] * (count - 1)
         answers = [json.loads(text)["response"]["body"] for text in sorted(target.read_text().splitlines())]
@@ -78,15 +54,17 @@ def test_a_batch_is_answered_as_on_one_machine(run: Callable[..., Ends], folder:
 
 
 def test_what_is_wrong_on_the_first_machine_ends_the_others_without_a_word(
-    run: Callable[..., Ends], folder: Path, tmp_path: Path
+    run: Callable[..., Ends], split_folder: Path, tmp_path: Path
 ) -> None:
-    first, second = run("batch", 2, tmp_path / "none.jsonl", tmp_path / "out.jsonl", "--model", folder)
+    first, second = run("batch", 2, tmp_path / "none.jsonl", tmp_path / "out.jsonl", "--model", split_folder)
     assert first[0] == 2 and "none.jsonl' cannot be read" in first[2]
     assert second == (1, "", "")
 
 
-def test_a_conversation_is_the_same_as_on_one_machine(run: Callable[..., Ends], folder: Path, tmp_path: Path) -> None:
-    options = ["--model", folder, "--max-tokens", 8, "--temp", 0]
+def test_a_conversation_is_the_same_as_on_one_machine(
+    run: Callable[..., Ends], split_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--model", split_folder, "--max-tokens", 8, "--temp", 0]
     alone, first, second = (
         end
         for count in (1, 2)
@@ -102,9 +80,9 @@ def test_a_conversation_is_the_same_as_on_one_machine(run: Callable[..., Ends], 
 
 
 def test_a_request_and_its_session_are_the_first_machines(
-    run: Callable[..., Ends], folder: Path, tmp_path: Path
+    run: Callable[..., Ends], split_folder: Path, tmp_path: Path
 ) -> None:
-    options = ["--model", folder, "--max-tokens", 8, "--temp", 0, "--image", PICTURE, "--image-budget", 70]
+    options = ["--model", split_folder, "--max-tokens", 8, "--temp", 0, "--image", PICTURE, "--image-budget", 70]
     for number, text in enumerate(("What is this?", "And this?")):
         alone, first, second = (
             end
@@ -116,12 +94,14 @@ def test_a_request_and_its_session_are_the_first_machines(
         assert second == (0, "", "")
 
 
-def test_figures_are_those_of_one_machine(run: Callable[..., Ends], folder: Path, tmp_path: Path) -> None:
-    data, other = tmp_path / "data.jsonl", write_checkpoint(tmp_path / "other", SHAPE, seed=1)
-    write_drafter(other / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 1))
+def test_figures_are_those_of_one_machine(run: Callable[..., Ends], split_folder: Path, tmp_path: Path) -> None:
+    data, other = tmp_path / "data.jsonl", write_checkpoint(tmp_path / "other", SPLIT, seed=1)
+    write_drafter(other / "drafter", SPLIT, planted=True, target_weights=tensors(SPLIT, 1))
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning to all of you."}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
-    alone, first, second = (end for count in (1, 2) for end in run("evaluate", count, folder, other, "--data", data))
+    alone, first, second = (
+        end for count in (1, 2) for end in run("evaluate", count, split_folder, other, "--data", data)
+    )
     found, expected = (json.loads(end[1].splitlines()[-1])["results"][0] for end in (first, alone))
     assert found.pop("model") == expected.pop("model") and found["acceptance"] is not None
     assert found == pytest.approx(expected, rel=1e-4)
@@ -132,8 +112,8 @@ def test_figures_are_those_of_one_machine(run: Callable[..., Ends], folder: Path
 
 
 @contextmanager
-def served(folder: Path, hosts: Path) -> Iterator[tuple[list[Machine], str]]:
-    machines = run_on(["-m", "mlx_gemma4.serve", "--model", str(folder), "--port", "0"], 2, hosts)
+def served(split_folder: Path, hosts: Path) -> Iterator[tuple[list[Machine], str]]:
+    machines = run_on(["-m", "mlx_gemma4.serve", "--model", str(split_folder), "--port", "0"], 2, hosts)
     with patience(machines):
         assert machines[0].stderr is not None
         for line in machines[0].stderr:
@@ -142,6 +122,9 @@ def served(folder: Path, hosts: Path) -> Iterator[tuple[list[Machine], str]]:
             if " is loaded" in line:
                 break
         yield machines, url
+        for machine in machines:
+            machine.kill()
+            machine.communicate()
 
 
 def asked(url: str, **body: object) -> urllib.request.Request:
@@ -149,8 +132,8 @@ def asked(url: str, **body: object) -> urllib.request.Request:
     return urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(own).encode())
 
 
-def test_a_server_answers_and_when_it_is_told_to_stop_all_machines_do(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path / "hosts.json") as (machines, url):
+def test_a_server_answers_and_when_it_is_told_to_stop_all_machines_do(split_folder: Path, tmp_path: Path) -> None:
+    with served(split_folder, tmp_path / "hosts.json") as (machines, url):
         replies = []
         for _ in range(2):
             with urllib.request.urlopen(asked(url, max_tokens=12), timeout=PATIENCE) as answer:
@@ -166,8 +149,8 @@ def test_a_server_answers_and_when_it_is_told_to_stop_all_machines_do(folder: Pa
         assert [machine.returncode for machine in machines] == [0, 0], ends
 
 
-def test_a_server_that_loses_a_machine_says_so_in_its_streams(folder: Path, tmp_path: Path) -> None:
-    with served(folder, tmp_path / "hosts.json") as (machines, url):
+def test_a_server_that_loses_a_machine_says_so_in_its_streams(split_folder: Path, tmp_path: Path) -> None:
+    with served(split_folder, tmp_path / "hosts.json") as (machines, url):
         with urllib.request.urlopen(asked(url, max_tokens=100_000, stream=True), timeout=PATIENCE) as answer:
             assert answer.readline().startswith(b"data: ")
             machines[1].kill()

@@ -5,21 +5,19 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import TimeoutExpired
-from threading import Timer
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from machines import FAILING, LINES, WAYS, Machine, outcome, started
-from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
+from machines import FAILING, LINES, PATIENCE, WAYS, Machine, outcome, patience, started
 
 from mlx_gemma4 import Engine, PromptStore, load
+from mlx_gemma4.model.split import SPLITS
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
-SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=2, head_dim=16, global_head_dim=32, window=16, vocab=500)
 IDS = [2, *(110 + 7 * number % 300 for number in range(200))]
 CROWDED = """
 import json, sys
@@ -57,20 +55,14 @@ if not group.rank():
     machines.fail_on_purpose = lambda: None
 machines.answer_lines(*load(sys.argv[1], group=group), group.rank())
 """
-PATIENCE = 600  # seconds after which machines that wait for each other are taken to do so for ever
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_checkpoint(tmp_path_factory.mktemp("machines") / "model", SHAPE)
-    write_drafter(made / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 0))
-    return made
-
-
-@pytest.fixture(scope="module")
-def machines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]]:
-    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", folder)
+@pytest.fixture(scope="module", params=SPLITS)
+def machines(
+    request: pytest.FixtureRequest, split_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Machine]]:
+    found = started(LINES, 2, tmp_path_factory.mktemp("hosts") / "hosts.json", split_folder, request.param)
     assert found[0].stdout is not None and found[0].stdout.readline() == "ready\n"
     yield found
     for machine in found:
@@ -79,23 +71,21 @@ def machines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def answers(machines: list[Machine], schedule: list[dict[str, Any]]) -> list[Any]:
-    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in machines])
-    timer.start()
     first = machines[0]
     assert first.stdin is not None and first.stdout is not None
-    first.stdin.write(json.dumps(schedule) + "\n")
-    first.stdin.flush()
-    line = first.stdout.readline()
-    timer.cancel()
+    with patience(machines):
+        first.stdin.write(json.dumps(schedule) + "\n")
+        first.stdin.flush()
+        line = first.stdout.readline()
     assert line, [machine.communicate() for machine in machines]
     found: list[Any] = json.loads(line)
     return found
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Ask:
+def alone(split_folder: Path) -> Ask:
     """What one machine gives, one request after the other."""
-    loaded, known = load(folder), dict[str, Any]()
+    loaded, known = load(split_folder), dict[str, Any]()
 
     def ask(schedule: list[dict[str, Any]]) -> list[Any]:
         for own in schedule:
@@ -134,21 +124,19 @@ def test_requests_that_are_left_or_fail_disturb_nobody(machines: list[Machine], 
     assert without_counts([found[2], found[5]]) == without_counts(alone(rest))
 
 
-def test_what_has_been_read_is_found_again_on_all(machines: list[Machine], folder: Path) -> None:
+def test_what_has_been_read_is_found_again_on_all(machines: list[Machine], split_folder: Path) -> None:
     longer = [request("greedy") | {"ids": [7, *IDS[1:last]]} for last in (190, 200)]
-    with Engine(*load(folder), store=PromptStore()) as engine:
+    with Engine(*load(split_folder), store=PromptStore()) as engine:
         expected = [outcome(engine, [own])[0] for own in longer]
     assert expected[1][2] > 0
     assert [answers(machines, [own])[0] for own in longer] == expected
 
 
-def test_rows_are_parked_where_the_smallest_machine_has_no_room(folder: Path, alone: Ask, tmp_path: Path) -> None:
-    found = started(CROWDED, 2, tmp_path / "hosts.json", folder)
+def test_rows_are_parked_where_the_smallest_machine_has_no_room(split_folder: Path, alone: Ask, tmp_path: Path) -> None:
+    found = started(CROWDED, 2, tmp_path / "hosts.json", split_folder)
     schedule = [request(way, 20, 60, 70) for way in ("greedy", "auto", "seeded", "told")]
-    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in found])
-    timer.start()
-    ends = [machine.communicate(json.dumps(schedule) + "\n") for machine in found]
-    timer.cancel()
+    with patience(found):
+        ends = [machine.communicate(json.dumps(schedule) + "\n") for machine in found]
     assert [machine.returncode for machine in found] == [0, 0], ends
     first, counts = json.loads(ends[0][0].splitlines()[0]), [output.splitlines()[-1] for output, _ in ends]
     assert without_counts(first) == without_counts(alone(schedule))
@@ -176,8 +164,10 @@ def test_whatever_is_asked_left_or_fails_all_go_on_alike(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(folder: Path, number: int, tmp_path: Path) -> None:
-    first, second = started(LINES, 2, tmp_path / "hosts.json", folder)
+def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(
+    split_folder: Path, number: int, tmp_path: Path
+) -> None:
+    first, second = started(LINES, 2, tmp_path / "hosts.json", split_folder, "layers")
     try:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "ready\n"
         first.stdin.write(json.dumps([request("auto", max_tokens=100_000)]) + "\n")
@@ -194,19 +184,20 @@ def test_a_machine_lost_in_the_middle_of_a_reply_ends_the_other(folder: Path, nu
             machine.communicate()
 
 
-def test_a_machine_that_fails_alone_says_so_and_ends_the_other(folder: Path, tmp_path: Path) -> None:
-    first, second = started(ALONE, 2, tmp_path / "hosts.json", folder)
-    timer = Timer(PATIENCE, lambda: [machine.kill() for machine in (first, second)])
-    timer.start()
-    ends = [machine.communicate(json.dumps([FAILED]) + "\n") for machine in (first, second)]
-    timer.cancel()
+def test_a_machine_that_fails_alone_says_so_and_ends_the_other(split_folder: Path, tmp_path: Path) -> None:
+    first, second = started(ALONE, 2, tmp_path / "hosts.json", split_folder)
+    with patience([first, second]):
+        ends = [machine.communicate(json.dumps([FAILED]) + "\n") for machine in (first, second)]
     assert [first.returncode, second.returncode] == [1, 1], ends
     assert ends[1][1].splitlines()[-1] == "error: machine 1 failed alone: on purpose; expected the same on all"
     assert ends[0][1].splitlines()[-1].startswith("error: machine 127.0.0.1 is gone")
 
 
-def test_the_first_follows_nobody_and_alone_is_asked(folder: Path) -> None:
-    with Engine(*load(folder)) as engine, pytest.raises(RuntimeError, match="this is machine 0; expected to follow"):
+def test_the_first_follows_nobody_and_alone_is_asked(split_folder: Path) -> None:
+    with (
+        Engine(*load(split_folder)) as engine,
+        pytest.raises(RuntimeError, match="this is machine 0; expected to follow"),
+    ):
         engine.follow()
     engine.rank = 1
     with pytest.raises(
