@@ -29,6 +29,7 @@ from toy_checkpoint import Shape, config
 from mlx_gemma4.config import ModelConfig, read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.adapt import Adapter, attach
+from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Branch, passage, row
 from mlx_gemma4.tune.step import Processes, update
 
@@ -80,7 +81,7 @@ def ours(case: Case) -> list[float]:
     mx.reset_peak_memory()
     for _ in range(case.steps + UNCOUNTED):
         began = time.perf_counter()
-        update(model, optimizer, rows, 1e-4, case.grad_checkpoint, processes)
+        update(model, optimizer, rows, lambda row: learnt_states(model, row, case.grad_checkpoint), processes)
         seconds.append(time.perf_counter() - began)
     return seconds
 

@@ -27,10 +27,10 @@ FIRST_PASSES, PASSES, RESULT_ARRAYS = 4, 4.5, 2
 SHORT_REPLY = 256  # tokens that must fit for a request to be taken: most replies end long before their limit
 # Of a training step (mlx_gemma4.tune), fitted to 11 shapes and lengths in float32 on a CPU: what is alive on the way
 # back through one layer, in its MLP or in its attention, and what is kept of each layer that is not computed twice. The
-# head goes through blocks of positions; of two blocks a part is alive at once.
+# head goes through blocks of positions, one after the other.
 BACK_MLP_ARRAYS, BACK_HEAD_ARRAYS, BACK_SCORES = 27.5, 18, 3.4
 KEPT_HIDDEN_ARRAYS, KEPT_MLP_ARRAYS, KEPT_HEAD_ARRAYS = 8.6, 6.5, 5.5
-HEAD_BLOCK, BLOCK_LOGIT_ARRAYS = 128, 11.6
+HEAD_BLOCK, BLOCK_LOGIT_ARRAYS = 64, 4.1
 TRAINED_ARRAYS = 5  # float32, of what is trained: itself, its gradient, their sum and Adam's two
 LOGIT_ARRAYS = 6  # of each row of a round: the sampler's filters, p, q and what is left of them
 

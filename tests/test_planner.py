@@ -236,7 +236,7 @@ STEPS = [
     (SMALL, 512, False, 38559256, 135680, 250890684),
     (replace(SMALL, hidden=512, vocab=2048, periods=2), 512, True, 121414704, 1421312, 227342852),
     (replace(SMALL, hidden=512, vocab=2048, periods=2), 512, False, 36922416, 355328, 456368772),
-    (replace(SMALL, mlp=512, heads=8, kv_heads=4, vocab=32768), 256, True, 63462936, 118272, 261404304),
+    (replace(SMALL, mlp=512, heads=8, kv_heads=4, vocab=32768), 256, True, 63462936, 118272, 105093968),
     (replace(SMALL, hidden=128, mlp=256, heads=8, vocab=1024), 512, True, 12427800, 73728, 91781600),
     (replace(SMALL, hidden=128, mlp=256, heads=8, vocab=1024), 768, True, 12427800, 73728, 152028532),
     (replace(SMALL, hidden=128, mlp=256, heads=8, vocab=1024), 512, False, 12427800, 73728, 174120200),

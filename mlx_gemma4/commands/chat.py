@@ -70,7 +70,7 @@ from mlx_gemma4.weights.load import (
     footprint_of,
     open_checkpoint,
 )
-from mlx_gemma4.weights.peers import follows, launched, lead, release
+from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -127,6 +127,7 @@ def chat(
     group = launched()
     is_first = not follows(group)
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
+    split = same(group, saved.split if split is None and saved is not None else split)
     terminal = Terminal() if is_first and is_terminal() else None
     path, own = find_folder(model), find_adapter(adapter)
     choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)

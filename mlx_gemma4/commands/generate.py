@@ -61,7 +61,7 @@ from mlx_gemma4.weights.load import (
     load_values,
     open_checkpoint,
 )
-from mlx_gemma4.weights.peers import follows, launched, lead, release
+from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -120,6 +120,8 @@ def generate(
         saved = None if session is None or not is_session(session) else read_saved(session)
         turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
         check_media(turn, image_budget)
+        split = saved.split if split is None and saved is not None else split
+    split = same(group, split)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     folder = find_folder(model)
     own = find_adapter(adapter)

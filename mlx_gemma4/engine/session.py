@@ -18,6 +18,7 @@ from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_messages, check_part, request_messages
 from mlx_gemma4.prompt.processor import Processor
@@ -208,7 +209,8 @@ class Session:
                 if not made.is_dir():
                     made.mkdir(parents=True, exist_ok=True, mode=0o700)
             messages = [with_parts(message, saved_part, folder / MEDIA_FOLDER) for message in self.messages]
-            about = {"format": FORMAT, "weights": fingerprint_of(self.model).hex(), "settings": asdict(self.settings)}
+            weights = {"weights": fingerprint_of(self.model).hex(), "split": self.model.split}
+            about = {"format": FORMAT, **weights, "settings": asdict(self.settings)}
             # both are there before either takes the place of an older one
             parts = [written_beside(folder / ABOUT, about), written_beside(folder / MESSAGES, messages)]
             for part, name in zip(parts, (ABOUT, MESSAGES), strict=True):
@@ -243,6 +245,7 @@ class Saved:
     weights: str
     settings: Settings
     messages: list[dict[str, Any]]
+    split: str | None  # how machines shared the model, of which the weights are a part
 
     def check_model(self, model: Model) -> None:
         if self.weights != fingerprint_of(model).hex():
@@ -282,7 +285,9 @@ def read_saved(folder: str | Path) -> Saved:
     loaded = [with_parts(message, loaded_part, folder) for message in messages]
     if loaded:
         check_messages(loaded)
-    return Saved(folder, about["weights"], settings, loaded)
+    if (split := about.get("split")) not in (None, *SPLITS):
+        raise ValueError(f"{str(folder / ABOUT)!r} has split {shown(split)}; expected what Session.save writes")
+    return Saved(folder, about["weights"], settings, loaded, split)
 
 
 def read_part(folder: Path, name: str) -> Any:

@@ -123,10 +123,13 @@ class Decoder(nn.Module):
             h = layer(h, offset, masks[layer.kind], cache, adapters)
         return self.norm(h)
 
+    def scores(self, hidden: mx.array, adapters: mx.array | None = None) -> mx.array:
+        """[B, L, hidden] -> [B, L, vocab] float32, before the soft cap."""
+        scores = self.embed_tokens.as_linear(hidden) if self.is_tied else product(self.lm_head, hidden, adapters)
+        scores = scores.astype(mx.float32)
+        return scores if self.grow == 1 else scores * self.grow
+
     def head(self, hidden: mx.array, adapters: mx.array | None = None) -> mx.array:
         """[B, L, hidden] -> logits [B, L, vocab], float32, soft-capped."""
-        logits = self.embed_tokens.as_linear(hidden) if self.is_tied else product(self.lm_head, hidden, adapters)
-        logits = logits.astype(mx.float32)
-        if self.grow != 1:
-            logits = logits * self.grow
-        return logits if self.softcap is None else mx.tanh(logits / self.softcap) * self.softcap
+        scores = self.scores(hidden, adapters)
+        return scores if self.softcap is None else mx.tanh(scores / self.softcap) * self.softcap

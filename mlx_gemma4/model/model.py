@@ -46,6 +46,7 @@ class Model(nn.Module):
         self.config = config
         self.drafter: Drafter | None = None
         self.group: mx.distributed.Group | None = None  # of machines that share it
+        self.split: str | None = None  # how they do
         self.engine: Any = None  # what decoding keeps of this model from one request to the next
         self.language_model = Decoder(config.text, config.dtype)
         if config.vision is not None:

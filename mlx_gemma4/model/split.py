@@ -285,6 +285,7 @@ class Sent(nn.Module):
 def join_machines(model: Model, share: Share | LayerShare, group: mx.distributed.Group) -> None:
     """Let a model, loaded and arranged, find the rest of itself on the other machines."""
     decoder = model.language_model
+    model.split = SPLITS[isinstance(share, LayerShare)]
     if isinstance(share, LayerShare):
         model.group = group
         decoder.layers[0] = cast(Layer, Received(decoder.layers[0], group))

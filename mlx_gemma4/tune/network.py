@@ -1,6 +1,6 @@
 """The model on whole rows, with gradients: the package's own modules as the checkpoint has them, without caches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import mlx.core as mx
@@ -77,8 +77,8 @@ def embed(model: Model, row: Row) -> mx.array:
     return mx.where((soft > 0)[..., None], rows[soft].astype(h.dtype), h)
 
 
-def hidden_states(model: Model, row: Row, checkpoint: bool) -> tuple[mx.array, dict[str, Keys]]:
-    """After the final norm, [1, T, D]; and the keys and values of the last layer of each kind, which a drafter reads.
+def outputs(model: Model, row: Row, checkpoint: bool) -> Iterator[tuple[mx.array, str, Keys]]:
+    """Of each layer: the hidden states after it, [1, T, D], its kind, and its keys and values.
 
     checkpoint: keep of each layer its input alone, and compute it once more for its gradient.
     """
@@ -86,12 +86,21 @@ def hidden_states(model: Model, row: Row, checkpoint: bool) -> tuple[mx.array, d
     h = embed(model, row)
     turns = turns_of(decoder.layers, mx.array(row.positions)[None])
     masks = {FULL: mx.array(row.full)[None, None], SLIDING: mx.array(row.sliding)[None, None]}
-    last: dict[str, Keys] = {}
     for layer in decoder.layers:
         run = mx.checkpoint(run_layer(layer)) if checkpoint else run_layer(layer)
         h, *keys = run(layer.trainable_parameters(), h, *turns[layer.kind], masks[layer.kind])
-        last[layer.kind] = cast(Keys, tuple(keys))
-    return decoder.norm(h), last
+        yield h, layer.kind, cast(Keys, tuple(keys))
+
+
+def hidden_states(model: Model, row: Row, checkpoint: bool) -> tuple[mx.array, dict[str, Keys]]:
+    """After the final norm, [1, T, D]; keys and values of the last layer of each kind, which a drafter reads."""
+    found = list(outputs(model, row, checkpoint))
+    return model.language_model.norm(found[-1][0]), {kind: keys for _, kind, keys in found}
+
+
+def learnt_states(model: Model, row: Row, checkpoint: bool) -> mx.array:
+    """[N, D]: what the learnt tokens are told from."""
+    return hidden_states(model, row, checkpoint)[0][0][mx.array(row.places)]
 
 
 def run_layer(layer: Layer) -> Callable[..., tuple[mx.array, ...]]:

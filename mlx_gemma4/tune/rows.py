@@ -261,6 +261,7 @@ class Row:
     places: np.ndarray  # [N] int32: of tokens whose next is learnt
     targets: np.ndarray  # [N] int32
     owners: np.ndarray  # [N] int32: whose they are, index in `where`
+    weights: np.ndarray  # [N] float32: how much they count
     tokens: int  # without the empty places
 
 
@@ -312,5 +313,6 @@ def row(members: Sequence[Passage], window: int, read: Callable[[Part], list[Loa
         places=np.concatenate([member.places + start for member, start in zip(members, starts, strict=True)]),
         targets=np.concatenate([member.targets for member in members]),
         owners=np.repeat(np.arange(len(members), dtype=np.int32), [len(member.places) for member in members]),
+        weights=np.ones(sum(len(member.places) for member in members), np.float32),
         tokens=tokens,
     )

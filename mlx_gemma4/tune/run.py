@@ -19,6 +19,7 @@ from mlx_gemma4.prompt.messages import Part
 from mlx_gemma4.prompt.processor import Loaded, Processor
 from mlx_gemma4.tune.adapt import Adapter
 from mlx_gemma4.tune.data import Example
+from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Passage, Row, branches, capacity, packed, passages, row
 from mlx_gemma4.tune.state import flat, merge, save, trees_of, write_text
 from mlx_gemma4.tune.step import Processes, Seen, measure, rate_at, update
@@ -208,9 +209,8 @@ class Run:
             examples = self.schedule[progress.updates][self.processes.rank :: self.processes.size]
             rate = rate_at(progress.updates, len(self.schedule), settings.learning_rate, settings.warmup)
             began = time.perf_counter()
-            seen = update(
-                self.model, self.optimizer, self.train.of(examples), rate, settings.grad_checkpoint, self.processes
-            )
+            self.optimizer.learning_rate = rate
+            seen = update(self.model, self.optimizer, self.train.of(examples), self.states, self.processes)
             speed = seen.tokens / (time.perf_counter() - began)
             before = self.iteration
             progress.updates += 1
@@ -221,6 +221,9 @@ class Run:
             if is_valid or is_last or self.passes(before, settings.save_every):
                 self.keep()
             yield News(self.iteration, seen.loss, loss, speed, mx.get_peak_memory())
+
+    def states(self, row: Row) -> mx.array:
+        return learnt_states(self.model, row, self.settings.grad_checkpoint)
 
     @property
     def iteration(self) -> int:
@@ -252,7 +255,7 @@ class Run:
 
     def record(self, seen: Seen, valid_loss: float | None, rate: float, speed: float) -> None:
         values = (
-            self.iteration, seen.loss, valid_loss, rate, seen.learnt, round(speed, 1), float(mx.get_peak_memory()),
+            self.iteration, seen.loss, valid_loss, rate, int(seen.learnt), round(speed, 1), float(mx.get_peak_memory()),
         )  # fmt: skip
         self.progress.curve.append(dict(zip(COLUMNS, values, strict=True)))
 

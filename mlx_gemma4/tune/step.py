@@ -3,11 +3,12 @@
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Timer
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -16,12 +17,13 @@ from mlx.utils import tree_map, tree_unflatten
 
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import learnt, surprises
-from mlx_gemma4.tune.network import hidden_states
+from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Row
 from mlx_gemma4.tune.state import flat
 
 LARGEST_NORM = 1.0  # of an update's gradient
 PATIENCE = 900  # seconds that another process may take longer than this one
+R = TypeVar("R", bound=Row)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Seen:
     """What a pass over some rows came to, of all processes together."""
 
     loss: float  # nats of a learnt token, on average
-    learnt: int
+    learnt: float  # by weight
     tokens: int
 
 
@@ -80,29 +82,34 @@ def check_finite(each: mx.array, row: Row) -> None:
         )
 
 
-def gradients(model: Model, row: Row, checkpoint: bool) -> tuple[mx.array, Any]:
-    """The surprise at each learnt token, [N], and the gradient of their sum."""
+def gradients(model: Model, row: Row, states: Callable[[], mx.array]) -> tuple[mx.array, Any]:
+    """The surprise at each learnt token, [N], and the gradient of their weighted sum.
 
-    def total(weights: Any) -> tuple[mx.array, mx.array]:
+    states: what they are told from, [N, D], of the model with the weights it has when this is called.
+    """
+
+    def total(weights: Any) -> tuple[mx.array, tuple[mx.array, list[list[mx.array]]]]:
         model.update(weights)
-        hidden, _ = hidden_states(model, row, checkpoint)
-        return learnt(model.language_model, hidden[0][mx.array(row.places)], mx.array(row.targets))
+        number, each, stages = learnt(model.language_model, states(), mx.array(row.targets), mx.array(row.weights))
+        return number, (each, stages)
 
     weights = model.trainable_parameters()
-    (_, each), found = mx.value_and_grad(total)(weights)
+    (_, (each, stages)), found = mx.value_and_grad(total)(weights)
     model.update(weights)  # not those of the trace
+    for stage in stages:
+        mx.eval(stage)
     return each, found
 
 
 def update(
-    model: Model, optimizer: optim.Optimizer, rows: Iterable[Row], rate: float, checkpoint: bool, processes: Processes
+    model: Model, optimizer: optim.Optimizer, rows: Iterable[R], states: Callable[[R], mx.array], processes: Processes
 ) -> Seen:
     """Take a step down the mean of all learnt tokens of all processes' rows. ValueError if it is not finite."""
     summed = tree_map(mx.zeros_like, model.trainable_parameters())
     counts = mx.zeros(3)
     where: list[str] = []
     for row in rows:
-        each, found = gradients(model, row, checkpoint)
+        each, found = gradients(model, row, partial(states, row))
         summed = tree_map(mx.add, summed, found)
         counts = counts + counted(each, row)
         mx.eval(counts, summed)
@@ -117,28 +124,28 @@ def update(
     if not math.isfinite(norm):
         raise ValueError(f"the gradient of {', '.join(where[:4])} is {norm}; expected a smaller --learning-rate")
     shrink = min(1.0, LARGEST_NORM / norm) if norm else 1.0
-    optimizer.learning_rate = rate
     optimizer.update(model, tree_unflatten([(name, own * shrink) for name, own in zip(names, values, strict=True)]))
     mx.eval(model.trainable_parameters(), optimizer.state)
     return seen
 
 
 def counted(each: mx.array, row: Row) -> mx.array:
-    """Summed surprise, learnt tokens, all tokens."""
-    return mx.array([each.sum(), len(row.targets), row.tokens])
+    """Summed surprise, learnt tokens, both by weight; all tokens."""
+    weights = mx.array(row.weights)
+    return mx.stack([(weights * each).sum(), weights.sum(), mx.array(float(row.tokens))])
 
 
 def seen_of(counts: mx.array) -> Seen:
     loss, learnt_tokens, tokens = np.array(counts).tolist()
-    return Seen(loss / learnt_tokens, int(learnt_tokens), int(tokens))
+    return Seen(loss / learnt_tokens, learnt_tokens, int(tokens))
 
 
 def measure(model: Model, rows: Iterable[Row], processes: Processes) -> Seen:
     """The mean loss, without gradients."""
     counts = mx.zeros(3)
     for row in rows:
-        hidden, _ = hidden_states(model, row, checkpoint=False)
-        each = surprises(model.language_model, hidden[0][mx.array(row.places)], mx.array(row.targets))
+        states = learnt_states(model, row, checkpoint=False)
+        each = surprises(model.language_model, states, mx.array(row.targets))
         counts = counts + counted(each, row)
         mx.eval(counts)
         mx.clear_cache()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
-from toy_checkpoint import TINY, Shape, write_checkpoint
+from toy_checkpoint import TINY, Shape, config, write_checkpoint
 
 from mlx_gemma4 import Prompt, Sampling, generate, load
+from mlx_gemma4.config import read_config
 from mlx_gemma4.convert.command import main as convert
+from mlx_gemma4.model.decoder import Decoder
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
-from mlx_gemma4.tune.network import hidden_states, turns_of
+from mlx_gemma4.tune.network import hidden_states, learnt_states, turns_of
 from mlx_gemma4.tune.plan import TuningPlan, of_plan
 from mlx_gemma4.tune.rows import Branch, Row, passage, row
 from mlx_gemma4.tune.state import flat, trees_of
@@ -67,6 +70,10 @@ def plain_gradients(model: Model, one: Row) -> dict[str, mx.array]:
     return dict(flat(found))
 
 
+def slopes(model: Model, one: Row, checkpoint: bool = True) -> tuple[mx.array, Any]:
+    return gradients(model, one, lambda: learnt_states(model, one, checkpoint))
+
+
 def furthest(found: Any, wanted: dict[str, mx.array]) -> float:
     pairs = [(value, wanted[path]) for path, value in flat(found)]
     assert len(pairs) == len(wanted)
@@ -78,28 +85,64 @@ def furthest(found: Any, wanted: dict[str, mx.array]) -> float:
 def test_gradients_are_those_of_all_logits_at_once(tiny_folder: Path, kind: str, checkpoint: bool) -> None:
     model, one = opened(tiny_folder, fine_tune_type=kind, rank=4), text_row()
     assert len(one.targets) > BLOCK
-    each, found = gradients(model, one, checkpoint)
+    each, found = slopes(model, one, checkpoint)
     assert furthest(found, plain_gradients(model, one)) < 1e-5
     hidden = hidden_states(model, one, checkpoint=False)[0][0][mx.array(one.places)]
     assert mx.allclose(each, surprises(model.language_model, hidden, mx.array(one.targets)), atol=1e-4)
 
 
+def decoder_of(folder: Path, **sizes: int) -> Decoder:
+    (folder / "config.json").write_text(json.dumps(config(replace(TINY, periods=1, **sizes))))
+    return Model(read_config(folder)).language_model
+
+
+def test_four_arrays_of_a_blocks_logits_are_alive(tmp_path: Path) -> None:
+    """However many blocks there are."""
+    decoder = decoder_of(tmp_path, vocab=16384)
+    decoder.freeze()
+    hidden, targets = mx.random.normal((4 * BLOCK, 64)), mx.arange(4 * BLOCK)
+    mx.eval(hidden, decoder.parameters())
+    (_, stages), by = mx.value_and_grad(lambda own: learnt(decoder, own, targets, mx.ones(4 * BLOCK))[::2])(hidden)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for stage in stages:
+        mx.eval(stage)
+    mx.eval(by)
+    assert mx.get_peak_memory() - before < 4.3 * BLOCK * 16384 * 4
+
+
+def test_a_head_that_learns_has_the_gradient_of_all_logits_at_once(tmp_path: Path) -> None:
+    decoder = decoder_of(tmp_path)
+    decoder.embed_tokens.weight = mx.random.normal(decoder.embed_tokens.weight.shape, key=mx.random.key(0))
+    hidden, targets = mx.random.normal((2 * BLOCK - 9, 64), key=mx.random.key(1)), mx.arange(2 * BLOCK - 9)
+    weights = mx.random.uniform(shape=targets.shape, key=mx.random.key(2))
+
+    def own(head: mx.array, hidden: mx.array) -> mx.array:
+        decoder.embed_tokens.weight = head
+        return learnt(decoder, hidden, targets, weights)[0]
+
+    def plain(head: mx.array, hidden: mx.array) -> mx.array:
+        decoder.embed_tokens.weight = head
+        return (weights * nn.losses.cross_entropy(decoder.head(hidden[None])[0], targets)).sum()
+
+    head = decoder.embed_tokens.weight
+    for mine, theirs in zip(*(mx.grad(way, (0, 1))(head, hidden) for way in (own, plain)), strict=True):
+        assert mx.linalg.norm(mine - theirs) < 1e-5 * mx.linalg.norm(theirs)
+
+
 def test_examples_in_one_row_are_as_if_alone(tiny_folder: Path) -> None:
     model, both = opened(tiny_folder, rank=4), text_row()
-    _, found = gradients(model, both, True)
+    _, found = slopes(model, both)
     rng = random.Random(0)
     ids = [[2, *(rng.randrange(200, 400) for _ in range(length - 1))] for length in (150, 40)]
-    alone = [
-        gradients(model, row([passage("", [Branch(own, 5)], ())], TINY.window, lambda part: []), True)[1] for own in ids
-    ]
+    alone = [slopes(model, row([passage("", [Branch(own, 5)], ())], TINY.window, lambda part: []))[1] for own in ids]
     summed = {path: one + two for (path, one), (_, two) in zip(*map(flat, alone), strict=True)}
     assert furthest(found, summed) < 1e-5
 
 
 def test_the_loss_has_the_slope_that_differences_show(tiny_folder: Path) -> None:
     model, one = opened(tiny_folder, rank=4), text_row((40,))
-    _, found = gradients(model, one, True)
-    slopes = dict(flat(found))
+    by = dict(flat(slopes(model, one)[1]))
     for path, value in flat(model.trainable_parameters())[::17]:
         way = mx.random.normal(value.shape, key=mx.random.key(1))
         way = way / mx.linalg.norm(way)
@@ -111,7 +154,7 @@ def test_the_loss_has_the_slope_that_differences_show(tiny_folder: Path) -> None
 
         wanted = (loss(0.02) - loss(-0.02)) / 0.04
         model.load_weights([(path, value)], strict=False)
-        assert abs(wanted - float((slopes[path] * way).sum())) < 0.02 * max(1.0, abs(wanted))
+        assert abs(wanted - float((by[path] * way).sum())) < 0.02 * max(1.0, abs(wanted))
 
 
 QUANTIZABLE = Shape(hidden=64, mlp=128, heads=4, head_dim=32, global_head_dim=64)
@@ -126,7 +169,7 @@ def test_over_quantized_weights_gradients_are_those_over_the_same_values(tmp_pat
     for name in ("q", "plain"):
         model = opened(tmp_path / name, rank=4)
         assert isinstance(model.language_model.layers[0].mlp.up_proj.linear, nn.QuantizedLinear) == (name == "q")
-        values.append(gradients(model, one, True)[1])
+        values.append(slopes(model, one)[1])
     assert furthest(values[0], dict(flat(values[1]))) < 1e-4
     assert whole.exists()
 
@@ -135,7 +178,7 @@ def test_no_block_of_the_head_changes_the_loss(tiny_folder: Path) -> None:
     model = opened(tiny_folder)
     hidden = mx.random.normal((2 * BLOCK + 3, TINY.hidden), key=mx.random.key(0))
     targets = mx.arange(len(hidden))
-    _, each = learnt(model.language_model, hidden, targets)
+    _, each, _ = learnt(model.language_model, hidden, targets, mx.ones(targets.shape))
     logits = model.language_model.head(hidden[None])[0]
     assert mx.allclose(each, nn.losses.cross_entropy(logits, targets), atol=1e-5)
 
@@ -367,13 +410,11 @@ def test_a_loss_that_is_no_number_names_its_example(
 ) -> None:
     own: list[str] = []
 
-    def wrong(model: Model, one: Row, checkpoint: bool) -> Any:
-        hidden, last = hidden_states(model, one, checkpoint)
+    def wrong(model: Model, one: Row, checkpoint: bool) -> mx.array:
         own.append(one.where[1])
-        places = mx.array(one.places[one.owners == 1])
-        return mx.where((mx.arange(len(one.ids))[:, None] == places).any(axis=1)[None, :, None], mx.nan, hidden), last
+        return mx.where(mx.array(one.owners == 1)[:, None], mx.nan, learnt_states(model, one, checkpoint))
 
-    monkeypatch.setattr("mlx_gemma4.tune.step.hidden_states", wrong)
+    monkeypatch.setattr("mlx_gemma4.tune.run.learnt_states", wrong)
     (data / "valid.jsonl").unlink()
     assert run(options(tiny_folder, data, tmp_path / "out")) == 2
     error = capsys.readouterr().err
