@@ -26,7 +26,7 @@ from machines import outcome
 from mlx_gemma4 import Engine, load
 from mlx_gemma4.engine import engine as module
 group = mx.distributed.init(strict=True, backend="ring")
-model, processor = load(sys.argv[1], group=group)
+model, processor = load(sys.argv[1], group=group, split="tensors")
 limit = 10**6 // 10 ** (3 * group.rank())  # positions: the second machine is the smaller one
 module.memory_limit, module.FORESEEN = lambda: limit, 8
 module.check_memory = lambda *given: None
@@ -53,7 +53,7 @@ group = mx.distributed.init(strict=True, backend="ring")
 peers.SILENCE = 10.0
 if not group.rank():
     machines.fail_on_purpose = lambda: None
-machines.answer_lines(*load(sys.argv[1], group=group), group.rank())
+machines.answer_lines(*load(sys.argv[1], group=group, split="tensors"), group.rank())
 """
 Ask = Callable[[list[dict[str, Any]]], list[Any]]
 
