@@ -113,6 +113,7 @@ class ModelConfig:
     quantization: Quantization | None
     quantization_overrides: dict[str, Quantization]  # by the module's path as the checkpoint writes it
     dtype: mx.Dtype = mx.float32  # of all that floats, hidden states and caches too; settled when weights are looked at
+    adapters: tuple[str, ...] = ()  # those that requests choose from, by name
 
 
 def computing_type(name: str | None) -> mx.Dtype | None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 
 STOPPED = 128  # and the signal's number: the exit status
@@ -18,48 +19,23 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "
 left_to_do: list[Callable[[], object]] = []
 
 
-def generate() -> int:
-    return enter("mlx_gemma4.commands.generate")
-
-
-def convert() -> int:
-    return enter("mlx_gemma4.convert.command")
-
-
-def evaluate() -> int:
-    return enter("mlx_gemma4.evaluate.command")
-
-
-def fuse() -> int:
-    return enter("mlx_gemma4.commands.fuse")
-
-
-def fit() -> int:
-    return enter("mlx_gemma4.commands.fit")
-
-
-def serve() -> int:
-    return enter("mlx_gemma4.serve.command")
-
-
-def batch() -> int:
-    return enter("mlx_gemma4.commands.batch")
-
-
-def tune() -> int:
-    return enter("mlx_gemma4.tune.command")
-
-
-def chat() -> int:
-    return enter("mlx_gemma4.commands.chat")
-
-
 def enter(module: str) -> int:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and jobs in the background have it
             signal.signal(number, leave)
     status: int = import_module(module).main()
     return status
+
+
+generate = partial(enter, "mlx_gemma4.commands.generate")
+convert = partial(enter, "mlx_gemma4.convert.command")
+evaluate = partial(enter, "mlx_gemma4.evaluate.command")
+fuse = partial(enter, "mlx_gemma4.commands.fuse")
+fit = partial(enter, "mlx_gemma4.commands.fit")
+serve = partial(enter, "mlx_gemma4.serve.command")
+batch = partial(enter, "mlx_gemma4.commands.batch")
+tune = partial(enter, "mlx_gemma4.tune.command")
+chat = partial(enter, "mlx_gemma4.commands.chat")
 
 
 def leave(number: int, frame: object) -> None:

@@ -55,6 +55,11 @@ class Footprint:
     def drafts(self) -> int:
         return ROUND - 1 if self.drafter else 0
 
+    @property
+    def fits(self) -> bool:
+        """Whether this machine can hold it and begin a reply."""
+        return predict(self, 1, 1).peak <= memory_limit()
+
     def row_bytes(self, kind: str) -> int:
         """Keys and values of one position in all layers of a kind."""
         kinds = (SLIDING, WHOLE) if kind == SLIDING else (kind,)
@@ -136,7 +141,8 @@ def predict_tuning(model: Footprint, trained: int, tokens: int, checkpoint: bool
     layer = max(BACK_MLP_ARRAYS * text.intermediate_size, BACK_HEAD_ARRAYS * max(sizes) + scores)
     head = BLOCK_LOGIT_ARRAYS * min(HEAD_BLOCK, tokens) * text.vocab_size * 4
     workspace = max(tokens * layer * item, head)
-    return Tuning(model.weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
+    weights = model.weights + model.drafter
+    return Tuning(weights, 4 * TRAINED_ARRAYS * trained, int(tokens * kept * item), int(workspace))
 
 
 def batch_bytes(model: Footprint, lengths: Sequence[int], size: int, ahead: int) -> float:
@@ -202,9 +208,10 @@ def memory_limit() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(model: Footprint, prompt_tokens: int = 1, reply_tokens: int = 1) -> None:
-    """MemoryError if this machine cannot hold the model, read the prompt and begin the reply."""
-    room, reply = memory_limit(), min(reply_tokens, SHORT_REPLY)  # a reply may end long before its limit
+def check_memory(model: Footprint, prompt_tokens: int = 1, reply_tokens: int = 1, room: int | None = None) -> None:
+    """MemoryError if this machine, or one that has so much room, cannot hold the model, read the prompt and begin the
+    reply."""
+    room, reply = room or memory_limit(), min(reply_tokens, SHORT_REPLY)  # a reply may end long before its limit
     needed = predict(model, prompt_tokens, reply).peak
     if needed <= room:
         return

@@ -49,6 +49,15 @@ Adapter = Annotated[
     typer.Option("--adapter", metavar="FOLDER", help="Of mlx_gemma4.tune, mlx-lm or PEFT: LoRA or DoRA."),
 ]
 
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]FOLDER",
+        help="One for all; or by name, repeatable, for requests to choose from as their model.",
+    ),
+]
+
 WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
 
 
@@ -88,6 +97,19 @@ def run(app: typer.Typer) -> int:
     finally:
         logger.setLevel(level)
         logger.removeHandler(news)
+
+
+def adapters_of(given: list[str]) -> str | dict[str, str] | None:
+    """What `--adapter` asks for: one folder, or several by name."""
+    if not given or (len(given) == 1 and ("=" not in given[0] or Path(given[0]).is_dir())):
+        return given[0] if given else None
+    named: dict[str, str] = {}
+    for own in given:
+        name, _, folder = own.partition("=")
+        if not name or not folder or name in named:
+            raise ValueError(f"--adapter is {shown(own)}; expected NAME=FOLDER, each with a name of its own")
+        named[name] = folder
+    return named
 
 
 def closed_pipe() -> int:
@@ -202,6 +224,13 @@ ImageBudget = Annotated[
 ]
 DrafterName = Annotated[str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")]
 DraftLength = Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", metavar="NAME", help="How several machines share the model: by tensors or layers."),
+]
+StoreFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
+]
 KvBits = Annotated[
     int | None,
     typer.Option(

@@ -40,9 +40,10 @@ def random_adapter(
     rank: int = 3,
     dora: bool = False,
     lengths: float = 2.0,
+    seed: int = 7,
 ) -> dict[str, mx.array]:
     """mlx-lm's parts by path, of the last `layers`; what they add is about as large as the matrices."""
-    rng, found = np.random.default_rng(7), {}
+    rng, found = np.random.default_rng(seed), {}
     for path, value in matrices(shape).items():
         part = path.split(".", 3)
         if (part[-1] if "layers" in path else path) not in chosen:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from machines import SPLIT
 from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import load
@@ -64,6 +65,13 @@ def write_planted(folder: Path, shape: Shape, seed: int, plant: float) -> Path:
     write_checkpoint(folder, shape, seed, plant=plant)
     write_drafter(folder / "drafter", shape, seed, tensors(shape, seed, plant), planted=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def split_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_checkpoint(tmp_path_factory.mktemp("split") / "model", SPLIT)
+    write_drafter(made / "drafter", SPLIT, planted=True, target_weights=tensors(SPLIT, 0))
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.decoding.constraint import Constraint, Form, Pieces, form_of, vocabulary_of
+from mlx_gemma4.decoding.constraint import Constraint, Pieces, vocabulary_of
+from mlx_gemma4.forms.form import Form, form_of
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.reply.reply import Controls, ReplyParser
 

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
+import mlx.core as mx
 import typer
 
 from mlx_gemma4.commands.generate import load_shown
@@ -22,14 +24,38 @@ from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.completion import asked, completion, failure
 from mlx_gemma4.engine.engine import AHEAD, Engine, check_max_batch
+from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import url_scheme
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_part
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
-from mlx_gemma4.terminal import Bar, Debug, DType, KvBits, Version, awake, run, whole_above_0
-from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder, open_checkpoint
+from mlx_gemma4.terminal import (
+    Adapters,
+    Bar,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    ModelName,
+    Split,
+    StoreFolder,
+    Version,
+    adapters_of,
+    awake,
+    run,
+    whole_above_0,
+)
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    open_checkpoint,
+)
+from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -42,40 +68,39 @@ BOM = b"\xef\xbb\xbf"
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     max_batch: Annotated[
         int, typer.Option(parser=whole_above_0, metavar="N", help="Replies that are written at once, at most.")
     ] = 8,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    drafter: DrafterName = "auto",
+    store: StoreFolder = None,
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
     """Answer a file of chat completions, many at once. Called again, it goes on where it stopped."""
     check_max_batch(max_batch)
-    computing = computing_type(dtype)
+    check_split(split)
+    lead()
+    group = launched()
+    load = partial(loaded, model, drafter, computing_type(dtype), kv_bits, group, split, max_batch, store, adapter)
+    if follows(group):
+        if hear():
+            load().follow()
+        return
     names = {line.name for line in lines_of(source)}
     with opened(target) as out:
         done = answered(out, source, target, names)
         failed = 0
-        if len(done) < len(names):
-            folder = find_folder(model)
-            choice = find_drafter(model, folder, None if drafter == "none" else drafter)
-            checkpoint = open_checkpoint(folder, choice, computing, kv_bits)
-            processor = load_processor(checkpoint.folder, checkpoint.config)
-            check_memory(checkpoint.footprint)
-            kept = PromptStore(folder=store)
-            load_shown(checkpoint)
+        if len(done) == len(names):
+            release(group)
+        else:
+            same(group, True)
             tasks = (task for task in tasks_of(source) if task.name not in done)
-            with awake(), Bar("Answering") as bar, Engine(checkpoint.model, processor, max_batch, kept) as engine:
+            with awake(), load() as engine, Bar("Answering") as bar:
                 bar.show(len(done), len(names))
                 for number, answer in enumerate(answers(engine, tasks, source.parent, model), len(done) + 1):
                     out.write(json.dumps(answer).encode() + b"\n")
@@ -84,6 +109,20 @@ def batch(
                     bar.show(number, len(names))
     before = f"; {len(done)} were before" if done else ""
     print(f"{len(names) - len(done)} lines answered, {failed} of them with an error{before}", file=sys.stderr)
+
+
+def loaded(
+    model: str, drafter: str, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
+    split: str | None, max_batch: int, store: Path | None, adapter: list[str],
+) -> Engine:  # fmt: skip
+    folder, own = find_folder(model), find_adapter(adapters_of(adapter))
+    choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
+    checkpoint = open_checkpoint(folder, choice, dtype, kv_bits, own, group, split)
+    processor = load_processor(checkpoint.folder, checkpoint.config)
+    check_memory(checkpoint.footprint)
+    kept = PromptStore(folder=store)
+    load_shown(checkpoint)
+    return Engine(checkpoint.model, processor, max_batch, kept)
 
 
 # --- IN ----------------------------------------------------------------------------------------
@@ -179,7 +218,9 @@ def answer_to(task: Task, engine: Engine, folder: Path, model: str) -> dict[str,
         if task.error is not None:
             raise task.error
         request, options = asked(with_media_from(folder, task.body))
-        status, body = 200, completion(collect(engine.ask(request, options)), model, task.name)
+        adapter = adapter_named(task.body.get("model"), engine.model.config.adapters, model)
+        reply = collect(engine.ask(request, replace(options, adapter=adapter)))
+        status, body = 200, completion(reply, adapter or model, task.name)
     except Exception as error:  # whatever one line raises, the others are to be answered
         status, words = failure(error)
         body = {"error": words}

@@ -25,7 +25,7 @@ from mlx_gemma4.commands.typed import Medium, read_argument, read_typed
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading
+from mlx_gemma4.engine.generation import Reading, follow
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import STORE_FOLDER, is_session, read_saved
 from mlx_gemma4.entry import if_stopped, leave
@@ -36,6 +36,7 @@ from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
 from mlx_gemma4.terminal import (
+    Adapter,
     Debug,
     DrafterName,
     DraftLength,
@@ -47,6 +48,8 @@ from mlx_gemma4.terminal import (
     ModelName,
     RepetitionPenalty,
     Seed,
+    Split,
+    StoreFolder,
     System,
     Temperature,
     Thinking,
@@ -58,7 +61,16 @@ from mlx_gemma4.terminal import (
     run,
     show_warning,
 )
-from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder, footprint_of, open_checkpoint
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    footprint_of,
+    open_checkpoint,
+)
+from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,11 +108,11 @@ def chat(
     image_budget: ImageBudget = None,
     drafter: DrafterName = "auto",
     draft_length: DraftLength = "auto",
+    adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-    ] = None,
+    split: Split = None,
+    store: StoreFolder = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -109,18 +121,25 @@ def chat(
     options = Options(max_tokens=max_tokens, sampling=sampling, draft_length=parse_draft_length(draft_length))
     computing = computing_type(dtype)
     check_media([], image_budget)
+    check_split(split)
     folder = None if session is None else session_folder(session)
-    saved = read_saved(folder) if folder is not None and is_session(folder) else None
-    terminal = Terminal() if is_terminal() else None
-    path = find_folder(model)
-    choice = find_drafter(path, path, None if drafter == "none" else drafter)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits)
+    lead()
+    group = launched()
+    is_first = not follows(group)
+    saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
+    split = same(group, saved.split if split is None and saved is not None else split)
+    terminal = Terminal() if is_first and is_terminal() else None
+    path, own = find_folder(model), find_adapter(adapter)
+    choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)
+    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
-    kept = store if store is not None else None if folder is None else folder / STORE_FOLDER
-    with Agent(
-        checkpoint.model, processor, (), mcp, skills, allow, system, thinking, image_budget, PromptStore(folder=kept)
-    ) as agent:
+    kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)
+    if not is_first:
+        load_shown(checkpoint)
+        follow(checkpoint.model, processor, kept)
+        return
+    with Agent(checkpoint.model, processor, (), mcp, skills, allow, system, thinking, image_budget, kept) as agent:
         load_shown(checkpoint)
         tools = agent.session.settings.tools
         if saved is not None:
@@ -134,6 +153,7 @@ def chat(
             conversation.run(piped() if terminal is None else terminal.lines())
         finally:
             conversation.close()
+    release(group)
 
 
 def is_terminal() -> bool:

@@ -1,22 +1,38 @@
 """The command `mlx_gemma4.fit`: whether a model fits into a machine's memory, and how long a context with it."""
 
+import json
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import FULL, Quantization, computing_type, with_kv_bits
-from mlx_gemma4.convert.recipes import BITS, GROUP_SIZES, Recipe, plan, weights_nbytes
-from mlx_gemma4.model.model import Model
-from mlx_gemma4.planner import Footprint, Prediction, Tuning, longest, memory_limit, predict, predict_tuning
-from mlx_gemma4.terminal import FAILED, Debug, DType, KvBits, Version, run, size_text, whole_above_0
-from mlx_gemma4.weights.adapter import matrices_of
-from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, find_drafter, find_folder, look_through, parameters
+from mlx_gemma4 import __version__
+from mlx_gemma4.config import FULL, computing_type, with_kv_bits
+from mlx_gemma4.convert.recipes import BITS, nbytes_at
+from mlx_gemma4.errors import one_line
+from mlx_gemma4.model.split import SPLITS
+from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
+from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.tune.plan import TuningPlan, longest_row, of_plan, smaller_tuning
+from mlx_gemma4.weights.link import even_latency
+from mlx_gemma4.weights.load import (
+    DEFAULT_MODEL,
+    Checkpoint,
+    Headers,
+    find_drafter,
+    find_folder,
+    fitted,
+    read_headers,
+    shared_checkpoints,
+)
+from mlx_gemma4.weights.sharing import read_a_token
 from mlx_gemma4.weights.tensors import INDEX, Tensor, by_path, from_header, indexed_files, list_tensors
 
 # The part of a Mac's memory that Metal may hold: as Macs with 16 and 32, 64 and 96 GB have it (the logs in llama.cpp's
@@ -25,7 +41,6 @@ METAL_SHARE, LARGE_MAC, SHARE_OF_LARGE = 2 / 3, 36 * 2**30, 3 / 4
 UNITS = {"B": 1, "MB": 2**20, "GB": 2**30, "TB": 2**40}  # of memory, which is sold in powers of two
 REPLY = 1024  # tokens of a context that are written and not read: generate's --max-tokens
 USUAL_CONTEXT = 8192
-SHORTEST_ROW = 128  # of training
 SHORTEST = 1024  # a context below it is of little use
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -39,6 +54,11 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
+def mac_room(memory: int) -> int:
+    """What a Mac with so many bytes lets a model hold."""
+    return int((SHARE_OF_LARGE if memory > LARGE_MAC else METAL_SHARE) * memory)
+
+
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
@@ -46,11 +66,13 @@ def fit(
         int | None, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of prompt and reply together; 8192.")
     ] = None,
     memory: Annotated[
-        int | None, typer.Option(parser=parse_memory, metavar="SIZE", help="Of another Mac, such as 16GB.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Of another Mac, such as 16GB; of several that share it: 16GB,24GB."),
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    hosts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of mlx.launch: asks these machines for their memory.")
+    ] = None,
+    drafter: DrafterName = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
     tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
@@ -71,16 +93,29 @@ def fit(
     computing = computing_type(dtype)
     if tune:
         drafter = "none"  # it is not there while the model is trained
-    checkpoint = open_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
-    most = checkpoint.config.text.max_position_embeddings
+    if memory is not None and hosts is not None:
+        raise ValueError(f"memory is {memory!r} and hosts {str(hosts)!r}; expected one of them")
+    rooms = [] if memory is None else [mac_room(parse_memory(each)) for each in memory.split(",")]
+    if hosts is not None:
+        rooms = rooms_of(read_hosts(hosts))
+    if tune and len(rooms) > 1:
+        raise ValueError(f"{len(rooms)} machines and tune; expected one")
+    headers = headers_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
+    most = headers.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
         raise ValueError(f"context is {tokens}; {model} takes at most {most}")
-    if memory is None:
-        room, where = memory_limit(), "this machine lets a model hold"
-    else:
-        share, part = (SHARE_OF_LARGE, "three quarters") if memory > LARGE_MAC else (METAL_SHARE, "two thirds")
-        room, where = int(share * memory), f"a Mac with {memory / 2**30:.3g} GB lets a model hold ({part})"
+    if len(rooms) > 1:
+        print(f"{model} with a context of {tokens} tokens, on {len(rooms)} machines that share it")
+        return fit_machines(headers, rooms, tokens)
+    checkpoint = fitted(headers)
+    room, where = memory_limit(), "this machine lets a model hold"
+    if hosts is not None:
+        room, where = rooms[0], "that machine lets a model hold"
+    elif memory is not None:
+        size = parse_memory(memory)
+        part = "three quarters" if size > LARGE_MAC else "two thirds"
+        room, where = rooms[0], f"a Mac with {size / 2**30:.3g} GB lets a model hold ({part})"
     own = checkpoint.footprint
     if tune:
         plan = TuningPlan(max_seq_length, rank, grad_checkpoint)
@@ -90,28 +125,96 @@ def fit(
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
     print("\n".join(lines(found)))
     longest_context = longest(lambda length: fits(own, length, room), most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest context that fits is {longest_context}.")
+    changes = smaller(checkpoint, tokens, longest_context, room)
+    return verdict(found.peak, room, f"context that fits is {longest_context}", changes)
+
+
+def verdict(peak: int, room: int, longest_that_fits: str, changes: Iterator[str]) -> int:
+    """The exit status."""
+    if peak <= room:
+        print(f"It fits, with {size_text(room - peak)} left; the longest {longest_that_fits}.")
         return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller(checkpoint, tokens, longest_context, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
+    print(f"It does not fit: {size_text(peak - room)} are missing.")
+    print(f"What would make it fit: {'; '.join(changes) or 'no single change; a smaller model'}.")
     return FAILED
 
 
+# --- machines that share it --------------------------------------------------------------------
+
+# Bytes a second that a Mac's memory gives: M4, M4 Pro, M4 Max.
+BANDWIDTHS = (120e9, 273e9, 546e9)
+ASKED = "import mlx_gemma4, mlx_gemma4.planner as own; print(mlx_gemma4.__version__, own.memory_limit())"
+
+
+def fit_machines(headers: Headers, rooms: Sequence[int], tokens: int) -> int:
+    print("\n".join(f"  machine {rank:<8}{size_text(room):>10} of room" for rank, room in enumerate(rooms)))
+    reading: dict[str, list[int]] = {}
+    for split in SPLITS:
+        try:
+            parts = [shared_checkpoints(headers, rooms, rank, split)[split] for rank in range(len(rooms))]
+        except ValueError as error:
+            print(f"By {split}: {error}.")
+            continue
+        peaks = [of_context(own.footprint, tokens).peak for own in parts]
+        missing = [max(0, peak - room) for peak, room in zip(peaks, rooms, strict=True)]
+        verdict = f"does not fit, {size_text(max(missing))} are missing"
+        if not max(missing):
+            most = headers.config.text.max_position_embeddings
+            pairs = list(zip(parts, rooms, strict=True))
+            length = longest(lambda count: all(fits(own.footprint, count, room) for own, room in pairs), most)  # noqa: B023
+            verdict = f"fits; the longest context that fits is {length}"
+            reading[split] = [read_a_token(own.tensors, own.share, len(rooms)) for own in parts if own.share]
+        print(f"By {split}: {', '.join(map(size_text, peaks))}: {verdict}.")
+    if len(reading) > 1:
+        even = [
+            even_latency(headers.config.text, *([count / bandwidth for count in own] for own in reading.values()))
+            for bandwidth in BANDWIDTHS
+        ]
+        said = ", ".join(
+            f"{1e6 * latency:.3g} µs at {bandwidth / 1e9:.0f} GB/s"
+            for latency, bandwidth in zip(even, BANDWIDTHS, strict=True)
+        )
+        print(f"By tensors is faster where an exchange takes less than {said} of memory bandwidth.")
+    return 0 if reading else FAILED
+
+
+def read_hosts(file: Path) -> list[str]:
+    """The machines of a hostfile of mlx.launch, as ssh knows them."""
+    try:
+        found = json.loads(file.expanduser().read_bytes())
+        names = [str(host["ssh"]) for host in (found["hosts"] if isinstance(found, dict) else found)]
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f'{file} is no hostfile of mlx.launch; expected [{{"ssh": NAME, "ips": […]}}, …]') from None
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if not names or twice:
+        raise ValueError(f"{file} has {f'{twice[0]!r} twice' if twice else 'no host'}; expected each machine once")
+    return names
+
+
+def rooms_of(hosts: Sequence[str]) -> list[int]:
+    """What each lets a model hold. ValueError for one that cannot be reached or has another version."""
+    rooms = []
+    for host in hosts:
+        command = [sys.executable, "-c", ASKED]
+        if host not in ("127.0.0.1", "localhost"):  # as mlx.launch: the same Python on each
+            command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "--", host, shlex.join(command)]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        except (OSError, subprocess.SubprocessError) as error:
+            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            why = (said.strip().splitlines() or ["no answer"])[-1]
+            raise ValueError(
+                f"{host} cannot be asked: {why}; expected ssh to reach it, and this package there"
+            ) from None
+        if told[:1] != [__version__]:
+            raise ValueError(f"{host} has version {told[0] if told else 'none'}; expected {__version__}, as here")
+        rooms.append(int(told[1]))
+    return rooms
+
+
 # --- tuning ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TuningPlan:
-    tokens: int  # of the longest row
-    rank: int
-    checkpoint: bool
-
-    @property
-    def text(self) -> str:
-        twice = "layers computed twice" if self.checkpoint else "layers computed once"
-        return f"rows of {self.tokens} tokens, rank {self.rank}, {twice}"
 
 
 def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
@@ -119,39 +222,8 @@ def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     names = ("weights", "adapter, Adam", "kept of layers", "workspace", "together")
     parts = (found.weights, found.adapter, found.kept, found.workspace, found.peak)
     print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
-    most = checkpoint.config.text.max_position_embeddings
-    longest_row = longest(lambda tokens: of_plan(checkpoint, replace(plan, tokens=tokens)).peak <= room, most)
-    if found.peak <= room:
-        print(f"It fits, with {size_text(room - found.peak)} left; the longest row that fits is {longest_row} tokens.")
-        return 0
-    print(f"It does not fit: {size_text(found.peak - room)} are missing.")
-    changes = list(smaller_tuning(checkpoint, plan, longest_row, room))
-    print("What would make it fit: " + ("; ".join(changes) if changes else "no single change; a smaller model") + ".")
-    return FAILED
-
-
-def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:
-    sizes = matrices_of(checkpoint.model).items()
-    trained = plan.rank * sum(sum(shape) for path, shape in sizes if ".layers." in path)
-    return predict_tuning(checkpoint.footprint, trained, plan.tokens, plan.checkpoint)
-
-
-def smaller_tuning(checkpoint: Checkpoint, plan: TuningPlan, longest_row: int, room: int) -> Iterator[str]:
-    """Single changes that make it fit, those first that cost time alone."""
-    if not plan.checkpoint and of_plan(checkpoint, replace(plan, checkpoint=True)).peak <= room:
-        yield "layers computed twice (--grad-checkpoint)"
-    ranks = [rank for rank in (64, 32, 16, 8, 4, 2, 1) if rank < plan.rank]
-    fitting = (rank for rank in ranks if of_plan(checkpoint, replace(plan, rank=rank)).peak <= room)
-    if (rank := next(fitting, None)) is not None:
-        yield f"rank {rank} (--rank {rank})"
-    if longest_row >= SHORTEST_ROW:
-        yield f"rows of {longest_row} tokens (--max-seq-length {longest_row})"
-    for bits in sorted(BITS["affine"], reverse=True):
-        weights = at_bits(checkpoint, bits)
-        smaller = replace(checkpoint, footprint=replace(checkpoint.footprint, weights=weights))
-        if weights < checkpoint.footprint.weights and of_plan(smaller, plan).peak <= room:
-            yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
-            return
+    fits = f"row that fits is {longest_row(checkpoint, plan, room)} tokens"
+    return verdict(found.peak, room, fits, smaller_tuning(checkpoint, plan, room))
 
 
 # --- arithmetic --------------------------------------------------------------------------------
@@ -193,7 +265,7 @@ def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int
             yield f"caches in {bits} bits (--kv-bits {bits})"
             break
     for bits in sorted(BITS["affine"], reverse=True):
-        weights = at_bits(checkpoint, bits)
+        weights = nbytes_at(checkpoint.config, bits)
         if fits(replace(own, weights=weights), tokens, room):
             yield f"{bits} bits a weight ({size_text(weights)}, mlx_gemma4.convert --q-bits {bits})"
             return
@@ -207,20 +279,18 @@ def can_be_packed(model: Footprint) -> bool:
     return True
 
 
-def at_bits(checkpoint: Checkpoint, bits: int) -> int:
-    """Bytes of the weights if every matrix had so many bits, and the rest two bytes."""
-    shapes = {path: array.shape for path, array in parameters(Model(checkpoint.config)).items()}
-    chosen = plan(Recipe("", Quantization(GROUP_SIZES["affine"][0], bits, "affine")), shapes, 2)
-    return sum(weights_nbytes(shapes, chosen, 2).values())
-
-
 # --- what is in a folder or on the hub ---------------------------------------------------------
 
 
-def open_anywhere(
+def open_anywhere(path_or_hub_id: str, drafter: str | None) -> Checkpoint:
+    """A checkpoint, looked through, as `headers_anywhere`."""
+    return fitted(headers_anywhere(path_or_hub_id, drafter))
+
+
+def headers_anywhere(
     path_or_hub_id: str, drafter: str | None, dtype: mx.Dtype | None = None, kv_bits: int | None = None
-) -> Checkpoint:
-    """A checkpoint, looked through; of a hub's only the configurations are downloaded, and its files' headers read."""
+) -> Headers:
+    """Of a checkpoint; of a hub's only the configurations are downloaded, and its files' headers read."""
     settings = ["*config.json", f"*{INDEX}"]
     folder = find_folder(path_or_hub_id, settings)
     choice = find_drafter(path_or_hub_id, folder, drafter, settings)
@@ -234,7 +304,7 @@ def open_anywhere(
     def tensors_of(own: Path) -> dict[str, Tensor]:
         return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
 
-    return look_through(folder, choice, tensors_of, dtype, kv_bits)
+    return read_headers(folder, choice, tensors_of, dtype, kv_bits)
 
 
 def is_folder(path_or_hub_id: str) -> bool:

@@ -4,19 +4,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading, generation_events
+from mlx_gemma4.engine.generation import Reading, follow, generation_events
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.session import STORE_FOLDER, Saved, Session, Settings, is_session, read_saved
 from mlx_gemma4.entry import if_stopped
@@ -41,6 +39,7 @@ from mlx_gemma4.terminal import (
     RepetitionPenalty,
     Seed,
     SizeBar,
+    Split,
     System,
     Temperature,
     Thinking,
@@ -55,13 +54,14 @@ from mlx_gemma4.terminal import (
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
     Checkpoint,
+    check_split,
     find_adapter,
     find_drafter,
     find_folder,
     load_values,
     open_checkpoint,
 )
-from mlx_gemma4.weights.peers import watch
+from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -90,6 +90,7 @@ def generate(
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     session: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
     ] = None,
@@ -104,31 +105,37 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
+    lead()
+    group = launched()
+    is_first = not follows(group)
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)
     length = parse_draft_length(draft_length)
     computing = computing_type(dtype)
+    check_split(split)
     options = Options(
         max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
-        stop=stop, response_format=None if schema is None else read_schema(schema),
+        stop=stop, response_format=read_schema(schema) if is_first and schema is not None else None,
     )  # fmt: skip
-    saved = None if session is None or not is_session(session) else read_saved(session)
-    turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
-    check_media(turn, image_budget)
-    group = mx.distributed.init()
-    if group.size() > 1:
-        if session is not None:
-            raise ValueError(f"session is {str(session)!r} and {group.size()} machines share the model; expected none")
-        watch(group)
+    if is_first:
+        saved = None if session is None or not is_session(session) else read_saved(session)
+        turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
+        check_media(turn, image_budget)
+        split = saved.split if split is None and saved is not None else split
+    split = same(group, split)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
     folder = find_folder(model)
     own = find_adapter(adapter)
     choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group)
+    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
+    if not is_first:
+        load_shown(checkpoint)
+        follow(checkpoint.model, processor, None if session is None else PromptStore(folder=session / STORE_FOLDER))
+        return
     if session is None:
         request = Request(content=turn, thinking=thinking, image_budget=image_budget)
         asked, prepared = request.timed_prompt(processor)
-        events = generation_events(checkpoint.model, processor, asked, options, prepared)
+        events: Iterator[Reading | Piece] = generation_events(checkpoint.model, processor, asked, options, prepared)
     else:
         conversation = Session(checkpoint.model, processor, store=PromptStore(folder=session / STORE_FOLDER))
         go_on(conversation, saved, system, thinking, image_budget)
@@ -138,10 +145,10 @@ def generate(
     load_shown(checkpoint)
     if saved is not None:
         saved.check_model(checkpoint.model)
-    with nothing_shown() if group.rank() else nullcontext():  # one of the machines says it
-        print_end(print_reply(events))
+    print_end(print_reply(events))
     if session is not None:
         conversation.save(session)
+    release(group)
 
 
 def go_on(
@@ -158,12 +165,6 @@ def go_on(
             raise ValueError(f"{name} is {shown(given)} and {shown(known)} in the session; expected the same, or none")
     conversation.messages = saved.messages
     conversation.settings = replace(saved.settings, thinking=thinking or saved.settings.thinking)
-
-
-@contextmanager
-def nothing_shown() -> Iterator[None]:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
 
 
 def read_prompt(prompt: str) -> str:

@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mlx_gemma4.config import Quantization
+from mlx_gemma4.config import ModelConfig, Quantization
+from mlx_gemma4.model.model import Model
+from mlx_gemma4.weights.load import parameters
 
 # What MLX takes: bits and group sizes by mode, the usual ones first.
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "nvfp4": (4,), "mxfp8": (8,)}
@@ -159,3 +161,10 @@ def config_quantization(used: Mapping[str, Quantization | None]) -> dict[str, ob
 
 def described(own: Quantization) -> dict[str, object]:
     return {"group_size": own.group_size, "bits": own.bits, "mode": own.mode}
+
+
+def nbytes_at(config: ModelConfig, bits: int) -> int:
+    """Bytes of a model's weights if every matrix had so many bits, and the rest two bytes."""
+    shapes = {path: array.shape for path, array in parameters(Model(config)).items()}
+    chosen = plan(Recipe("", Quantization(GROUP_SIZES["affine"][0], bits, "affine")), shapes, 2)
+    return sum(weights_nbytes(shapes, chosen, 2).values())

@@ -23,6 +23,7 @@ from mlx_gemma4.decoding.round import (
 from mlx_gemma4.decoding.sampling import Stages
 from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, SlidingCache, cache_of, capacity
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.weights.peers import same
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
@@ -275,7 +276,8 @@ class Batch:
         learnt, size = learnt_of(self.model), len(self.seats)
         wanted = [seat.drafts for seat in self.rows if seat.drafts is not None]
         if len(wanted) < len(self.rows):
-            wanted.append((learnt.held_controller(size) if held else learnt.controller(size)).choose())
+            own = learnt.held_controller(size) if held else learnt.controller(size)
+            wanted.append(same(self.model.group, own.choose()))  # measured times differ from machine to machine
         return max(wanted)
 
     def read(self, launched: Launched) -> list[Given]:

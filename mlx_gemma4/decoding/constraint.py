@@ -1,13 +1,11 @@
 """What a reply is held to: which tokens may come next, as bits over the vocabulary.
 
-A reply is a thought, or none, and then an answer or calls. `Form` says which of these there may be, and by which
-grammar; a `Constraint` follows one reply through it.
+A reply is a thought, or none, and then an answer or calls, as its `Form` says; a `Constraint` follows one through it.
 """
 
 import weakref
 from collections.abc import Collection, Sequence
 from copy import copy
-from dataclasses import dataclass
 from enum import Enum, auto
 from threading import Lock, Thread
 
@@ -15,9 +13,8 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from mlx_gemma4.decoding.calls import call_grammar
-from mlx_gemma4.decoding.grammar import response_grammar
-from mlx_gemma4.errors import shown, unbroken
+from mlx_gemma4.errors import unbroken
+from mlx_gemma4.forms.form import Form, thought_of
 from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
@@ -26,7 +23,6 @@ from mlx_gemma4.reply.reply import BYTE_TOKEN, Controls
 Mask = NDArray[np.uint32]  # [V / 32], rounded up: a bit for each token, the lowest first
 
 GRACE = 64  # tokens in which a thought's last line may end, or as many as it had
-CHOICES = ("auto", "none", "required")
 # A mask is a matter of microseconds, but a rare one takes more steps than llguidance allows by itself.
 LIMITS = LLParserLimits(step_lexer_fuel=4_000_000, step_max_items=1_000_000)
 NO_GRAMMAR = LLMatcher.grammar_from_regex("")
@@ -117,54 +113,6 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
         if processor not in vocabularies:
             vocabularies[processor] = Vocabulary(processor)
         return vocabularies[processor]
-
-
-# --- the form ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a reply may be, behind its thought."""
-
-    answer: str | None  # the grammar of an answer; None: any text, or none at all
-    call: str | None  # the grammar of a call behind `<|tool_call>`; None: there may be none
-    must_call: bool  # there is no answer
-    several: bool  # calls
-    budget: int | None = None  # tokens of thoughts, until the next line ends
-
-    @property
-    def any_text(self) -> bool:
-        return self.answer is None and not self.must_call
-
-
-def form_of(
-    prompt: Prompt,
-    controls: Controls,
-    response_format: object,
-    tool_choice: str,
-    parallel_tool_calls: bool,
-    thinking_budget: int | None = None,
-) -> Form | None:
-    """What the reply to a prompt is held to; None if to nothing. ValueError for what is wrong or cannot be held."""
-    answer = response_grammar(response_format)
-    names = [tool["function"]["name"] for tool in prompt.tools if tool_choice != "none"]
-    named = tool_choice not in CHOICES
-    if named and tool_choice not in names:
-        raise ValueError(f"tool_choice is {shown(tool_choice)}; expected {' | '.join([*CHOICES, *names[:20]])}")
-    if tool_choice == "required" and not names:
-        raise ValueError("tool_choice is 'required' and there are no tools; expected tools, or \"auto\"")
-    quote, close = controls.quote, controls.tool_call_close
-    readable = controls.tool_call_open is not None and quote is not None and close is not None
-    if (named or tool_choice == "required") and not readable:
-        raise ValueError(f"tool_choice is {shown(tool_choice)}, and this tokenizer has no tokens for calls")
-    call = None
-    if names and quote is not None and close is not None and readable:
-        call = call_grammar(prompt.tools, tool_choice if named else None, quote, close)
-    must_call = named or tool_choice == "required"
-    budget = thinking_budget if any(thought_of(prompt, controls)) and controls.channel_close is not None else None
-    if answer is None and call is None and not must_call and budget is None:
-        return None
-    return Form(None if must_call else answer, call, must_call, parallel_tool_calls and not named, budget)
 
 
 # --- one reply ---------------------------------------------------------------------------------
@@ -303,24 +251,20 @@ class Constraint:
         form, controls = self.form, self.controls
         if self.phase is Phase.DONE:
             return self.only(self.stops)
-        if self.phase is Phase.CALL:
+        if self.phase in (Phase.CALL, Phase.ANSWER):
             return self.matched()
         if self.phase is Phase.CALLED:
-            opening = [controls.tool_call_open] if form.several else []
-            return self.only([*self.stops, *opening])
-        if self.phase is Phase.ANSWER:
-            return self.matched()
-        if self.thinking:
-            ends = self.thought_ends()
-            if ends is not None:
-                return self.only([ends])
+            return self.only([*self.stops, controls.tool_call_open if form.several else None])
+        if self.thinking and (ends := self.thought_ends()) is not None:
+            return self.only([ends])
         if form.any_text:
             return self.all_tokens()
         if self.thinking:
-            return self.all_but([controls.channel_open, *self.stops, *([] if form.call else [controls.tool_call_open])])
+            barred = [controls.channel_open, None if form.call else controls.tool_call_open, *self.stops]
+            return self.all_tokens() & ~self.only(barred)
         found = self.only([]) if form.answer is None else self.matched()
-        more = [controls.tool_call_open] if form.call else []
-        return found | self.only([*more, *([controls.channel_open] if self.may_think else [])])
+        call, thought = controls.tool_call_open, controls.channel_open
+        return found | self.only([call if form.call else None, thought if self.may_think else None])
 
     def thought_ends(self) -> int | None:
         """What must come where thoughts have had their tokens: behind a line, or soon, their end."""
@@ -339,13 +283,10 @@ class Constraint:
                 bits[token // 32] |= np.uint32(1 << token % 32)
         return bits
 
-    def all_but(self, tokens: Collection[int | None]) -> Mask:
-        return self.all_tokens() & ~self.only(tokens)
-
     def matched(self) -> Mask:
         """What a grammar allows, and the end of the reply where an answer may end."""
         matcher = self.matching()
-        bits = np.zeros(-(-self.vocabulary.size // 32), np.uint32)
+        bits = self.only([])
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         self.check(matcher)
         bits &= ~self.only([self.vocabulary.end])
@@ -435,12 +376,3 @@ class Constraint:
 
 def has_bit(mask: Mask, token: int) -> bool:
     return bool(mask[token // 32] >> np.uint32(token % 32) & np.uint32(1))
-
-
-def thought_of(prompt: Prompt, controls: Controls) -> tuple[bool, bool]:
-    """Whether a reply begins inside a thought that the prompt has opened, and else whether it may open one."""
-    marks = {controls.channel_open, controls.channel_close, controls.turn_open, controls.turn_close}
-    last = next((token for token in reversed(prompt.token_ids) if token in marks), None)
-    if last is not None and last == controls.channel_open:
-        return True, False
-    return False, controls.think is not None and controls.think in prompt.token_ids

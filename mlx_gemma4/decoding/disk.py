@@ -39,14 +39,8 @@ PAGE_AGE = 1e-6  # seconds by which a page counts as older than the one before i
 FREE = 0.1  # of the disk stays free
 SHARE = 0.1  # of the disk, if no bound is given
 HEADER = 2**20  # bytes of a header at most
-DAMAGES = (
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-)  # what reading other bytes raises
+# What reading other bytes raises.
+DAMAGES = (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
 DTYPES = {str(dtype): dtype for dtype in (mx.bfloat16, mx.float16, mx.float32, mx.uint32, mx.uint8)}
 
 
@@ -298,10 +292,7 @@ def parsed(data: bytes) -> tuple[dict[str, Any], memoryview]:
     if zlib.crc32(rest) != int.from_bytes(data[start : start + 4], "little"):
         raise ValueError("its checksum is wrong")
     size = int.from_bytes(rest[:4], "little")
-    header = json.loads(bytes(rest[4 : 4 + size]))
-    if not isinstance(header, dict):
-        raise ValueError("its header is no object")
-    return header, rest[4 + size :]
+    return header_of(bytes(rest[4 : 4 + size])), rest[4 + size :]
 
 
 def head(file: Path) -> dict[str, Any]:
@@ -311,7 +302,11 @@ def head(file: Path) -> dict[str, Any]:
         size = int.from_bytes(start[-4:], "little")
         if not start.startswith(MAGIC) or len(start) < len(MAGIC) + 8 or size > HEADER:
             raise ValueError("no page of this version")
-        header = json.loads(opened.read(size))
+        return header_of(opened.read(size))
+
+
+def header_of(text: bytes) -> dict[str, Any]:
+    header = json.loads(text)
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
     return header

@@ -24,6 +24,7 @@ from mlx_gemma4.prompt.prompt import Prompt
 # Of B rows: token [B] int32: the newest, which has no key yet; hidden [B, 1, D] at the position before it; offset [B]:
 # the number of positions before it; random [B, 2]: a key each; limit [B]: drafts that it takes at most, below 0: an
 # empty row; the numbers of its law, each [B]; pauses [B, 2]: tokens behind which its round ends, NONE for none;
+# with adapters by name, adapter [B]: which one, 0 for none;
 # with penalties, seen [B, V] int32: how often the reply has each token, and IN_PROMPT more if the prompt has it.
 # A round's result has, where a row asks for it, also told [B, k + 1, …] (sampling.told), which the next does not take.
 State = dict[str, mx.array]
@@ -56,7 +57,7 @@ class Learnt:
     held_acceptance: Acceptance = field(default_factory=Acceptance)
     rounds: dict[Compiled, Round] = field(default_factory=dict)
     halves: dict[Compiled, tuple[Draft, Verify]] = field(default_factory=dict)
-    fingerprint: bytes | None = None  # of the weights, once a store has asked
+    fingerprints: dict[int, bytes] = field(default_factory=dict)  # of the weights, and adapters, once a store has asked
     warmups: dict[tuple[Stages, int], Warmup] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[type["Learnt"], tuple[()]]:
@@ -83,11 +84,12 @@ def optional(stages: Stages) -> list[str]:
 
 
 def first_state(
-    model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int, bits: mx.array | None = None
-) -> State:
+    model: Model, sampler: Sampler, prompt_ids: list[int], hidden: mx.array, seed: int, bits: mx.array | None = None,
+    adapter: int = 0,
+) -> State:  # fmt: skip
     """The state of one row after its prompt has been read, from the hidden state of the last position, [1, 1, D].
 
-    bits [1, 1, V / 32]: the tokens that may be first, if not all may.
+    bits [1, 1, V / 32]: the tokens that may be first, if not all may. adapter: as `Model.read` takes it.
     """
     random, draw_key = mx.random.split(mx.random.key(seed))
     state = sampler.law() | {
@@ -97,12 +99,14 @@ def first_state(
     if sampler.stages.penalty:
         state["seen"] = mx.zeros((1, model.config.text.vocab_size), mx.int32)
         state["seen"][:, mx.array(prompt_ids)] = IN_PROMPT
-    logits = model.language_model.head(hidden)
+    if model.config.adapters:
+        state["adapter"] = mx.array([adapter])
+    logits = model.language_model.head(hidden, state.get("adapter"))
     choices = sampler.allowed if bits is None else sampler.allowed & unpacked(bits, logits.shape[-1])
     p = probabilities(logits, sampler.stages, state, choices, seen_by_place(state, []))
     (token,) = model.agreed(checked(draw(p[:, 0], draw_key[None], sampler.stages)[:, None], logits))
     if sampler.stages.tells:
-        state["told"] = told(logits, token)
+        (state["told"],) = model.agreed(told(logits, token))
     return see(state, token) | {"token": token[:, 0]}
 
 
@@ -262,7 +266,7 @@ def draft(
         if seen is not None:
             seen = seen + (mx.arange(seen.shape[1]) == token[:, None])
         drafts.append(token)
-    return drafts, q
+    return [*model.agreed(*drafts)], q
 
 
 def verify(
@@ -274,11 +278,10 @@ def verify(
     keys, limit, offset = row_keys(state), state["limit"], state["offset"]
     length = len(drafts)
     tokens = mx.stack([state["token"], *drafts], axis=1)  # [B, k + 1]
-    if length:
-        (tokens,) = model.agreed(tokens)
     masks = model.masks(caches, offset, length + 1)
-    hidden = model.language_model(model.language_model.embed(tokens), offset, masks, caches.layers)
-    logits = model.language_model.head(hidden)  # [B, k + 1, V]
+    adapters = state["adapter"] if stages.adapts else None
+    hidden = model.language_model(model.language_model.embed(tokens), offset, masks, caches.layers, adapters)
+    logits = model.language_model.head(hidden, adapters)  # [B, k + 1, V]
     p = probabilities(logits, stages, state, choices, seen_by_place(state, drafts))
     if length:
         accepted, rest = accept(p, mx.concatenate(q, axis=1), tokens[:, 1:], keys[:, 1], limit)
@@ -287,7 +290,8 @@ def verify(
     token = draw(rest, keys[:, 2], stages)  # [B]
     if stages.pauses and length:
         accepted, token = paused(state["pauses"], tokens[:, 1:], accepted, token)
-    accepted, token = model.agreed(accepted, token)
+    # whether logits are finite is told with the token: not all machines have them
+    accepted, token = model.agreed(accepted, checked(token[:, None], logits)[:, 0])
     place, count = mx.arange(length + 1), accepted[:, None]
     following = mx.concatenate([tokens[:, 1:], token[:, None]], axis=1)
     tokens = mx.where(place < count, following, mx.where(place == count, token[:, None], NONE))
@@ -298,8 +302,8 @@ def verify(
         "hidden": mx.take_along_axis(hidden, accepted[:, None, None], axis=1) if length else hidden,
     }
     if stages.tells:
-        state["told"] = told(logits, tokens)
-    return checked(tokens, logits), state
+        (state["told"],) = model.agreed(told(logits, tokens))
+    return mx.where(token[:, None] == NOT_FINITE, NOT_FINITE, tokens), state
 
 
 def paused(pauses: mx.array, drafts: mx.array, accepted: mx.array, token: mx.array) -> tuple[mx.array, mx.array]:

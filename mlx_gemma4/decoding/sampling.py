@@ -88,6 +88,7 @@ class Stages:
     penalty: bool  # of any kind
     bias: bool = False
     tells: bool = False  # a row wants to know how likely its tokens were
+    adapts: bool = False  # a row has one of the adapters by name
     pauses: bool = False  # there are tokens behind which a row's round ends: what follows them is held to a form
 
     def __or__(self, other: "Stages") -> "Stages":

@@ -21,9 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.config import TextConfig
-from mlx_gemma4.decoding.disk import FULL as FULL_PAGE
-from mlx_gemma4.decoding.disk import PAGE, Disk, Page, chained, common
-from mlx_gemma4.decoding.disk import SLIDING as SLIDING_PAGE
+from mlx_gemma4.decoding.disk import FULL, PAGE, SLIDING, Disk, Page, chained, common
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import (
     ROUND,
@@ -303,10 +301,14 @@ class PromptStore:
 
     # --- finding -------------------------------------------------------------------------------
 
+    def longest(self, space: bytes, own: np.ndarray) -> tuple[int, Line | None]:
+        """The line that a prompt goes along with longest, and how far."""
+        lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
+        return max(lines, key=lambda entry: entry[0], default=(0, None))
+
     def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int, int] | None:
         """Where a prompt parts from the line that it goes along with longest, and the ids there of both."""
-        lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
-        same, line = max(lines, key=lambda entry: entry[0], default=(0, None))
+        same, line = self.longest(space, own)
         if line is None or not 0 < same < min(len(line), len(own)):
             return None
         return same, int(line.units[same, 0]), int(own[same, 0])
@@ -335,10 +337,8 @@ class PromptStore:
             if found <= cut:
                 return line, cut
             numbers = span(found - window, found) if window else range(0)
-            fulls = [disk.read(entry.full, FULL_PAGE, entry, own, now) for entry in chain[: span(0, found).stop]]
-            pages = {
-                number: disk.read(chain[number].sliding, SLIDING_PAGE, chain[number], own, now) for number in numbers
-            }
+            fulls = [disk.read(entry.full, FULL, entry, own, now) for entry in chain[: span(0, found).stop]]
+            pages = {number: disk.read(chain[number].sliding, SLIDING, chain[number], own, now) for number in numbers}
             unfit |= {entry.full for entry, page in zip(chain, fulls, strict=False) if page is None}
             unfit |= {chain[number].sliding for number, page in pages.items() if page is None}
             whole = [page for page in fulls if page is not None]
@@ -426,9 +426,7 @@ class PromptStore:
             if prompt is None:
                 save_lines(self.lines, disk)
                 return
-            space, own = prompt[0], units(prompt[1])
-            lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
-            same, line = max(lines, key=lambda entry: entry[0], default=(0, None))
+            same, line = self.longest(prompt[0], units(prompt[1]))
             if line is not None:
                 save_line(line, disk, same)
 
@@ -453,13 +451,13 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
         first = number * PAGE
         last = first + len(own)
         arrays = [tuple(array[:, :, first:last] for array in entries) for entries in line.full]
-        if not disk.write(FULL_PAGE, before, own, Page(first, arrays), now):
+        if not disk.write(FULL, before, own, Page(first, arrays), now):
             return
         page = line.pages.get(number) if number in needed else None
         if (
             page is not None
             and page.first < last <= page.last
-            and not disk.write(SLIDING_PAGE, before, own, page if page.last == last else page.upto(last), now)
+            and not disk.write(SLIDING, before, own, page if page.last == last else page.upto(last), now)
         ):
             return
         before = chained(before, own)

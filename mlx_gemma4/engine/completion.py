@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.errors import Kind, a, kind, shown, unbroken
-from mlx_gemma4.reply.reply import Reply
+from mlx_gemma4.reply.reply import Piece, Reply, Stats
 
 UNBOUNDED = 2**31  # tokens of a reply if nothing is said: it ends where the context does
 
@@ -89,20 +89,31 @@ def completion(reply: Reply, model: str, name: str) -> dict[str, Any]:
         call |= {"id": f"{call['id']}_{name}", "function": call["function"] | {"arguments": arguments}}
     if "tool_calls" in message and not message["content"]:
         message["content"] = None
-    finish = "tool_calls" if "tool_calls" in message else "stop" if reply.finish_reason == "stop" else "length"
-    stats = reply.stats
     return {
         "id": f"chatcmpl-{name}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
-        "usage": {
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.generation_tokens,
-            "total_tokens": stats.prompt_tokens + stats.generation_tokens,
-            "prompt_tokens_details": {"cached_tokens": stats.cached_tokens},
-        },
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}],
+        "usage": usage([reply.stats]),
+    }
+
+
+def finish_reason(last: Piece | Reply) -> str:
+    if last.finish_reason == "stop":
+        return "tool_calls" if last.tool_calls else "stop"
+    return "length"
+
+
+def usage(all_stats: Sequence[Stats]) -> dict[str, Any]:
+    """Of all choices; the prompt, which they share, counts once."""
+    first, written = all_stats[0], sum(stats.generation_tokens for stats in all_stats)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": first.prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(stats.thinking_tokens for stats in all_stats)},
     }
 
 

@@ -1,6 +1,11 @@
-"""Many requests at once: any thread asks, one thread reads and decodes."""
+"""Many requests at once: any thread asks, one thread reads and decodes.
+
+Where machines share the model, each of them does the same steps, by words of the first one: all that hangs on clients,
+clocks or the queue is in a word, and all else is computed alike.
+"""
 
 import atexit
+import pickle
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +24,19 @@ from mlx_gemma4.decoding.disk import PAGE, common
 from mlx_gemma4.decoding.round import State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
-from mlx_gemma4.engine.generation import bounded_memory, drafts_of, first_token, row_of, sampler_of, seat_of
+from mlx_gemma4.engine.generation import adapter_of, bounded_memory, drafts_of, first_token, row_of, sampler_of, seat_of
 from mlx_gemma4.engine.reading import Opened, opened, space_of
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, check_process
-from mlx_gemma4.planner import batch_bytes, check_memory, footprint, memory_limit, predict
+from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
@@ -48,11 +54,13 @@ class Work:
     prompt: Prompt
     options: Options
     drafts: int | None
+    adapter: int  # of the model's by name, from 1 on; 0: none
     constraint: "Constraint | None"
     prepared: float
     units: np.ndarray  # what its positions depend on
     pieces: "SimpleQueue[Piece | BaseException | None]" = field(default_factory=SimpleQueue)  # None: no more
     cancelled: bool = False
+    asked: bytes = b""  # for the other machines that share the model
     arrived: int = 0  # tokens that the engine had read before it came
     ids: list[int] = field(default_factory=list)  # of its prompt, and of its reply when it was parked
     parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
@@ -85,6 +93,16 @@ class Work:
         return len(self.prompt) + (0 if self.row is None else self.row.count)
 
 
+@dataclass(frozen=True)
+class Word:
+    """What a step goes by."""
+
+    asked: list[bytes]  # requests that are new
+    cancelled: list[int]  # which of the works, these among them, nobody waits for
+    reads: bool  # it is the turn of a prompt
+    known: list[int]  # positions of the works before it: all machines must have come as far
+
+
 class Stream(Iterator[Piece]):
     """The pieces of one reply. Dropped or closed early, its row is free within one round."""
 
@@ -115,6 +133,8 @@ class Engine:
     Any thread may submit. Requests that begin alike read what they share once, if there is a `store`. To be closed, or
     used in a with-statement: replies that are not finished by then end with a RuntimeError. ValueError if model,
     processor, max_batch or store is wrong.
+
+    Where machines share the model, each makes an Engine: the first one's is asked, and the others `follow` theirs.
     """
 
     def __init__(self, model: Model, processor: Processor, max_batch: int = 8, store: PromptStore | None = None):
@@ -123,22 +143,26 @@ class Engine:
         if not isinstance(processor, Processor):
             raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
         check_max_batch(max_batch)
-        if model.group is not None:  # whose rounds must come in one order everywhere, whatever arrives when
-            raise ValueError(f"{model.group.size()} machines share the model; expected one, for many requests at once")
         if store is not None and not isinstance(store, PromptStore):
             raise ValueError(f"store is {a(store)}; expected a PromptStore, or None")
         self.model, self.processor, self.max_batch, self.store = model, processor, int(max_batch), store
         self.shelf = PromptStore() if store is None else store  # for rows that are parked
         self.footprint = footprint(model.config, parameters(model))
-        self.works: list[Work] = []  # the engine's own thread alone takes out of it
+        if model.group is not None:
+            lead()
+        self.machines = everyones(model.group, (self.footprint, memory_limit()))  # what each holds, and may hold
+        self.asked: list[Work] = []  # that the next step takes over
+        self.works: list[Work] = []  # of the engine's own thread
         self.batch = Batch(model)
         self.read = 0  # tokens, of all prompts
         self.debt = 0.0  # seconds that reading has had beyond what rounds had
         self.closed = False
         self.news = Condition()
+        self.rank = 0 if model.group is None else model.group.rank()
         self.thread = Thread(target=self.run, name="mlx_gemma4.Engine", daemon=True)
-        self.thread.start()
-        atexit.register(self.close)
+        if not self.rank:
+            self.thread.start()
+            atexit.register(self.close)
 
     def __enter__(self) -> "Engine":
         return self
@@ -171,6 +195,7 @@ class Engine:
         tool_choice: str = "auto",
         parallel_tool_calls: bool = True,
         scope: str = "",
+        adapter: str | None = None,
     ) -> Stream:
         """The reply piece by piece; takes what `generate` takes. The request is checked, and its media are decoded, in
         the thread that asks. scope: whose request it is; what has been read for others is not found in the store.
@@ -180,7 +205,7 @@ class Engine:
             repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
             thinking_budget=thinking_budget,
             response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
-            scope=scope,
+            scope=scope, adapter=adapter,
         )  # fmt: skip
         asked = Request(
             content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -195,53 +220,89 @@ class Engine:
         self.check_open()
         prompt, prepared = request.timed_prompt(self.processor)
         check_length(prompt, self.model.config)
-        drafts = drafts_of(self.model, options)
-        constraint = options.constraint(self.processor, prompt, self.model.config.generation.eos_token_ids)
-        check_memory(self.footprint, len(prompt), options.max_tokens)
-        work = Work(prompt, options, drafts, constraint, prepared, units(prompt))
+        work = self.work(prompt, options, prepared)
+        for own, room in self.machines:
+            check_memory(own, len(prompt), options.max_tokens, room)
+        if self.model.group is not None:
+            work.asked = pickle.dumps((prompt, options, prepared))
         with self.news:
             self.check_open()
-            work.arrived = self.read
-            self.works.append(work)
+            self.asked.append(work)
             self.news.notify()
         return Stream(work)
 
+    def work(self, prompt: Prompt, options: Options, prepared: float) -> Work:
+        constraint = options.constraint(self.processor, prompt, self.model.config.generation.eos_token_ids)
+        drafts, adapter = drafts_of(self.model, options), adapter_of(self.model, options)
+        return Work(prompt, options, drafts, adapter, constraint, prepared, units(prompt))
+
     def check_open(self) -> None:
+        if self.rank:
+            raise RuntimeError(f"this is machine {self.rank} of those that share the model; expected to ask machine 0")
         if self.closed:
             raise RuntimeError("the engine is closed; expected to submit before close()")
 
     def close(self) -> None:
         """End what is not finished, and the thread. Closing again does nothing."""
+        if self.rank:
+            return
         with self.news:
             self.closed = True
             self.news.notify()
         self.thread.join()
         atexit.unregister(self.close)
 
+    def follow(self) -> None:
+        """On the machines behind the first of those that share a model: do what it does, until it closes its engine.
+        RuntimeError on the first."""
+        if not self.rank:
+            raise RuntimeError("this is machine 0; expected to follow it on those that share its model")
+        self.answer()
+
     # --- the engine's thread -------------------------------------------------------------------
 
     def run(self) -> None:
-        while self.is_asked():
-            self.step()
-        for work in [*self.works]:
-            self.end(work, RuntimeError("the engine was closed before the reply was finished"))
+        self.answer()
         # what was traced here hangs on this thread's streams: kept until the process ends, MLX would abort it
-        self.batch = Batch(self.model)
         forget_thread(self.model)
         mx.clear_streams()
 
-    def is_asked(self) -> bool:
-        """Wait for a request; whether there is one, or else the engine is closed."""
-        with self.news:
-            self.news.wait_for(lambda: self.works or self.closed)
-            return not self.closed
-
-    def step(self) -> None:
-        """One round of all rows, and a chunk of a newcomer's prompt if it is its turn."""
+    def answer(self) -> None:
+        while (word := hear() if self.rank else self.word()) is not None:
+            self.step(word)
         for work in [*self.works]:
-            if work.cancelled:
-                self.end(work)
-        if self.debt <= 0 or not self.batch.rows:
+            self.end(work, RuntimeError("the engine was closed before the reply was finished"))
+        self.batch = Batch(self.model)
+
+    def word(self) -> Word | None:
+        """Wait for a request, or for the end: None."""
+        with self.news:
+            self.news.wait_for(lambda: self.asked or self.works or self.closed)
+            known, asked = [work.positions for work in self.works], self.asked
+            self.take(asked)
+            self.asked = []
+            if self.closed:
+                release(self.model.group)
+                return None
+        gone = [place for place, work in enumerate(self.works) if work.cancelled]
+        return same(self.model.group, Word([work.asked for work in asked], gone, self.debt <= 0, known))
+
+    def take(self, asked: list[Work]) -> None:
+        for work in asked:
+            work.arrived = self.read
+        self.works += asked
+
+    def step(self, word: Word) -> None:
+        """One round of all rows, and a chunk of a newcomer's prompt if it is its turn."""
+        if self.rank:
+            if word.known != [work.positions for work in self.works]:
+                give_up(
+                    f"error: machine {self.rank} has come to another place than machine 0; expected the same on all"
+                )
+            self.take([self.work(*pickle.loads(asked)) for asked in word.asked])
+        for work in [self.works[place] for place in word.cancelled]:
+            self.end(work)
+        if word.reads or not self.batch.rows:
             self.read_chunk()
         if self.batch.rows:
             self.decode()
@@ -254,6 +315,7 @@ class Engine:
                 self.batch.shrink()
             given = self.batch.step()
         except Exception as error:  # whatever a round raises, those who wait for it must learn it
+            settle(self.model.group, error)
             self.batch = Batch(self.model)
             for work in [*self.works]:
                 if work.seat is not None:
@@ -269,7 +331,7 @@ class Engine:
 
     def make_room(self) -> None:
         """Park the youngest as long as those in work do not fit on; the oldest always goes on."""
-        while len(busy := self.busy) > 1 and self.needed(busy, 2 * ROUND) > memory_limit():
+        while len(busy := self.busy) > 1 and not self.hold(busy, 2 * ROUND):
             if self.batch.waiting is not None:
                 self.hand_out(self.batch.flush())
             else:
@@ -284,7 +346,7 @@ class Engine:
             arrays, state = self.batch.part(work.seat)
             reading.caches.take(arrays)
             work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
-        space = space_of(self.model, work.options.scope)
+        space = space_of(self.model, work.options.scope, work.adapter)
         reading.put_aside(self.shelf, space, work.grown, self.model.config.text)
         work.reading = None
         work.stack.close()
@@ -345,6 +407,7 @@ class Engine:
                 self.open(work)
             self.read_on(work)
         except Exception as error:  # an error of one request must not reach the others
+            settle(self.model.group, error)
             if work.reading is not None:
                 work.reading.forget()  # what came of it is not sure
             self.end(work, error)
@@ -370,21 +433,25 @@ class Engine:
 
     def shares(self, work: Work, other: Work) -> bool:
         """Whether what another reads will be found by this one."""
-        same = self.store is not None and work.options.scope == other.options.scope
-        return same and common(work.units, other.units) >= PAGE
+        same = (work.options.scope, work.adapter) == (other.options.scope, other.adapter)
+        return self.store is not None and same and common(work.units, other.units) >= PAGE
 
     def fits(self, work: Work) -> bool:
         """Whether a newcomer fits beside those in work, for a while: what a reply may come to is not reserved."""
-        return not self.busy or self.needed([*self.busy, work], FORESEEN) <= memory_limit()
+        return not self.busy or self.hold([*self.busy, work], FORESEEN)
 
-    def needed(self, works: list[Work], ahead: int) -> float:
-        """Bytes that these take together, and so many tokens of each more."""
-        return batch_bytes(self.footprint, [work.positions for work in works], size_of(len(works)), ahead)
+    def hold(self, works: list[Work], ahead: int) -> bool:
+        """Whether the machines can hold these together, and so many tokens of each more."""
+        return all(self.needed(works, ahead, own) <= room for own, room in self.machines)
+
+    def needed(self, works: list[Work], ahead: int, own: Footprint) -> float:
+        """Bytes of one machine."""
+        return batch_bytes(own, [work.positions for work in works], size_of(len(works)), ahead)
 
     def leave_room(self) -> None:
         """Let the store have what those in work leave."""
         if self.busy:
-            self.shelf.leave(memory_limit() - int(self.needed(self.busy, FORESEEN)))
+            self.shelf.leave(memory_limit() - int(self.needed(self.busy, FORESEEN, self.footprint)))
 
     def open(self, work: Work) -> None:
         if work.row is None:
@@ -393,7 +460,7 @@ class Engine:
         needed = predict(self.footprint, len(prompt), limit).peak
         work.stack.enter_context(bounded_memory.request(needed))
         store = self.store if work.parked is None else self.shelf
-        context = opened(store, self.model, self.processor, prompt, limit, needed, work.options.scope)
+        context = opened(store, self.model, self.processor, prompt, limit, needed, work.options.scope, work.adapter)
         work.reading = work.stack.enter_context(context)
         if work.parked is None:
             work.row.cached = work.reading.caches.length
@@ -406,7 +473,7 @@ class Engine:
         if work.left:
             chunk = min(SHORT_CHUNK, reading.chunk) if self.batch.rows else reading.chunk
             before = reading.caches.length
-            hidden = next(self.model.read(work.known, reading.caches, chunk))
+            hidden = next(self.model.read(work.known, reading.caches, chunk, work.adapter))
             reading.keep()
             with self.news:
                 self.read += reading.caches.length - before
@@ -419,9 +486,11 @@ class Engine:
             return
         sampler, seed = sampler_of(self.model, self.processor, work.options), work.options.sampling.seed
         seed = secrets.randbits(64) if seed is None else seed
-        state, tokens, told = first_token(self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint)
+        state, tokens, told = first_token(
+            self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint, work.adapter
+        )
         reading.share()
-        work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint)
+        work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint, work.adapter)
         self.batch.put(work.seat, reading.caches, state)
         self.hand_on(work, None, tokens, told)
 
@@ -455,17 +524,22 @@ def generate_batch(
     response_format: Any = None,
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
+    adapter: str | None = None,
 ) -> list[Reply]:
     """The whole replies to many requests, in their order; at most `max_batch` are decoded at once.
 
     The other arguments are those of `generate`, for all requests; `system` goes with those that are strings. ValueError
-    if one is wrong, which says which: with an `Engine` that request alone fails.
+    if one is wrong, which says which: with an `Engine` that request alone fails. Of machines that share the model the
+    first gives the replies; the others follow, and give none.
     """
     if isinstance(requests, (str, Prompt)) or not isinstance(requests, Sequence):
         raise ValueError(f"requests is {a(requests)}; expected a list of strings, lists of messages or Prompts")
     streams: list[Stream] = []
     replies: list[Reply] = []
     with Engine(model, processor, max_batch, store) as engine:
+        if follows(model.group):
+            engine.follow()
+            return []
         for number, request in enumerate(requests):
             while len(streams) - len(replies) >= AHEAD * max_batch:
                 replies.append(collect(streams[len(replies)]))
@@ -477,7 +551,7 @@ def generate_batch(
                     logprobs=logprobs, logit_bias=logit_bias,
                     thinking_budget=thinking_budget, continue_final_message=continue_final_message,
                     response_format=response_format, tool_choice=tool_choice,
-                    parallel_tool_calls=parallel_tool_calls,
+                    parallel_tool_calls=parallel_tool_calls, adapter=adapter,
                 )  # fmt: skip
             except ValueError as error:
                 raise ValueError(f"request {number}: {error}") from None

@@ -2,8 +2,8 @@
 
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.reading import opened
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
-from mlx_gemma4.errors import a
+from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import check_memory, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
+from mlx_gemma4.weights.peers import hear, leads, settle, tell
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
@@ -41,6 +42,9 @@ class Reading:
 
     done: int
     total: int
+
+
+Events = Generator[Reading | Piece, None, None]
 
 
 def generate(
@@ -69,6 +73,7 @@ def generate(
     response_format: Any = None,
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
+    adapter: str | None = None,
 ) -> Reply:
     """The whole reply to a request.
 
@@ -81,8 +86,8 @@ def generate(
     answer ends. logprobs: how many of the likeliest tokens are told at each place, from 0, the chosen one alone, to 20,
     by the model's own law; None: nothing. logit_bias: what is added to the logits of token ids. thinking_budget: tokens
     of a thought, which then ends with its line, or soon; 0: it does not think. continue_final_message: the last message
-    is the assistant's, and the reply is what follows in it. ValueError if any of it is wrong, MemoryError if this
-    machine cannot hold the model and the prompt.
+    is the assistant's, and the reply is what follows in it. adapter: one of the model's, by name; None: none of them.
+    ValueError if any of it is wrong, MemoryError if this machine cannot hold the model and the prompt.
     """
     return collect(
         stream_generate(
@@ -91,7 +96,7 @@ def generate(
             repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
             thinking_budget=thinking_budget,
             continue_final_message=continue_final_message, response_format=response_format, tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
+            parallel_tool_calls=parallel_tool_calls, adapter=adapter,
         )
     )  # fmt: skip
 
@@ -122,6 +127,7 @@ def stream_generate(
     response_format: Any = None,
     tool_choice: str = "auto",
     parallel_tool_calls: bool = True,
+    adapter: str | None = None,
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
     if not isinstance(model, Model):
@@ -130,7 +136,7 @@ def stream_generate(
         max_tokens=max_tokens, sampling=sampling, draft_length=draft_length, repetition_detection=repetition_detection,
         stop=stop, logprobs=logprobs, logit_bias=logit_bias,
         thinking_budget=thinking_budget, response_format=response_format, tool_choice=tool_choice,
-        parallel_tool_calls=parallel_tool_calls,
+        parallel_tool_calls=parallel_tool_calls, adapter=adapter,
     )  # fmt: skip
     request_ = Request(
         content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -150,7 +156,7 @@ def generation_events(
     options: Options,
     prepared: float,
     store: PromptStore | None = None,
-) -> Iterator[Reading | Piece]:
+) -> Events:
     """Check the request against the model, then give what happens: how far the prompt is read, then the pieces.
 
     The model's weights are not touched before the first of these is asked for. prepared: seconds that making the
@@ -158,8 +164,55 @@ def generation_events(
     """
     check_process()
     check_length(prompt, model.config)
+    adapter_of(model, options)
     constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
-    return run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
+    events = run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
+    return led_events(model, prompt, options, events)
+
+
+def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -> Events:
+    """For each of them the machines that follow, if any do, take a step too; they leave when these are left."""
+    if not leads(model.group):  # which is known once the weights are there
+        yield from events
+        return
+    tell((prompt, options))
+    with closing(events):
+        try:
+            while True:
+                tell(True)
+                try:
+                    event = next(events)
+                except StopIteration:
+                    return
+                except Exception as error:  # whatever it is, the others must have it too
+                    settle(model.group, error)
+                    raise
+                yield event
+        finally:
+            tell(False)
+
+
+def follow(model: Model, processor: Processor, store: PromptStore | None) -> None:
+    """On the machines behind the first of those that share a model: take part in its replies until it releases them."""
+    while (asked := hear()) is not None:
+        prompt, options = asked
+        with closing(generation_events(model, processor, prompt, options, 0, store)) as events:
+            while hear():
+                try:
+                    next(events, None)
+                except Exception as error:  # of this reply: the first machine goes on
+                    settle(model.group, error)
+
+
+def adapter_of(model: Model, options: Options) -> int:
+    """Which of the model's adapters by name it is, from 1 on; 0: none."""
+    names, name = model.config.adapters, options.adapter
+    if name is None:
+        return 0
+    if name not in names:
+        there = f"None, or one of {', '.join(names)}" if names else "None: no adapter was loaded by name"
+        raise ValueError(f"adapter is {shown(name)}; expected {there}")
+    return names.index(name) + 1
 
 
 def drafts_of(model: Model, options: Options) -> int | None:
@@ -172,8 +225,6 @@ def drafts_of(model: Model, options: Options) -> int | None:
         return int(length)
     if model.drafter is None:
         return 0
-    if model.group is not None:  # measured times differ from machine to machine
-        return SEEDED_LENGTH
     is_greedy = settled(sampling, model.config.generation).temperature == 0
     return None if sampling.seed is None or is_greedy else SEEDED_LENGTH
 
@@ -187,30 +238,30 @@ def run(
     constraint: "Constraint | None",
     prepared: float,
     store: PromptStore | None,
-) -> Iterator[Reading | Piece]:
+) -> Events:
     length, sampling = len(prompt), options.sampling
     row = row_of(model, processor, prompt, options, prepared, constraint)
     limit = row.limit
     sampler = sampler_of(model, processor, options)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    needed = predict(footprint_of(model), length, limit).peak
+    needed, adapter = predict(footprint_of(model), length, limit).peak, adapter_of(model, options)
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),
-        opened(store, model, processor, prompt, limit, needed, options.scope) as reading,
+        opened(store, model, processor, prompt, limit, needed, options.scope, adapter) as reading,
     ):
         caches = reading.caches
         row.cached = caches.length
         yield Reading(caches.length, length)
-        for hidden in model.read(prompt, caches, reading.chunk):  # noqa: B007
+        for hidden in model.read(prompt, caches, reading.chunk, adapter):  # noqa: B007
             reading.keep()
             yield Reading(caches.length, length)
-        state, tokens, told = first_token(model, sampler, prompt, hidden[:, -1:], seed, constraint)
+        state, tokens, told = first_token(model, sampler, prompt, hidden[:, -1:], seed, constraint, adapter)
         piece = row.take(tokens, told=told)
         reading.ids += tokens
         yield piece
         if row.finish_reason is None:
-            batch, seat = Batch(model), seat_of(sampler, length, limit, drafts, constraint)
+            batch, seat = Batch(model), seat_of(sampler, length, limit, drafts, constraint, adapter)
             batch.put(seat, caches, state)
             try:
                 while row.finish_reason is None:
@@ -244,12 +295,13 @@ def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
 
 
 def first_token(
-    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int, constraint: "Constraint | None"
-) -> tuple[State, list[int], np.ndarray | None]:
+    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int, constraint: "Constraint | None",
+    adapter: int = 0,
+) -> tuple[State, list[int], np.ndarray | None]:  # fmt: skip
     """The state of a row whose prompt has been read, its first token, and how likely that was, if it is to be told.
     hidden: [1, 1, D], of the last position."""
     bits = None if constraint is None or not constraint.binds else mx.array(constraint.mask())[None, None]
-    state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits)
+    state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits, adapter)
     if constraint is not None:
         state["pauses"] = mx.array([constraint.pauses])
     tokens = tokens_of(state["token"])
@@ -259,8 +311,10 @@ def first_token(
     return state, tokens, None if told is None else np.asarray(told)[0]
 
 
-def seat_of(sampler: Sampler, length: int, limit: int, drafts: int | None, constraint: "Constraint | None") -> Seat:
-    stages = sampler.stages if constraint is None else replace(sampler.stages, pauses=True)
+def seat_of(
+    sampler: Sampler, length: int, limit: int, drafts: int | None, constraint: "Constraint | None", adapter: int = 0
+) -> Seat:
+    stages = replace(sampler.stages, pauses=constraint is not None, adapts=adapter > 0)
     return Seat(stages, length, limit, drafts, constraint)
 
 

@@ -74,12 +74,13 @@ def opened(
     limit: int,
     needed: int,
     scope: str = "",
+    adapter: int = 0,
 ) -> Iterator[Opened]:
     """Caches for reading a prompt and writing `limit` tokens; what was read goes to the store, if the reply is left in
     the middle too.
 
     needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
-    is not found.
+    is not found, nor what was read with another adapter.
     """
     slots = len(prompt) + min(limit, AHEAD) + ROUND
     if store is None:
@@ -87,7 +88,7 @@ def opened(
         return
     text = model.config.text
     store.leave(memory_limit() - needed)
-    space, turn = space_of(model, scope), processor.tokenizer.token_to_id(TURN_OPEN)
+    space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
     held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
     if not is_everywhere(model.group, held.caches.length):
         store.drop(held)
@@ -114,22 +115,27 @@ def opened(
         store.give(held, reading.known)
 
 
-def fingerprint_of(model: Model) -> bytes:
-    """128 bits of a model's weights, the drafter's not among them; computed once."""
-    learnt = learnt_of(model)
-    if learnt.fingerprint is None:
+def fingerprint_of(model: Model, adapter: int = 0) -> bytes:
+    """128 bits of a model's weights, the drafter's not among them, or of one of the adapters by name alone; computed
+    once."""
+    known = learnt_of(model).fingerprints
+    if adapter not in known:
         own = {path: array for path, array in parameters(model).items() if not path.startswith("drafter.")}
-        learnt.fingerprint = fingerprint(own)
-    return learnt.fingerprint
+        if model.config.adapters:
+            of_adapters = {path: own.pop(path) for path in [*own] if path.endswith((".lora_a", ".lora_b", ".gain"))}
+            own = {path: array[adapter] for path, array in of_adapters.items()} if adapter else own
+        known[adapter] = fingerprint(own)
+    return known[adapter]
 
 
-def space_of(model: Model, scope: str = "") -> bytes:
+def space_of(model: Model, scope: str = "", adapter: int = 0) -> bytes:
     """What entries depend on beside what is read, and whose they are."""
     config = model.config
     described = repr(
         (VERSION, str(model.language_model.dtype), config.text, config.vision, config.audio, scope)
     ).encode()
-    return hashlib.blake2b(fingerprint_of(model) + described, digest_size=16).digest()
+    weights = fingerprint_of(model) + (fingerprint_of(model, adapter) if adapter else b"")
+    return hashlib.blake2b(weights + described, digest_size=16).digest()
 
 
 def is_everywhere(group: mx.distributed.Group | None, length: int) -> bool:

@@ -15,6 +15,7 @@ from mlx_gemma4.prompt.prompt import Prompt, is_whole
 from mlx_gemma4.reply.repetition import parse_repetition_detection
 from mlx_gemma4.reply.reply import Controls
 from mlx_gemma4.reply.stop import check_stop
+from mlx_gemma4.weights.load import BASE
 
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
@@ -34,10 +35,11 @@ class Options:
     logprobs: int | None = None  # the likeliest tokens told at each place, 0 for the chosen one alone; None: nothing
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids
     thinking_budget: int | None = None  # tokens of a thought, until its next line ends; None: no bound
-    response_format: Any = None  # what the answer is held to: grammar.response_grammar
+    response_format: Any = None  # what the answer is held to: forms.response
     tool_choice: str = "auto"  # "auto" | "none" | "required" | a tool's name
     parallel_tool_calls: bool = True  # a reply may have more than one
     scope: str = ""  # whose request it is: what has been read for others is not found in a store
+    adapter: str | None = None  # of the model's, by name; None: none of them
 
     def __post_init__(self) -> None:
         if not is_whole(self.max_tokens) or not 1 <= self.max_tokens < 2**63:
@@ -59,8 +61,10 @@ class Options:
             )
         if not isinstance(self.parallel_tool_calls, bool):
             raise ValueError(f"parallel_tool_calls is {shown(self.parallel_tool_calls)}; expected True or False")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise ValueError(f"adapter is {shown(self.adapter)}; expected None, or an adapter's name")
         if self.response_format is not None:
-            from mlx_gemma4.decoding.grammar import response_grammar  # here: it loads llguidance
+            from mlx_gemma4.forms.response import response_grammar  # here: it loads llguidance
 
             response_grammar(self.response_format)
 
@@ -81,7 +85,8 @@ class Options:
         is_free = self.response_format is None and no_tools
         if is_free and self.thinking_budget is None:
             return None
-        from mlx_gemma4.decoding.constraint import Constraint, form_of, vocabulary_of
+        from mlx_gemma4.decoding.constraint import Constraint, vocabulary_of
+        from mlx_gemma4.forms.form import form_of
 
         controls = Controls.from_tokenizer(processor.tokenizer)
         form = form_of(
@@ -92,6 +97,18 @@ class Options:
         constraint = Constraint(form, vocabulary_of(processor), controls, stops, prompt)
         constraint.begin(processor.control.encode(prompt.begun))
         return constraint
+
+
+def adapter_named(model: Any, adapters: Sequence[str], base: str) -> str | None:
+    """The adapter that a request's `model` is; None: none of them. Where there are none, any name is the model's.
+
+    ValueError for a name that is none of theirs: the base model's answer would look right.
+    """
+    if not adapters or model in (None, BASE, base):
+        return None
+    if model not in adapters:
+        raise ValueError(f"model is {shown(model)}; expected {base}, or an adapter's name: {', '.join(adapters)}")
+    return str(model)
 
 
 def check_bias(bias: Any) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_messages, check_part, request_messages
 from mlx_gemma4.prompt.processor import Processor
@@ -207,8 +208,9 @@ class Session:
             for made in (folder, folder / MEDIA_FOLDER):
                 if not made.is_dir():
                     made.mkdir(parents=True, exist_ok=True, mode=0o700)
-            messages = [saved_message(message, folder / MEDIA_FOLDER) for message in self.messages]
-            about = {"format": FORMAT, "weights": fingerprint_of(self.model).hex(), "settings": asdict(self.settings)}
+            messages = [with_parts(message, saved_part, folder / MEDIA_FOLDER) for message in self.messages]
+            weights = {"weights": fingerprint_of(self.model).hex(), "split": self.model.split}
+            about = {"format": FORMAT, **weights, "settings": asdict(self.settings)}
             # both are there before either takes the place of an older one
             parts = [written_beside(folder / ABOUT, about), written_beside(folder / MESSAGES, messages)]
             for part, name in zip(parts, (ABOUT, MESSAGES), strict=True):
@@ -243,6 +245,7 @@ class Saved:
     weights: str
     settings: Settings
     messages: list[dict[str, Any]]
+    split: str | None  # how machines shared the model, of which the weights are a part
 
     def check_model(self, model: Model) -> None:
         if self.weights != fingerprint_of(model).hex():
@@ -279,10 +282,12 @@ def read_saved(folder: str | Path) -> Saved:
             raise ValueError(
                 f"{str(folder / ABOUT)!r} has {name} {shown(found[name])}; expected what Session.save writes"
             )
-    loaded = [loaded_message(message, folder) for message in messages]
+    loaded = [with_parts(message, loaded_part, folder) for message in messages]
     if loaded:
         check_messages(loaded)
-    return Saved(folder, about["weights"], settings, loaded)
+    if (split := about.get("split")) not in (None, *SPLITS):
+        raise ValueError(f"{str(folder / ABOUT)!r} has split {shown(split)}; expected what Session.save writes")
+    return Saved(folder, about["weights"], settings, loaded, split)
 
 
 def read_part(folder: Path, name: str) -> Any:
@@ -322,15 +327,16 @@ def bytes_beside(file: Path, data: bytes) -> Path:
     return part
 
 
-def saved_message(message: dict[str, Any], media: Path) -> dict[str, Any]:
-    """A message whose media are files in the folder `media`."""
-    content = message.get("content")
+def with_parts(message: Any, change: Callable[[Any, Path], Any], folder: Path) -> Any:
+    """A message with each part of its content changed."""
+    content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, (list, tuple)):
         return message
-    return message | {"content": [saved_part(part, media) for part in content]}
+    return message | {"content": [change(part, folder) for part in content]}
 
 
 def saved_part(part: Any, media: Path) -> Any:
+    """A part whose medium is a file in the folder `media`."""
     kind = KIND_OF.get(part["type"]) if isinstance(part, dict) and isinstance(part.get("type"), str) else None
     if kind not in MEDIA:
         return part
@@ -371,15 +377,8 @@ def media_bytes(source: Any, kind: str) -> tuple[bytes, str]:
     raise ValueError(f"the {kind} {shown(source)} cannot be saved; expected a path, a URL, bytes or decoded media")
 
 
-def loaded_message(message: Any, folder: Path) -> Any:
-    """A message whose media lie in the session's folder, wherever that is now."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    return message | {"content": [loaded_part(part, folder) for part in content]}
-
-
 def loaded_part(part: Any, folder: Path) -> Any:
+    """A part whose medium lies in the session's folder, wherever that is now."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in MEDIA or kind not in part:
         return part

@@ -32,7 +32,8 @@ from mlx_gemma4.evaluate.quality import (
 from mlx_gemma4.prompt.messages import json_lines
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
-from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, look_through
+from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
+from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
 from mlx_gemma4.weights.tensors import list_tensors
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
@@ -76,6 +77,8 @@ def evaluate(
     The adapter and the drafter are the candidates'.
     """
     names, computing, added = candidates or [], computing_type(dtype), find_adapter(adapter)
+    lead()
+    group = launched()
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
     if save_logits is not None:
@@ -87,21 +90,25 @@ def evaluate(
         quality_line(Path(name))
     lines = read_lines(data or BUILT_IN)
     # All that can be wrong is found before hours of reading.
-    reference_of = open_reference(reference, lines, max_tokens, computing)
+    reference_of = open_reference(reference, lines, max_tokens, computing, group)
     subjects = [
-        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing, kv_bits, added)
+        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing, kv_bits, added, group)
         for name in names
     ]
     for subject in subjects:
         check_same(subject, reference_of)
     known = reference_of if isinstance(reference_of, Distributions) else read_reference(reference_of)
-    if save_logits is not None:
+    if save_logits is not None and not follows(group):
         known.save(save_logits)
     results: dict[str, Quality] = {}
     for name in names:
         results[name] = measure(subjects.pop(0), known)
-        if write_card:
+        if write_card and not follows(group):
             write_quality(Path(name), card_text(results[name], reference, len(lines)))
+    if follows(group):
+        hear()  # that the first one is done
+        return
+    release(group)
     if results:
         print(table(results))
     head = {"evaluation": "quality", "reference": reference, "data": str(data) if data else "built-in"}
@@ -149,11 +156,14 @@ def open_subject(
     max_tokens: int | None,
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
+    group: mx.distributed.Group | None = None,
 ) -> Subject:
     folder = find_folder(name)
     choice = find_drafter(name, folder, drafter, adapter=adapter)
-    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter)
+    # by tensors, for layers are read one after the other, by all machines
+    split = None if group is None else "tensors"
+    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group, split)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):
@@ -165,13 +175,17 @@ def open_subject(
 
 
 def open_reference(
-    name: str, lines: Sequence[dict[str, Any]], max_tokens: int | None, dtype: mx.Dtype | None
+    name: str,
+    lines: Sequence[dict[str, Any]],
+    max_tokens: int | None,
+    dtype: mx.Dtype | None,
+    group: mx.distributed.Group | None,
 ) -> Subject | Distributions:
     """The reference: a model, or what was saved of one."""
     path = Path(name).expanduser()
     if path.suffix == SAVED and path.is_file():
         return load_distributions(path)
-    return open_subject(name, None, lines, max_tokens, dtype)
+    return open_subject(name, None, lines, max_tokens, dtype, group=group)
 
 
 def check_same(subject: Subject, reference: Subject | Distributions) -> None:

@@ -24,6 +24,7 @@ from mlx_gemma4.model.cache import Caches, LayerCache, empty_cache
 from mlx_gemma4.model.mask import whole_mask
 from mlx_gemma4.model.matrix import Adapted, adapt, settle_gains
 from mlx_gemma4.model.model import Model, image_blocks
+from mlx_gemma4.model.split import Share, join_head, join_layer
 from mlx_gemma4.prompt.messages import check_messages, check_tools, without_sources
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
@@ -134,33 +135,37 @@ def read_exchanges(
     """Take all exchanges through the model, which loses its layers on the way; `step` hears (layers done, of all)."""
     model = checkpoint.model
     decoder = model.language_model
-    count = len(decoder.layers)
-    last = {layer.kind: place for place, layer in enumerate(decoder.layers)}
+    kinds, share, group = model.config.text.layer_types, checkpoint.share, checkpoint.group
+    last = {kind: place for place, kind in enumerate(kinds)}
     layers, decoder.layers = decoder.layers[::-1], []  # what is left of the model has no layers
     drafter, model.drafter = model.drafter, None
     load_module(checkpoint, model, "")
     unpack(model, model.config.dtype)
     model.drafter = drafter
+    if group is not None:
+        join_head(model, group)
     states = [model.embed(exchange.prompt, 0, len(exchange.prompt)) for exchange in exchanges]
     kept: list[dict[str, LayerCache]] = [{} for _ in exchanges]
     attention, weight = model.config.text.attention, None
-    for place in range(count):
+    for place, kind in enumerate(kinds):
         layer = layers.pop()
         load_module(checkpoint, layer, f"language_model.layers.{place}.")
         unpack(layer, model.config.dtype)
         still = arrange_layer(layer)
         weight = still if still is not None else weight
+        if group is not None and isinstance(share, Share):  # `open_subject`
+            join_layer(layer, share, group)
         for index, exchange in enumerate(exchanges):
             length = len(exchange.prompt)
-            caches = Caches([empty_cache(attention[layer.kind], decoder.dtype, length)], [layer.kind])  # as long as all
+            caches = Caches([empty_cache(attention[kind], decoder.dtype, length)], [kind])  # as long as all
             masks = model.masks(caches, 0, length, mx.array(image_blocks(exchange.prompt, 0, length)))
             states[index] = layer(states[index], 0, masks[layer.kind], caches.layers[0])
-            if place == last[layer.kind]:
+            if place == last[kind]:
                 kept[index] |= caches.last
                 mx.eval(caches.arrays)
             mx.eval(states[index])
         mx.clear_cache()
-        step(place + 1, count)
+        step(place + 1, len(kinds))
     return [Read(decoder.norm(hidden), caches, weight) for hidden, caches in zip(states, kept, strict=True)]
 
 

@@ -89,8 +89,9 @@ def reorder_rows(module: nn.Module, order: mx.array) -> None:
     """The rows of each head, [heads · hd, …]."""
     for name in (*STORED, "lora_b", "gain"):
         if name in module:
-            rows = mx.unflatten(module[name], 0, (-1, len(order)))
-            module[name] = rows[:, order].flatten(0, 1)
+            axis = -1 if name == "gain" else -2
+            rows = mx.unflatten(module[name], axis, (-1, len(order)))
+            module[name] = mx.take(rows, order, axis).flatten(axis - 1, axis)
 
 
 def reorder_columns(module: nn.Module, order: mx.array, block: int) -> bool:
@@ -101,6 +102,6 @@ def reorder_columns(module: nn.Module, order: mx.array, block: int) -> bool:
     for name in (*STORED, "lora_a"):
         if name in module:
             columns = module[name]
-            heads = mx.unflatten(columns, 1, (-1, len(blocks), columns.shape[1] * block // total_columns(module)))
-            module[name] = heads[:, :, blocks].flatten(1, 3)
+            heads = mx.unflatten(columns, -1, (-1, len(blocks), columns.shape[-1] * block // total_columns(module)))
+            module[name] = heads[..., blocks, :].flatten(-3, -1)
     return True

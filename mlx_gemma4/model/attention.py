@@ -11,7 +11,7 @@ from mlx import nn
 from mlx_gemma4.config import FULL, AttentionConfig, TextConfig
 from mlx_gemma4.model.cache import ROUND, Entry, LayerCache, Offset, Packed, slots_of
 from mlx_gemma4.model.mask import Mask
-from mlx_gemma4.model.matrix import are_alike, join
+from mlx_gemma4.model.matrix import are_alike, join, product
 
 # Scores of one pass over the keys: queries are split so that they stay below it at any length. MLX allocates a few
 # operations ahead, so about six times as much is alive.
@@ -114,16 +114,17 @@ class Projections(nn.Module):
         )
         self.joined = [join(group) for group in groups]
 
-    def __call__(self, x: mx.array) -> list[mx.array]:
+    def __call__(self, x: mx.array, adapters: mx.array | None = None) -> list[mx.array]:
         """[B, L, D] -> what each matrix gives, [B, L, its rows]."""
         found: list[mx.array] = []
         for module, ends in zip(self.joined, self._ends, strict=True):
-            found += mx.split(module(x), ends, axis=-1) if ends else [module(x)]
+            y = product(module, x, adapters)
+            found += mx.split(y, ends, axis=-1) if ends else [y]
         return found
 
-    def whole(self, x: mx.array) -> mx.array:
+    def whole(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
         """The same side by side, [B, L, all rows]; nothing moves if all matrices are joined."""
-        found = [module(x) for module in self.joined]
+        found = [product(module, x, adapters) for module in self.joined]
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
 
@@ -151,15 +152,17 @@ class QueryAttention(nn.Module):
         """What q_proj gives -> [B, H, L, hd]."""
         return self.rope(self.q_norm(self.heads(y)).swapaxes(1, 2), offset)
 
-    def __call__(self, x: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
-        return self.output(self.queries(self.q_proj(x), offset), cache.entries, mask)
+    def __call__(
+        self, x: mx.array, offset: Offset, mask: Mask, cache: LayerCache, adapters: mx.array | None = None
+    ) -> mx.array:
+        return self.output(self.queries(product(self.q_proj, x, adapters), offset), cache.entries, mask, adapters)
 
-    def output(self, q: mx.array, entries: Sequence[Entry], mask: Mask) -> mx.array:
+    def output(self, q: mx.array, entries: Sequence[Entry], mask: Mask, adapters: mx.array | None = None) -> mx.array:
         turned = self.turned_dims if self.is_full else None
         out = attend(q, entries, mask, turned).swapaxes(1, 2)  # [B, H, L, hd] -> [B, L, H, hd]
         if self._order is not None:
             out = out[..., self._order]
-        return self.o_proj(out.flatten(2))
+        return product(self.o_proj, out.flatten(2), adapters)
 
 
 class SelfAttention(QueryAttention):
@@ -179,8 +182,10 @@ class SelfAttention(QueryAttention):
         self.k_norm = nn.RMSNorm(self.head_dim, text.rms_norm_eps)
         self.own_heads: slice | None = None  # of several machines: of what the cache holds, what this one attends to
 
-    def __call__(self, x: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
-        q, k, *v = self.inputs(x)
+    def __call__(
+        self, x: mx.array, offset: Offset, mask: Mask, cache: LayerCache, adapters: mx.array | None = None
+    ) -> mx.array:
+        q, k, *v = self.inputs(x, adapters)
         k = self.heads(k)
         values = mx.fast.rms_norm(self.heads(*v) if v else k, None, self.eps).swapaxes(1, 2)  # [B, KV, L, hd]
         keys = self.rope(self.k_norm(k).swapaxes(1, 2), offset)
@@ -188,4 +193,4 @@ class SelfAttention(QueryAttention):
         seen = cache.update(entries, offset)
         if self.own_heads is not None:
             seen = tuple(cast(mx.array, entry)[:, self.own_heads] for entry in seen)
-        return self.output(self.queries(q, offset), seen, mask)
+        return self.output(self.queries(q, offset), seen, mask, adapters)

@@ -12,6 +12,7 @@ from mlx_gemma4.config import TextConfig
 from mlx_gemma4.model.attention import Projections, QueryAttention, SelfAttention
 from mlx_gemma4.model.cache import LayerCache, Offset
 from mlx_gemma4.model.mask import Mask
+from mlx_gemma4.model.matrix import product
 
 
 @mx.compile  # for each shape: a shapeless trace is cut in two kernels
@@ -55,13 +56,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.ranges: Ranges | None = None  # in float16
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
         if self.ranges is None:
-            return self.down_proj(geglu(*self.inputs(x)))
-        own, both = self.ranges, self.inputs.whole(x)
+            return product(self.down_proj, geglu(*self.inputs(x, adapters)), adapters)
+        own, both = self.ranges, self.inputs.whole(x, adapters)
         gate, _ = mx.split(both, 2, axis=-1)
         normed_gate, up = mx.split(mx.fast.rms_norm(both, own.weight, own.floor), 2, axis=-1)
-        return self.down_proj(ranged_geglu(gate, normed_gate, up, own.gate, own.product))
+        return product(self.down_proj, ranged_geglu(gate, normed_gate, up, own.gate, own.product), adapters)
 
 
 class Layer(nn.Module):
@@ -76,9 +77,11 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
         self.layer_scalar = mx.ones((1,))
 
-    def __call__(self, h: mx.array, offset: Offset, mask: Mask, cache: LayerCache) -> mx.array:
-        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), offset, mask, cache))
-        h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
+    def __call__(
+        self, h: mx.array, offset: Offset, mask: Mask, cache: LayerCache, adapters: mx.array | None = None
+    ) -> mx.array:
+        h = h + self.post_attention_layernorm(self.self_attn(self.input_layernorm(h), offset, mask, cache, adapters))
+        h = h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h), adapters))
         return h * self.layer_scalar
 
 
@@ -109,20 +112,24 @@ class Decoder(nn.Module):
         return (rows.astype(mx.float32) * (rows.shape[-1] ** 0.5 * self.unit)).astype(self.dtype)
 
     def __call__(
-        self, h: mx.array, offset: Offset, masks: Mapping[str, Mask], caches: Sequence[LayerCache]
-    ) -> mx.array:
-        """Embeddings [B, L, hidden] at positions offset… -> hidden states after the final norm, [B, L, hidden]."""
+        self, h: mx.array, offset: Offset, masks: Mapping[str, Mask], caches: Sequence[LayerCache],
+        adapters: mx.array | None = None,
+    ) -> mx.array:  # fmt: skip
+        """Embeddings [B, L, hidden] at positions offset… -> hidden states after the final norm, [B, L, hidden].
+
+        adapters [B]: of those by name, which one each row has, from 1 on, 0 for none; None: no row has any.
+        """
         for layer, cache in zip(self.layers, caches, strict=True):
-            h = layer(h, offset, masks[layer.kind], cache)
+            h = layer(h, offset, masks[layer.kind], cache, adapters)
         return self.norm(h)
 
-    def scores(self, hidden: mx.array) -> mx.array:
+    def scores(self, hidden: mx.array, adapters: mx.array | None = None) -> mx.array:
         """[B, L, hidden] -> [B, L, vocab] float32, before the soft cap."""
-        scores = self.embed_tokens.as_linear(hidden) if self.is_tied else self.lm_head(hidden)
+        scores = self.embed_tokens.as_linear(hidden) if self.is_tied else product(self.lm_head, hidden, adapters)
         scores = scores.astype(mx.float32)
         return scores if self.grow == 1 else scores * self.grow
 
-    def head(self, hidden: mx.array) -> mx.array:
+    def head(self, hidden: mx.array, adapters: mx.array | None = None) -> mx.array:
         """[B, L, hidden] -> logits [B, L, vocab], float32, soft-capped."""
-        scores = self.scores(hidden)
+        scores = self.scores(hidden, adapters)
         return scores if self.softcap is None else mx.tanh(scores / self.softcap) * self.softcap

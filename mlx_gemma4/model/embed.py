@@ -4,6 +4,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_gemma4.config import TextConfig, VisionConfig
+from mlx_gemma4.model.matrix import product
 
 # Not rms_norm_eps: the published modules are torch LayerNorms with their default.
 LAYER_NORM_EPS = 1e-5
@@ -27,13 +28,16 @@ class VisionEmbedder(nn.Module):
         self.pos_embedding = mx.zeros((config.mm_posemb_size, 2, dims))
         self.pos_norm = nn.LayerNorm(dims, LAYER_NORM_EPS)
 
-    def __call__(self, pixels: mx.array, positions: mx.array) -> mx.array:
-        """pixels [n, side * side * 3] uint8, positions [n, 2] as (x, y) -> [n, mm_embed_dim]."""
+    def __call__(self, pixels: mx.array, positions: mx.array, adapters: mx.array | None = None) -> mx.array:
+        """pixels [n, side * side * 3] uint8, positions [n, 2] as (x, y) -> [n, mm_embed_dim].
+
+        adapters [1]: as the decoder's; what is adapted by it is [1, n, …].
+        """
         # LayerNorm takes the mean away; taking away the exact mean of the integers first keeps float32 sums of
         # thousands of pixels from drifting (100 times less error where contrast is low)
         mean = pixels.astype(mx.int32).sum(axis=-1, keepdims=True) / pixels.shape[-1]
         x = ((pixels - mean) / 255).astype(media_dtype(self.patch_ln1.weight.dtype))
-        x = self.patch_ln2(self.patch_dense(self.patch_ln1(x)))
+        x = self.patch_ln2(product(self.patch_dense, self.patch_ln1(x), adapters))
         x = x + self.pos_embedding[positions[:, 0], 0] + self.pos_embedding[positions[:, 1], 1]
         return self.pos_norm(x)
 
@@ -46,6 +50,6 @@ class MultimodalProjection(nn.Module):
         self.embedding_projection = nn.Linear(dims, text.hidden_size, bias=False)
         self.eps = rms_norm_eps
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[n, dims] -> [n, hidden]."""
-        return self.embedding_projection(mx.fast.rms_norm(x, None, self.eps))
+    def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
+        """[n, dims] -> [n, hidden]; adapters as `VisionEmbedder` takes them."""
+        return product(self.embedding_projection, mx.fast.rms_norm(x, None, self.eps), adapters)

@@ -87,9 +87,11 @@ def settle_last(norm: nn.RMSNorm, shrink: float, unit: float) -> None:
 
 
 def settle_adapted(module: Adapted) -> None:
-    """A's products no larger than what it is given: B takes the power of two."""
-    factor = 2.0 ** -math.ceil(math.log2(max(norm_of(mx.linalg.norm(wide(module.lora_a), axis=-1)), 1.0)))
-    if factor < 1:
+    """A's products no larger than what it is given: B takes the power of two, of each adapter its own."""
+    norms = mx.linalg.norm(wide(module.lora_a), axis=-1).max(axis=-1).reshape(-1)
+    factors = [2.0 ** -math.ceil(math.log2(max(norm, 1.0))) for norm in cast(list[float], norms.tolist())]
+    if min(factors) < 1:
+        factor = mx.array(factors)[:, None, None] if module.lora_a.ndim == 3 else mx.array(factors[0])
         module.lora_a, module.lora_b = scaled(module.lora_a, factor), scaled(module.lora_b, 1 / factor)
 
 
@@ -188,7 +190,7 @@ def wide(array: mx.array) -> mx.array:
     return array.astype(mx.float32)
 
 
-def scaled(array: mx.array, factor: float) -> mx.array:
+def scaled(array: mx.array, factor: float | mx.array) -> mx.array:
     return (wide(array) * factor).astype(mx.float16)
 
 
@@ -221,8 +223,9 @@ def row_norms(module: nn.Module, columns: mx.array | None = None) -> mx.array:
     norms = norms_of(blocks(module), columns)
     if not isinstance(module, Adapted):
         return norms
-    gain = mx.maximum(mx.abs(module.gain), 1) if "gain" in module else 1
-    return norms * gain + norms_of(added(module), columns)
+    gain = mx.maximum(mx.abs(module.gain), 1) if "gain" in module else mx.array(1)
+    both = norms * gain + norms_of(added(module), columns)
+    return both.max(axis=0) if both.ndim == 2 else both  # of several adapters
 
 
 def norms_of(parts: Iterable[mx.array], columns: mx.array | None) -> mx.array:
@@ -230,7 +233,7 @@ def norms_of(parts: Iterable[mx.array], columns: mx.array | None) -> mx.array:
     for rows in parts:
         found.append(mx.linalg.norm(rows if columns is None else rows * columns, axis=-1))
         mx.eval(found[-1])
-    return mx.concatenate(found)
+    return mx.concatenate(found, axis=-1)
 
 
 def largest_value(module: nn.Module) -> float:

@@ -14,17 +14,26 @@ STORED = ("weight", "scales", "biases")  # of a matrix, by rows
 
 
 class Adapted(nn.Module):
-    """x Wᵀ + (x Aᵀ) Bᵀ, B with the adapter's scale in it; of DoRA the rows of W + B A have lengths of their own."""
+    """x Wᵀ + (x Aᵀ) Bᵀ, B with the adapter's scale in it; of DoRA the rows of W + B A have lengths of their own.
+
+    Of several adapters, which requests choose from, each array has one axis more in front, and the first adds nothing.
+    """
 
     lora_a: mx.array  # [r, columns]
     lora_b: mx.array  # [rows, r]
     gain: mx.array  # [rows] float32, of DoRA: these lengths, and from `settle_gains` on what W's rows are times
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
+        """adapters [B]: of several, which one each row of x [B, L, columns] has; None: none of them."""
         y = super().__call__(x)
-        if "gain" in self:
-            y = (y * self.gain).astype(y.dtype)
-        return mx.addmm(y, x @ self.lora_a.T, self.lora_b.T)
+        a, b, gain = self.lora_a, self.lora_b, self.get("gain")
+        if a.ndim == 3:
+            if adapters is None:
+                return y
+            a, b, gain = a[adapters], b[adapters], None if gain is None else gain[adapters][:, None]
+        if gain is not None:
+            y = (y * gain).astype(y.dtype)
+        return mx.addmm(y, x @ a.swapaxes(-1, -2), b.swapaxes(-1, -2))
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -43,15 +52,23 @@ def adapt(module: nn.Module, lora_a: mx.array, lora_b: mx.array, gain: mx.array 
         module.gain = gain
 
 
+def product(module: nn.Module, x: mx.array, adapters: mx.array | None) -> mx.array:
+    """x times a matrix that may be adapted; adapters as `Adapted` takes them."""
+    return module(x, adapters) if isinstance(module, Adapted) else module(x)
+
+
 def settle_gains(root: nn.Module) -> None:
     """In a module that has been loaded: lengths of rows -> what these are times."""
     for module in root.modules():
         if isinstance(module, Adapted) and "gain" in module:
             norms = [
-                mx.linalg.norm(own + more, axis=1) for own, more in zip(blocks(module), added(module), strict=True)
+                mx.linalg.norm(own + more, axis=-1) for own, more in zip(blocks(module), added(module), strict=True)
             ]
-            module.gain = module.gain / mx.concatenate(norms)
-            module.lora_b = (module.lora_b * module.gain[:, None]).astype(module.lora_b.dtype)
+            gain = module.gain / mx.concatenate(norms, axis=-1)
+            if gain.ndim == 2:  # those of several adapters that have none
+                gain = mx.where(mx.isnan(module.gain), 1, gain)
+            module.gain = gain
+            module.lora_b = (module.lora_b * gain[..., None]).astype(module.lora_b.dtype)
             mx.eval(module.lora_b, module.gain)
 
 
@@ -83,9 +100,9 @@ def blocks(module: nn.Module) -> Iterator[mx.array]:
 
 
 def added(module: Adapted) -> Iterator[mx.array]:
-    """What an adapter adds, B A, by the same rows."""
+    """What an adapter adds, B A, by the same rows; of several adapters, each."""
     lora_a = module.lora_a.astype(mx.float32)
-    yield from (module.lora_b[rows].astype(mx.float32) @ lora_a for rows in steps(module))
+    yield from (module.lora_b[..., rows, :].astype(mx.float32) @ lora_a for rows in steps(module))
 
 
 # --- joining -----------------------------------------------------------------------------------
@@ -118,14 +135,16 @@ def join_adapters(modules: Sequence[nn.Module]) -> None:
     own = [module for module in modules if isinstance(module, Adapted)]
     if not own:
         return
-    lora_a = mx.concatenate([module.lora_a for module in own])
+    lora_a = mx.concatenate([module.lora_a for module in own], axis=-2)
+    *several, rank, _ = lora_a.shape
     parts, first = [], 0
     for module in modules:
-        part = mx.zeros((len(module.weight), len(lora_a)), lora_a.dtype)
+        part = mx.zeros((*several, len(module.weight), rank), lora_a.dtype)
         if isinstance(module, Adapted):
-            last = first + len(module.lora_a)
-            part[:, first:last] = module.lora_b
+            last = first + module.lora_a.shape[-2]
+            part[..., first:last] = module.lora_b
             first = last
         parts.append(part)
-    gains = [module.gain if "gain" in module else mx.ones(len(module.weight)) for module in modules]
-    adapt(modules[0], lora_a, mx.concatenate(parts), mx.concatenate(gains) if any("gain" in m for m in own) else None)
+    gains = [module.gain if "gain" in module else mx.ones((*several, len(module.weight))) for module in modules]
+    gain = mx.concatenate(gains, axis=-1) if any("gain" in module for module in own) else None
+    adapt(modules[0], lora_a, mx.concatenate(parts, axis=-2), gain)

@@ -46,6 +46,7 @@ class Model(nn.Module):
         self.config = config
         self.drafter: Drafter | None = None
         self.group: mx.distributed.Group | None = None  # of machines that share it
+        self.split: str | None = None  # how they do
         self.engine: Any = None  # what decoding keeps of this model from one request to the next
         self.language_model = Decoder(config.text, config.dtype)
         if config.vision is not None:
@@ -75,7 +76,11 @@ class Model(nn.Module):
         """
         check_prompt(prompt, self.config)
         hidden = mx.concatenate(list(self.read(prompt, self.caches(len(prompt)))), axis=1)
-        return self.language_model.head(hidden)
+        return self.told_logits(hidden)
+
+    def told_logits(self, hidden: mx.array) -> mx.array:
+        """[B, L, hidden] -> logits [B, L, vocab], on all machines that share the model."""
+        return self.agreed(self.language_model.head(hidden))[0]
 
     def draft(self, prompt: Prompt, length: int) -> list[int]:
         """The drafter's `length` greedy proposals; the prompt's last token is the newest one.
@@ -102,33 +107,36 @@ class Model(nn.Module):
             logits, hidden = self.drafter(self.language_model.embed(token[None]), hidden, last, masks, caches.last)
             token = mx.put_along_axis(logits[0], suppressed[None], mx.array(-mx.inf), axis=-1).argmax(axis=-1)
             proposals.append(token)
-        return cast(list[int], mx.concatenate(proposals).tolist())
+        return cast(list[int], self.agreed(mx.concatenate(proposals))[0].tolist())
 
     def caches(self, positions: int) -> Caches:
         """Empty ones for one request, with room for so many positions."""
         text = self.config.text
         return Caches.empty(text, self.language_model.dtype, capacity(positions, text.max_position_embeddings))
 
-    def read(self, prompt: Prompt, caches: Caches, chunk: int = CHUNK) -> Iterator[mx.array]:
+    def read(self, prompt: Prompt, caches: Caches, chunk: int = CHUNK, adapter: int = 0) -> Iterator[mx.array]:
         """Read what the caches do not hold of a prompt, chunk by chunk; yields their hidden states, [1, l, hidden].
 
         A chunk never ends inside an image block, whose tokens see each other; beyond that its size changes nothing.
+        adapter: of those by name, from 1 on; 0: none.
         """
         check_process()
+        adapters = mx.array([adapter]) if adapter else None
         for start, end in chunks(prompt, caches.length, chunk):
             masks = self.masks(caches, start, end - start, mx.array(image_blocks(prompt, start, end)))
-            hidden = self.language_model(self.embed(prompt, start, end), start, masks, caches.layers)
+            h = self.embed(prompt, start, end, adapters)
+            hidden = self.language_model(h, start, masks, caches.layers, adapters)
             caches.length = end
             mx.eval(hidden, caches.arrays)
             mx.clear_cache()
             yield hidden
 
     def agreed(self, *decided: mx.array) -> Sequence[mx.array]:
-        """What the first of several machines has decided, in arrays alike: rounding must not let them drift apart."""
+        """What the last of several machines has decided, in arrays alike: rounding must not let them drift apart."""
         if self.group is None:
             return decided
         # times 0 and not zeros: what led to it exchanges too, and has to be computed everywhere
-        own = mx.stack([*decided]) * int(self.group.rank() == 0)
+        own = mx.stack([*decided]) * int(self.group.rank() == self.group.size() - 1)
         return [*mx.distributed.all_sum(own, group=self.group)]
 
     def masks(self, caches: Caches, offset: Offset, length: int, blocks: mx.array | None = None) -> dict[str, Mask]:
@@ -144,24 +152,25 @@ class Model(nn.Module):
                 masks[kind] = whole_mask(queries, keys, own, None if own is None else blocks)
         return masks
 
-    def embed(self, prompt: Prompt, start: int, end: int) -> mx.array:
+    def embed(self, prompt: Prompt, start: int, end: int, adapters: mx.array | None = None) -> mx.array:
         """Embeddings of token_ids[start:end], soft tokens in their places, [1, end - start, hidden]."""
         h = self.language_model.embed(mx.array(prompt.token_ids[start:end])[None])
         for run in prompt.media:
             first, last = max(run.start, start), min(run.start + len(run), end)
             if first < last:
-                rows = self.soft_tokens(run, first - run.start, last - run.start)
+                rows = self.soft_tokens(run, first - run.start, last - run.start, adapters)
                 if self.language_model.unit != 1:
                     rows = rows * self.language_model.unit
                 h[:, first - start : last - start] = rows.astype(h.dtype)
         return h
 
-    def soft_tokens(self, run: SoftTokens, first: int, last: int) -> mx.array:
+    def soft_tokens(self, run: SoftTokens, first: int, last: int, adapters: mx.array | None = None) -> mx.array:
         """Rows first … last of one run, [last - first, hidden]; they are not scaled as token embeddings are."""
         values = mx.array(run.values[first:last])
         if run.positions is None:
-            return self.embed_audio(values.astype(media_dtype(self.language_model.dtype)))
-        return self.embed_vision(self.vision_embedder(values, mx.array(run.positions[first:last])))
+            return self.embed_audio(values.astype(media_dtype(self.language_model.dtype)), adapters)
+        embedded = self.vision_embedder(values, mx.array(run.positions[first:last]), adapters)
+        return self.embed_vision(embedded, adapters)
 
 
 def chunks(prompt: Prompt, start: int, size: int) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
+from urllib.parse import unquote
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -132,14 +133,8 @@ class Resolver:
         return schema
 
     def target(self, reference: Any) -> Schema:
-        """What a reference inside the schema names: a JSON pointer (RFC 6901)."""
-        found: Any = self.root if isinstance(reference, str) and reference.startswith("#") else None
-        for step in str(reference)[1:].strip("/").split("/"):
-            step = step.replace("~1", "/").replace("~0", "~")
-            if step and isinstance(found, list) and step.isdecimal() and int(step) < len(found):
-                found = found[int(step)]
-            elif step:
-                found = found.get(step) if isinstance(found, dict) else None
+        """What a reference inside the schema names."""
+        found = pointed(self.root, reference)
         if not isinstance(found, dict):
             name = str(reference)[:80]
             raise ValueError(f"{self.where} has the $ref {name!r}, which leads nowhere; expected '#/$defs/…'")
@@ -261,6 +256,18 @@ class Resolver:
         if not isinstance(items, dict) or not items:
             return {}
         return {"items": self.resolve(items, f"{place}[]"[-80:], depth + 1, whole=True)}
+
+
+def pointed(root: Any, reference: Any) -> Any:
+    """What a JSON pointer (RFC 6901) names in a schema; None for nothing."""
+    found = root if isinstance(reference, str) and reference.startswith("#") else None
+    for step in unquote(str(reference)[1:]).strip("/").split("/"):
+        step = step.replace("~1", "/").replace("~0", "~")
+        if step and isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        elif step:
+            found = found.get(step) if isinstance(found, dict) else None
+    return found
 
 
 def types_of(schema: Mapping[str, Any]) -> list[str]:

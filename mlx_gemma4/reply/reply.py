@@ -159,6 +159,12 @@ class Controls:
             think=tokenizer.token_to_id(THINK),
         )
 
+    def opened_thought(self, prompt_ids: Sequence[int]) -> int | None:
+        """Where a prompt has opened the thought in which its reply begins, if it has."""
+        marks = {self.channel_open, self.channel_close, self.turn_open, self.turn_close}
+        last = next((n for n in reversed(range(len(prompt_ids))) if prompt_ids[n] in marks), None)
+        return None if last is None or prompt_ids[last] != self.channel_open else last
+
     def end_reply(self, token_id: int) -> bool:
         """Whether the model ends its reply with this token, as far as the template's form goes."""
         return token_id in (self.turn_close, self.tool_response_open, self.end_of_text)
@@ -307,13 +313,11 @@ class ReplyParser:
 
     def _continue_prompt(self, prompt_ids: Sequence[int]) -> None:
         """After a tool response the template opens the thought itself, and the reply begins inside it."""
-        c = self._controls
-        marks = {c.channel_open, c.channel_close, c.turn_open, c.turn_close}
-        last = next((n for n in reversed(range(len(prompt_ids))) if prompt_ids[n] in marks), None)
-        if last is None or prompt_ids[last] != c.channel_open:
+        opened = self._controls.opened_thought(prompt_ids)
+        if opened is None:
             return
         self._enter(_State.THOUGHT)
-        self._first_line_in_prompt = self._tokenizer.decode(list(prompt_ids[last + 1 :]))
+        self._first_line_in_prompt = self._tokenizer.decode(list(prompt_ids[opened + 1 :]))
         if "\n" in self._first_line_in_prompt:
             self._first_line = None
 

@@ -22,7 +22,7 @@ space, on names that hold a dot or colon, and on white space after a comma.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,28 +156,25 @@ class Reader:
         return {"name": self.match(NAME, "a name"), "arguments": self.mapping(depth=1)}
 
     def mapping(self, depth: int) -> dict[str, Any]:
-        self.expect("{")
         result: dict[str, Any] = {}
-        if self.take("}"):
-            return result
-        while True:
+        for _ in self.entries("{", "}"):
             key = self.key()
             self.expect(":")
             result[key] = self.value(depth)
-            if not self.take(","):
-                self.expect("}")
-                return result
+        return result
 
     def sequence(self, depth: int) -> list[Any]:
-        self.expect("[")
-        result: list[Any] = []
-        if self.take("]"):
-            return result
-        while True:
-            result.append(self.value(depth))
-            if not self.take(","):
-                self.expect("]")
-                return result
+        return [self.value(depth) for _ in self.entries("[", "]")]
+
+    def entries(self, opening: str, closing: str) -> Iterator[None]:
+        """Before each entry between these."""
+        self.expect(opening)
+        if self.take(closing):
+            return
+        yield
+        while self.take(","):
+            yield
+        self.expect(closing)
 
     def key(self) -> str:
         self.skip_space()
@@ -298,18 +295,12 @@ class LooseReader(Reader):
         self.skip_space()
         if self.position == len(self.text) and self.ended and PLAIN_NAME.fullmatch(name):
             return {"name": name, "arguments": {}}
-        if self.take("("):
-            self.open = [")"]
-            inner = self.take("{")
-            if inner:
-                self.open.append("}")
-            arguments = self.pairs(1, schema)
-            if inner:
-                self.close()
-        else:
-            self.expect("{")
-            self.open = ["}"]
-            arguments = self.pairs(1, schema)
+        self.open = [CLOSING[opening] for opening in ("(", "{") if self.take(opening)]
+        if not self.open:
+            raise self.error(repr("{"))
+        arguments = self.pairs(1, schema)
+        if self.open:
+            self.close()
         return {"name": name, "arguments": arguments}
 
     # brackets
@@ -334,25 +325,25 @@ class LooseReader(Reader):
         result: dict[str, Any] = {}
         known = schema.get("properties") or {}
         place = Place.in_mapping(known, self.quote)
-        while not self.at_close():
+        for _ in self.until_closed(place):
             key = self.key()
             if not self.take(":"):
                 self.expect("=")
             result[key] = self.loose_value(depth, known.get(key, {}), place)
-            if not (self.take(",") or self.at_close() or self.at_key(place)):
-                raise self.error(f"',' or {self.open[-1]!r}")
-        self.close()
         return result
 
     def items(self, depth: int, schema: Schema) -> list[Any]:
-        result: list[Any] = []
         item = schema.get("items")
+        own = item if isinstance(item, dict) else {}
+        return [self.loose_value(depth, own, self.entry) for _ in self.until_closed(self.entry)]
+
+    def until_closed(self, place: Place) -> Iterator[None]:
+        """Before each entry of what is open."""
         while not self.at_close():
-            result.append(self.loose_value(depth, item if isinstance(item, dict) else {}, self.entry))
-            if not (self.take(",") or self.at_close()):
+            yield
+            if not (self.take(",") or self.at_close() or self.at_key(place)):
                 raise self.error(f"',' or {self.open[-1]!r}")
         self.close()
-        return result
 
     def at_key(self, place: Place) -> bool:
         return place.key is not None and place.key.match(self.text, self.position) is not None

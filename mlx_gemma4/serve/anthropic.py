@@ -10,7 +10,7 @@ from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.messages import Part, decode_base64
 from mlx_gemma4.reply.reply import Piece, Reply, Stats
 from mlx_gemma4.serve.ask import Ask, Body, Refused, checked, event, new_id
-from mlx_gemma4.serve.turns import Turns, as_text, sealed, text, thought_of, unsealed
+from mlx_gemma4.serve.turns import Turns, as_text, function_tool, sealed, text, thought_of, unsealed
 
 BILLING = "x-anthropic-billing-header:"  # Claude Code's first line of the system turn, another at every request
 ERRORS = {
@@ -230,8 +230,7 @@ def functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for n, tool in enumerate(tools):
         if tool.get("type") in (None, "custom"):
             told = checked(Tool, tool, f"tools[{n}]")
-            function = {"name": told.name, "description": told.description or "", "parameters": told.input_schema}
-            found.append({"type": "function", "function": function})
+            found.append(function_tool(told.name, told.description, told.input_schema))
     return found
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -29,7 +30,7 @@ from mlx_gemma4.serve.job import Job, prompts, refused
 from mlx_gemma4.serve.metrics import Metrics
 from mlx_gemma4.serve.page import page
 from mlx_gemma4.serve.resident import Resident
-from mlx_gemma4.serve.responses import Responses
+from mlx_gemma4.serve.responses import Responses, Shelf
 from mlx_gemma4.serve.transcription import FORMATS, read_form
 
 logger = logging.getLogger("mlx_gemma4")
@@ -49,18 +50,23 @@ class App:
         self.resident, self.guard = resident, guard
         self.metrics = Metrics(resident)
         self.started = int(time.time())
-        self.chat = Chat(resident.name, self.token_text)
-        anthropic = Anthropic(resident.name)
-        self.dialects: dict[str, Dialect] = {
-            "chat/completions": self.chat,
-            "completions": Completions(resident.name, self.token_text),
-            "responses": Responses(resident.name),
-            "messages": anthropic,
-            COUNT: anthropic,
-        }
+        shelf = Shelf()
+        self.named = {name: self.dialects_of(name, shelf) for name in (resident.name, *resident.adapters)}
+        self.dialects = self.named[resident.name]
         self.running = 0  # requests that are there as a whole and not answered yet
         self.is_closing = False
         self.bodies = Bodies()
+
+    def dialects_of(self, name: str, shelf: Shelf) -> dict[str, Dialect]:
+        """By path, for a model of this name."""
+        anthropic = Anthropic(name)
+        return {
+            "chat/completions": Chat(name, self.token_text),
+            "completions": Completions(name, self.token_text),
+            "responses": Responses(name, shelf),
+            "messages": anthropic,
+            COUNT: anthropic,
+        }
 
     def token_text(self, token: int) -> str:
         return self.resident.processor.tokenizer.decode([token], skip_special_tokens=False)
@@ -85,7 +91,7 @@ class App:
             status = LEFT
         except Exception as error:  # the client is told one line, never a traceback
             told = refused(error)
-            dialect = self.dialects.get(path, self.chat)
+            dialect = self.dialects.get(path, self.dialects["chat/completions"])
             if not status:
                 await answer(sent, told.status, as_bytes(dialect.error(told)))
         finally:
@@ -133,16 +139,16 @@ class App:
         elif path in ("health", "api/hello"):
             await answer(send, 200, as_bytes({"status": "ok"}))
         elif path == "models":
-            await answer(send, 200, as_bytes({"object": "list", "data": [self.model()]}))
-        elif path.partition("/")[0] == "models" and path.partition("/")[2] == self.resident.name:
-            await answer(send, 200, as_bytes(self.model()))
+            await answer(send, 200, as_bytes({"object": "list", "data": [*map(self.model, self.named)]}))
+        elif path.partition("/")[0] == "models" and path.partition("/")[2] in self.named:
+            await answer(send, 200, as_bytes(self.model(path.partition("/")[2])))
         elif path in (*self.dialects, TRANSCRIPTIONS):
             raise Refused(f"/{path} is asked with POST", status=405)
         else:
             raise not_here(path)
 
-    def model(self) -> dict[str, Any]:
-        length, name = self.resident.context, self.resident.name
+    def model(self, name: str) -> dict[str, Any]:
+        length = self.resident.context
         lengths = {
             "context_length": length,
             "max_model_len": length,
@@ -157,14 +163,19 @@ class App:
 
     async def transcribe(self, body: bytes, whose: str, content_type: str, receive: Receive, send: Send) -> None:
         asked = await read_form(body, content_type)
-        found = await transcribed(asked, receive, lambda ask: Job(self.resident, self.metrics, ask, whose))
+        adapter = self.resident.chosen(asked.model)
+
+        def job(ask: Ask) -> Job:
+            return Job(self.resident, self.metrics, replace(ask, adapter=adapter), whose)
+
+        found = await transcribed(asked, receive, job)
         await answer(send, 200, found, FORMATS[asked.form])
 
     async def converse(self, path: str, body: bytes, whose: str, receive: Receive, send: Send) -> None:
         if len(body) < LARGE:
-            ask, writer = understood(self.dialects[path], body, whose)
+            ask, writer = self.understood(path, body, whose)
         else:
-            ask, writer = await asyncio.to_thread(understood, self.dialects[path], body, whose)
+            ask, writer = await asyncio.to_thread(self.understood, path, body, whose)
         if path == COUNT:
             count = await asyncio.to_thread(lambda: sum(map(len, prompts(ask, self.resident))))
             await answer(send, 200, json.dumps({"input_tokens": count}).encode())
@@ -175,9 +186,11 @@ class App:
         else:
             await answer(send, 200, await whole(job, writer, receive))
 
-
-def understood(dialect: Dialect, body: bytes, whose: str) -> tuple[Ask, Writer]:
-    return dialect.parse(read_json(body), whose)
+    def understood(self, path: str, body: bytes, whose: str) -> tuple[Ask, Writer]:
+        asked = read_json(body)
+        adapter = self.resident.chosen(asked.get("model"))
+        ask, writer = self.named[adapter or self.resident.name][path].parse(asked, whose)
+        return replace(ask, adapter=adapter), writer
 
 
 def plain_path(path: str) -> str:

@@ -64,6 +64,7 @@ class Ask:
     continue_final_message: bool = False
     image_budget: int | None = None
     draft_length: int | str = "auto"
+    adapter: str | None = None  # of those by name
     n: int = 1  # replies to the messages, or to each of the prompts
     echo: bool = False  # a prompt is the first piece of its replies, with the logprobs of its tokens if these are asked
     stream: bool = False

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.engine.completion import finish_reason, tool_choice, usage
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.messages import KIND_OF, Part
 from mlx_gemma4.reply.opening import as_json
@@ -139,8 +140,7 @@ def choice_of(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) 
     """tool_choice in our words; ValueError for a name that no tool has comes with the tools."""
     if choice is None or choice in ("auto", "none"):
         return choice or "auto"
-    function = choice.get("function") if isinstance(choice, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
+    name = tool_choice(choice) if isinstance(choice, dict) else None
     if choice != "required" and not isinstance(name, str):
         got = shown(choice)
         raise Refused(f"tool_choice is {got}; expected auto, none, required or a function's name", field="tool_choice")
@@ -188,53 +188,53 @@ def asked(request: Request) -> Ask:
 # --- pieces -> chunks --------------------------------------------------------------------------
 
 
-def usage(all_stats: Sequence[Stats]) -> dict[str, Any]:
-    """Of all choices; the prompt, which they share, counts once."""
-    first, written = all_stats[0], sum(stats.generation_tokens for stats in all_stats)
-    return {
-        "prompt_tokens": first.prompt_tokens,
-        "completion_tokens": written,
-        "total_tokens": first.prompt_tokens + written,
-        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": sum(stats.thinking_tokens for stats in all_stats)},
-    }
-
-
-def finish_reason(last: Piece | Reply) -> str:
-    if last.finish_reason == "stop":
-        return "tool_calls" if last.tool_calls else "stop"
-    return "length"
-
-
 def error_body(refused: Refused) -> dict[str, Any]:
     kind = ERRORS.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
     return {"error": {"message": refused.message, "type": kind, "param": refused.field, "code": refused.code}}
 
 
-class Chat:
+class OpenAI:
     """model: the name that stands in replies, whatever name was asked for. token_text: what a token stands for."""
 
     def __init__(self, model: str, token_text: TokenText):
         self.model, self.token_text = model, token_text
 
-    def parse(self, body: dict[str, Any], scope: str) -> tuple[Ask, "ChatWriter"]:
-        request = checked(Request, body)
-        writer = ChatWriter(self.model, self.token_text, request)
-        return replace(asked(request), progress=writer.progress if request.return_progress else None), writer
-
     def error(self, refused: Refused) -> dict[str, Any]:
         return error_body(refused)
 
 
-class ChatWriter:
-    def __init__(self, model: str, token_text: TokenText, request: Request):
-        self.token_text, self.request = token_text, request
-        self.head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": model}
+class OpenAIWriter:
+    """Of chat or text completions; kind: of the object that a chunk is."""
+
+    def __init__(self, dialect: OpenAI, request: Drawn, prefix: str, kind: str):
+        self.token_text, self.request, self.kind = dialect.token_text, request, kind
+        self.head = {"id": new_id(prefix), "created": int(time.time()), "model": dialect.model}
         self.stats: list[Stats] = []
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return event(self.head | {"object": "chat.completion.chunk", "choices": choices} | more)
+        return event(self.head | {"object": self.kind, "choices": choices} | more)
 
+    def end(self) -> Iterator[str]:
+        if self.request.include_usage:
+            yield self.chunk([], usage=usage(self.stats))
+        yield DONE
+
+    def failed(self, refused: Refused) -> Iterator[str]:
+        yield event(error_body(refused))
+        yield DONE
+
+    def ping(self) -> str:
+        return PING
+
+
+class Chat(OpenAI):
+    def parse(self, body: dict[str, Any], scope: str) -> tuple[Ask, "ChatWriter"]:
+        request = checked(Request, body)
+        writer = ChatWriter(self, request, "chatcmpl-", "chat.completion.chunk")
+        return replace(asked(request), progress=writer.progress if request.return_progress else None), writer
+
+
+class ChatWriter(OpenAIWriter):
     def delta(self, choice: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
         return self.chunk([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
@@ -251,18 +251,6 @@ class ChatWriter:
         if piece.stats is not None:
             self.stats.append(piece.stats)
             yield self.delta(choice, {}, finish_reason(piece))
-
-    def end(self) -> Iterator[str]:
-        if self.request.include_usage:
-            yield self.chunk([], usage=usage(self.stats))
-        yield DONE
-
-    def failed(self, refused: Refused) -> Iterator[str]:
-        yield event(error_body(refused))
-        yield DONE
-
-    def ping(self) -> str:
-        return PING
 
     def progress(self, total: int, cached: int, done: int) -> str:
         return self.chunk([], prompt_progress={"total": total, "cache": cached, "processed": done})

@@ -19,8 +19,23 @@ from mlx_gemma4.serve.connection import Connection
 from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
-from mlx_gemma4.terminal import Adapter, Debug, DType, KvBits, Version, number, run, whole_above_0, whole_number
+from mlx_gemma4.terminal import (
+    Adapters,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    ModelName,
+    Split,
+    Version,
+    adapters_of,
+    number,
+    run,
+    whole_above_0,
+    whole_number,
+)
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
+from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -29,9 +44,7 @@ LAST_BYTES = 1  # seconds that connections have to take what has been sent to th
 
 @app.command()
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")
-    ] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen; beyond this machine with a key only.")] = (
         "127.0.0.1"
     ),
@@ -66,12 +79,11 @@ def serve(
     unload_after: Annotated[
         float | None, typer.Option(parser=number, metavar="SECONDS", help="Give the memory back when nobody asks.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-    ] = "auto",
-    adapter: Adapter = None,
+    drafter: DrafterName = "auto",
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
+    split: Split = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -84,12 +96,18 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, adapter=adapter,
-        max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes, unload_after=unload_after,
-        thinking=thinking, allowed=allowed,
+        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
+        adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
+        unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
+    lead()
+    group = launched()
+    if follows(group):
+        Resident(settings, group).load().follow()
+        return
     with listening(host, port) as listener:
-        resident = Resident(settings)
+        resident = Resident(settings, group)
+        at_loss.append(resident.abandon)
         loader = Thread(target=resident.load_ahead, daemon=True)
         loader.start()
         name = f"[{host}]" if ":" in host else host

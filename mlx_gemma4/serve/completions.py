@@ -1,15 +1,15 @@
 """OpenAI's text completions: prompts gone on with as they stand."""
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from mlx_gemma4.engine.completion import usage
 from mlx_gemma4.errors import shown
-from mlx_gemma4.reply.reply import Piece, Reply, Stats
-from mlx_gemma4.serve.ask import Ask, Refused, checked, event, new_id
-from mlx_gemma4.serve.chat import DONE, MOST_CHOICES, PING, Drawn, TokenText, error_body, usage
+from mlx_gemma4.reply.reply import Piece, Reply
+from mlx_gemma4.serve.ask import Ask, Refused, checked
+from mlx_gemma4.serve.chat import MOST_CHOICES, Drawn, OpenAI, OpenAIWriter
 
 DEFAULT_TOKENS = 16  # as OpenAI has it
 
@@ -36,10 +36,7 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(entry) is int and 0 <= entry < 2**31 for entry in value)
 
 
-class Completions:
-    def __init__(self, model: str, token_text: TokenText):
-        self.model, self.token_text = model, token_text
-
+class Completions(OpenAI):
     def parse(self, body: dict[str, Any], scope: str) -> tuple[Ask, "CompletionWriter"]:
         request = checked(Request, body)
         for field, value in (("suffix", request.suffix), ("best_of", request.best_of)):
@@ -59,17 +56,13 @@ class Completions:
             stream=bool(request.stream),
             echo=bool(request.echo),
         )
-        return ask, CompletionWriter(self.model, self.token_text, request)
-
-    def error(self, refused: Refused) -> dict[str, Any]:
-        return error_body(refused)
+        return ask, CompletionWriter(self, request)
 
 
-class CompletionWriter:
-    def __init__(self, model: str, token_text: TokenText, request: Request):
-        self.token_text, self.request = token_text, request
-        self.head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model}
-        self.stats: list[Stats] = []
+class CompletionWriter(OpenAIWriter):
+    def __init__(self, dialect: OpenAI, request: Request):
+        super().__init__(dialect, request, "cmpl-", "text_completion")
+        self.has_logprobs = request.logprobs is not None
         self.offsets: dict[int, int] = {}  # characters of each choice so far
 
     def begin(self, prompt_tokens: int) -> Iterator[str]:
@@ -79,27 +72,16 @@ class CompletionWriter:
         if piece.stats is not None:
             self.stats.append(piece.stats)
         if piece.text or piece.logprobs or piece.stats is not None:
-            yield event(self.head | {"choices": [self.choice(choice, piece)]})
-
-    def end(self) -> Iterator[str]:
-        if self.request.include_usage:
-            yield event(self.head | {"choices": [], "usage": usage(self.stats)})
-        yield DONE
-
-    def failed(self, refused: Refused) -> Iterator[str]:
-        yield event(error_body(refused))
-        yield DONE
-
-    def ping(self) -> str:
-        return PING
+            yield self.chunk([self.choice(choice, piece)])
 
     def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
         choices = [self.choice(index, reply) for index, reply in enumerate(replies)]
-        return self.head | {"choices": choices, "usage": usage([reply.stats for reply in replies])}
+        told = usage([reply.stats for reply in replies])
+        return self.head | {"object": self.kind, "choices": choices, "usage": told}
 
     def choice(self, index: int, said: Piece | Reply) -> dict[str, Any]:
         reason = None if said.finish_reason is None else "stop" if said.finish_reason == "stop" else "length"
-        logprobs = None if self.request.logprobs is None else self.logprobs(index, said.logprobs or [])
+        logprobs = self.logprobs(index, said.logprobs or []) if self.has_logprobs else None
         return {"index": index, "text": said.text, "logprobs": logprobs, "finish_reason": reason}
 
     def logprobs(self, choice: int, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:

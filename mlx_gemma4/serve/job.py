@@ -111,7 +111,7 @@ class Job:
         for prompt in prompts(ask, self.resident):
             self.prompt_tokens += len(prompt)
             if ask.echo:
-                echoes += [prompt_piece(engine.model, engine.processor, prompt, ask.logprobs)] * ask.n
+                echoes += [prompt_piece(engine.model, engine.processor, prompt, ask.logprobs, ask.adapter)] * ask.n
             for number in range(ask.n):
                 self.streams.append(self.stream(engine, prompt, number))
                 if self.left:
@@ -135,6 +135,7 @@ class Job:
             tool_choice=ask.tool_choice,
             parallel_tool_calls=ask.parallel_tool_calls,
             scope=self.scope,
+            adapter=ask.adapter,
         )
 
     def pump(self, choice: int, stream: Stream) -> None:

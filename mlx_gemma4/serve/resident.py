@@ -2,23 +2,37 @@
 
 import gc
 import logging
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Timer
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.engine import Engine, check_max_batch
+from mlx_gemma4.engine.engine import Engine, Work, check_max_batch
+from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.serve.ask import Refused
 from mlx_gemma4.serve.media import NOTHING, Allowed
-from mlx_gemma4.weights.load import Checkpoint, find_adapter, find_drafter, find_folder, load_values, open_checkpoint
+from mlx_gemma4.weights.load import (
+    Checkpoint,
+    check_split,
+    find_adapter,
+    find_drafter,
+    find_folder,
+    load_values,
+    open_checkpoint,
+)
+from mlx_gemma4.weights.peers import give_up
 
 logger = logging.getLogger("mlx_gemma4")
 
+LAST_WORDS = 1  # seconds to send what is said last
 RETRY_SECONDS = 5  # after which a client that found the queue full may try again
 
 
@@ -30,7 +44,8 @@ class Settings:
     drafter: str | None = "auto"
     dtype: str | None = None
     kv_bits: int | None = None
-    adapter: Path | None = None
+    split: str | None = None
+    adapter: str | Path | Mapping[str, str | Path] | None = None  # by name: requests choose from them
     max_batch: int = 8
     max_queue: int = 64  # replies that wait for a row
     store: Path | None = None
@@ -41,6 +56,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_max_batch(self.max_batch)
+        check_split(self.split)
         if self.max_queue < 0:
             raise ValueError(f"max_queue is {shown(self.max_queue)}; expected a whole number, 0 or more")
         if self.unload_after is not None and not 0 < self.unload_after < 1e9:
@@ -53,8 +69,11 @@ class Resident:
     A checkpoint that is wrong is found when this is made; weights are loaded by the first use, or `load`.
     """
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
+    def __init__(self, settings: Settings, group: mx.distributed.Group | None = None):
+        """group: of machines that share the model, each of which makes a Resident; all but the first `follow`."""
+        if group is not None and settings.unload_after is not None:
+            raise ValueError(f"unload_after is {settings.unload_after} and machines share the model; expected none")
+        self.settings, self.group = settings, group
         self.store = self.new_store()
         folder = find_folder(settings.model)
         self.folder, self.adapter = folder, find_adapter(settings.adapter)
@@ -64,6 +83,9 @@ class Resident:
         self.context = checkpoint.config.text.max_position_embeddings
         is_path = settings.model != "demo" and Path(settings.model).expanduser() == folder
         self.name = folder.resolve().name if is_path else settings.model
+        self.adapters = checkpoint.config.adapters
+        if self.name in self.adapters:
+            raise ValueError(f"an adapter is named {self.name}, as the model; expected another name")
         self.checkpoint: Checkpoint | None = checkpoint
         self.engine: Engine | None = None
         self.is_ready = False  # it has been loaded once; what is given back is loaded again
@@ -74,7 +96,15 @@ class Resident:
 
     def look(self) -> Checkpoint:
         dtype = computing_type(self.settings.dtype)
-        return open_checkpoint(self.folder, self.choice, dtype, self.settings.kv_bits, self.adapter)
+        bits, split = self.settings.kv_bits, self.settings.split
+        return open_checkpoint(self.folder, self.choice, dtype, bits, self.adapter, self.group, split)
+
+    def chosen(self, model: Any) -> str | None:
+        """The adapter that a request's `model` is; None: the model itself. Refused, 404, for what is neither."""
+        try:
+            return adapter_named(model, self.adapters, self.name)
+        except ValueError as error:
+            raise Refused(str(error), status=404, field="model", code="model_not_found") from None
 
     def new_store(self) -> PromptStore:
         return PromptStore(max_bytes=self.settings.store_bytes, folder=self.settings.store)
@@ -97,6 +127,8 @@ class Resident:
             self.load()
         except Exception as error:  # the first request meets it again, and its client is told
             logger.error("%s cannot be loaded: %s", self.name, error)
+            if self.group is not None:
+                give_up()  # the others have gone on
         mx.clear_streams()
 
     def admit(self, replies: int) -> None:
@@ -116,13 +148,22 @@ class Resident:
                 self.timer.daemon = True
                 self.timer.start()
 
+    def works(self) -> list[Work]:
+        engine = self.engine
+        return [] if engine is None else [*engine.works, *engine.asked]
+
     def states(self) -> tuple[int, int, int]:
         """How many replies wait, are being read for, and are being written."""
-        engine = self.engine
-        works = [] if engine is None else [*engine.works]
+        works = self.works()
         waiting = sum(work.reading is None for work in works)
         writing = sum(work.seat is not None for work in works)
         return waiting, len(works) - waiting - writing, writing
+
+    def abandon(self) -> None:
+        """Tell those who wait that nothing follows, and give what tells them a moment: the process ends."""
+        for work in self.works():
+            work.pieces.put(Refused("a machine that shares the model is gone", status=503))
+        time.sleep(LAST_WORDS if self.asked else 0)
 
     def unload(self) -> None:
         """Give the memory back, if nobody asks just now."""

@@ -17,7 +17,7 @@ from mlx_gemma4.prompt.template import strings
 from mlx_gemma4.reply.reply import Piece, Reply, Stats
 from mlx_gemma4.serve.ask import Ask, Body, Refused, checked, event, new_id
 from mlx_gemma4.serve.chat import error_body
-from mlx_gemma4.serve.turns import Turns, as_text, file_part, sealed, text, thought_of, unsealed
+from mlx_gemma4.serve.turns import Turns, as_text, file_part, function_tool, sealed, text, thought_of, unsealed
 
 Item = dict[str, Any]
 
@@ -235,21 +235,17 @@ def declared(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str
         where = f"tools[{n}]"
         if tool.get("type") == "function":
             told = checked(Function, tool, where)
-            function = function_of(told, told.parameters or {"type": "object", "properties": {}})
+            functions.append(function_tool(told.name, told.description, told.parameters or schema_of({})))
         elif tool.get("type") == "custom":
             custom = checked(Custom, tool, where)
-            function = function_of(
-                custom, {"type": "object", "properties": {"input": input_of(custom)}, "required": ["input"]}
-            )
+            parameters = schema_of({"input": input_of(custom)}) | {"required": ["input"]}
+            functions.append(function_tool(custom.name, custom.description, parameters))
             customs.add(custom.name)
-        else:
-            continue
-        functions.append({"type": "function", "function": function})
     return functions, customs
 
 
-def function_of(tool: Function | Custom, parameters: dict[str, Any]) -> dict[str, Any]:
-    return {"name": tool.name, "description": tool.description or "", "parameters": parameters}
+def schema_of(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
 
 
 def input_of(tool: Custom) -> dict[str, Any]:
@@ -335,11 +331,10 @@ class Shelf:
 
 
 class Responses:
-    """model: the name that stands in replies."""
+    """model: the name that stands in replies. shelf: of what can be referred to."""
 
-    def __init__(self, model: str):
-        self.model = model
-        self.shelf = Shelf()
+    def __init__(self, model: str, shelf: Shelf):
+        self.model, self.shelf = model, shelf
 
     def parse(self, body: dict[str, Any], scope: str) -> tuple[Ask, "ResponseWriter"]:
         request = checked(Request, body)
@@ -388,6 +383,7 @@ class Responses:
         return error_body(refused)
 
 
+SAID = {"function_call": "arguments", "custom_tool_call": "input"}  # under which a call has what was said; else text
 PREFIXES = {"reasoning": "rs_", "message": "msg_", "function_call": "fc_", "custom_tool_call": "ctc_"}
 EVENTS = {
     "reasoning": "response.reasoning_text", "summary": "response.reasoning_summary_text",
@@ -508,18 +504,15 @@ class ResponseWriter:
         assert self.open is not None
         self.open.said += said
         if self.open.kind != "custom_tool_call":  # what arrives is JSON, what goes out is not
-            yield self.delta(self.open, said)
+            yield self.step("delta", self.open, {"delta": said})
 
     def closed(self, ending: str = "completed") -> Iterator[str]:
         item, self.name = self.open, ""
         if item is None:
             return
         if item.kind == "custom_tool_call":
-            yield self.delta(item, item.text)
-        key = {"function_call": "arguments", "custom_tool_call": "input"}.get(item.kind, "text")
-        yield self.told(
-            f"{self.event(item)}.done", {"item_id": item.id, key: item.text} | self.place | self.within(item)
-        )
+            yield self.step("delta", item, {"delta": item.text})
+        yield self.step("done", item, {SAID.get(item.kind, "text"): item.text})
         yield from self.part("done", item, item.text)
         self.output.append(self.item(item, ending))
         self.open = None
@@ -540,10 +533,8 @@ class ResponseWriter:
             return {"summary_index" if self.summarized else "content_index": 0}
         return {}
 
-    def delta(self, item: Writing, said: str) -> str:
-        return self.told(
-            f"{self.event(item)}.delta", {"item_id": item.id, "delta": said} | self.place | self.within(item)
-        )
+    def step(self, name: str, item: Writing, said: dict[str, str]) -> str:
+        return self.told(f"{self.event(item)}.{name}", {"item_id": item.id} | said | self.place | self.within(item))
 
     def part(self, ending: str, item: Writing, said: str) -> Iterator[str]:
         if item.kind in ("message", "reasoning"):
@@ -562,10 +553,8 @@ class ResponseWriter:
         parts = [] if status == "in_progress" else [self.text_part(item, item.said)]
         if item.kind == "message":
             return head | {"role": "assistant", "content": parts}
-        if item.kind == "function_call":
-            return head | {"call_id": item.call_id, "name": item.name, "arguments": item.said}
-        if item.kind == "custom_tool_call":
-            return head | {"call_id": item.call_id, "name": item.name, "input": item.text}
+        if item.kind in SAID:
+            return head | {"call_id": item.call_id, "name": item.name, SAID[item.kind]: item.text}
         seal = sealed(item.said) if self.seals and parts else None
         summary, content = (parts, []) if self.summarized else ([], parts)
         return head | {"summary": summary, "content": content, "encrypted_content": seal}

@@ -40,6 +40,7 @@ class Transcription:
     language: str | None
     prompt: str
     temperature: float
+    model: str | None
 
     def ask(self, samples: np.ndarray) -> Ask:
         said = INSTRUCTION.format(language=self.language or "its original language")
@@ -107,7 +108,8 @@ async def read_fields(form: FormData) -> Transcription:
         temperature = math.nan
     if not 0 <= temperature <= 2:
         raise Refused(f"temperature is {shown(form['temperature'])}; expected a number from 0 to 2")
-    return Transcription(await file.read(), kind, field("language") or None, field("prompt"), temperature)
+    language, model = field("language") or None, field("model") or None
+    return Transcription(await file.read(), kind, language, field("prompt"), temperature, model)
 
 
 def read_recording(recording: bytes) -> tuple[np.ndarray, list[tuple[int, int]]]:

@@ -59,6 +59,11 @@ def text(value: str) -> Part:
     return {"type": "text", "text": value}
 
 
+def function_tool(name: str, description: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "description": description or "", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
 def as_text(block: Any) -> Part:
     """A block of a kind that is not known."""
     return text(json.dumps(block, ensure_ascii=False))

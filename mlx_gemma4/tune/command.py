@@ -9,10 +9,12 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
+from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.terminal import Bar, Debug, DType, SizeBar, Version, number, run, size_text, whole_above_0, whole_number
 from mlx_gemma4.tune.data import read_split
-from mlx_gemma4.weights.adapter import WEIGHTS
+from mlx_gemma4.tune.plan import TuningPlan, check_plan
+from mlx_gemma4.weights.adapter import WEIGHTS, read_weights, write_peft
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
     Checkpoint,
@@ -94,6 +96,9 @@ def tune(
     test: Annotated[
         bool, typer.Option("--test", help="At the end, measure test.jsonl by loss and by answers.")
     ] = False,
+    peft: Annotated[
+        bool, typer.Option("--peft", help="Write the adapter as PEFT does too, into the subfolder peft.")
+    ] = False,
     image_budget: Annotated[
         int | None, typer.Option(parser=whole_number, metavar="N", help="Most tokens an image; else the checkpoint's.")
     ] = None,
@@ -156,6 +161,10 @@ def tune(
         seed=seed,
         image_budget=image_budget,
     )
+    rows = {split: Rows(processor, settings, own) for split, own in sets.items()}
+    longest = max(own.room for own in rows.values())
+    plan = TuningPlan(longest, rank, grad_checkpoint, num_layers, media)
+    needs = check_plan(checkpoint, plan, memory_limit())
     with SizeBar("Loading") as bar:
         done = 0
         for nbytes in read_values(checkpoint):
@@ -164,18 +173,20 @@ def tune(
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
         begin_with(network, resume_adapter_file)
-    rows = {split: Rows(processor, settings, own) for split, own in sets.items()}
     adapter_path = adapter_path.expanduser()
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)
     if own.valid is None:
         logger.info("there is no valid.jsonl: the last weights are kept, not the best")
+    logger.info("%s", needs)
     with NewsBar("Training") as watched:
         for news in own.go():
             watched.tell(news, settings.iters)
     if processes.rank == 0:
         draw(adapter_path, own.progress.curve)
         print(summary(own, adapter_path))
+        if peft:
+            write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
     if train_drafter and processes.rank == 0:
         begin_with(network, adapter_path / WEIGHTS)
         teach_drafter(checkpoint, own, adapter_path / "drafter")

@@ -7,7 +7,7 @@ mlx-lm has x A B · scale with A [columns, r] and B [r, rows] in `adapters.safet
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -69,9 +69,32 @@ class AdapterTensor(Tensor):
     turned: bool  # the file has rows and columns the other way round
     scale: float
 
+    @property
+    def is_gain(self) -> bool:
+        return len(self.shape) == 1
+
     def read(self) -> mx.array:
         value = self.values(0, self.shape[0], self.shape[::-1] if self.turned else self.shape).astype(mx.float32)
         return (value.T if self.turned else value) * self.scale
+
+
+@dataclass(frozen=True)
+class AdapterTensors(AdapterTensor):
+    """The same part of several adapters, behind that of none: 0s up to the largest rank, and NaN where one has no
+    gain. The file is the first one's."""
+
+    parts: tuple[AdapterTensor | None, ...]
+
+    @property
+    def is_gain(self) -> bool:
+        return len(self.shape) == 2
+
+    def read(self) -> mx.array:
+        found = mx.full(self.shape, mx.nan if self.is_gain else 0.0)
+        for number, part in enumerate(self.parts, 1):
+            if part is not None:
+                found[(number, *map(slice, part.shape))] = part.read()
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,7 @@ def matrices_of(model: Model) -> dict[str, Shape]:
 
 
 def attach(model: Model, tensors: Mapping[str, AdapterTensor]) -> None:
-    """Make room in an empty model for what `read_adapter` has found."""
+    """Make room in an empty model for what `read_adapter` or `read_adapters` has found."""
     modules = dict(model.named_modules())
     for path in sorted({path.rpartition(".")[0] for path in tensors}):
         gain = tensors.get(f"{path}.gain")
@@ -159,6 +182,19 @@ def read_adapter(folder: Path, matrices: Mapping[str, Shape]) -> dict[str, Adapt
             found[f"{path}.{name}"] = AdapterTensor(
                 values.name, values.file, part.shape, values.dtype, values.offset, part.is_turned, scale
             )
+    return found
+
+
+def read_adapters(folders: Sequence[Path], matrices: Mapping[str, Shape]) -> dict[str, AdapterTensor]:
+    """The same of several, that none adds among them: ….lora_a [n + 1, r, columns], r being the largest rank."""
+    each = [read_adapter(folder, matrices) for folder in folders]
+    found: dict[str, AdapterTensor] = {}
+    for path in sorted({path for own in each for path in own}):
+        parts = tuple(own.get(path) for own in each)
+        there = [part for part in parts if part is not None]
+        shape = (len(each) + 1, *(max(sizes) for sizes in zip(*(part.shape for part in there), strict=True)))
+        first = there[0]
+        found[path] = AdapterTensors(first.name, first.file, shape, first.dtype, first.offset, False, 1.0, parts)
     return found
 
 

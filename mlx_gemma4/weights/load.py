@@ -4,11 +4,12 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
@@ -23,7 +24,7 @@ from mlx_gemma4.config import (
     read_config,
     with_kv_bits,
 )
-from mlx_gemma4.errors import CheckpointError, a, one_line
+from mlx_gemma4.errors import CheckpointError, a, one_line, shown
 from mlx_gemma4.media.source import SHOWN_CHARACTERS
 from mlx_gemma4.model.arrange import arrange, widen_scalar
 from mlx_gemma4.model.cache import array_shapes
@@ -31,12 +32,13 @@ from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_dra
 from mlx_gemma4.model.float16 import LIMIT, float16_is_safe
 from mlx_gemma4.model.matrix import settle_gains
 from mlx_gemma4.model.model import Model, check_process, remember_process
-from mlx_gemma4.model.split import Share, join_machines, shares
+from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines
 from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
-from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter
+from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter, read_adapters
+from mlx_gemma4.weights.link import Link, time_link, time_reading, token_seconds
 from mlx_gemma4.weights.peers import check_alike, watch
-from mlx_gemma4.weights.sharing import columns_together, shared
+from mlx_gemma4.weights.sharing import here, read_a_token, shared, shares_by
 from mlx_gemma4.weights.tensors import (
     DTYPE_NAMES,
     EMBEDDING,
@@ -204,9 +206,18 @@ class DrafterChoice:
     quantize: bool  # to 4 bits if it is not quantized yet
 
 
-def find_adapter(adapter: str | Path | None) -> Path | None:
+Adapters = Path | dict[str, Path] | None  # one for all requests; by name, for requests to choose from
+BASE = "base"  # what a request may call the model without any of them
+
+
+def find_adapter(adapter: str | Path | Mapping[str, str | Path] | None) -> Adapters:
+    if isinstance(adapter, Mapping):
+        for name, folder in adapter.items():
+            if not isinstance(name, str) or name in ("", BASE) or not isinstance(folder, str | Path):
+                raise CheckpointError(f"adapter has {quoted(name)}: {quoted(folder)}; expected a name and a folder")
+        return {name: Path(folder).expanduser() for name, folder in adapter.items()} or None
     if adapter is not None and not isinstance(adapter, str | Path):
-        raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder or None")
+        raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder, several by name, or None")
     return None if adapter is None else Path(adapter).expanduser()
 
 
@@ -215,12 +226,12 @@ def find_drafter(
     folder: Path,
     drafter: str | Path | None,
     patterns: Sequence[str] | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
 ) -> DrafterChoice | None:
     """The drafter to use with the model in `folder`, which was asked for as `path_or_hub_id`.
 
-    "auto": the adapter's subfolder `drafter/`, else the model's, else, for a hub id, the published partner; None where
-    there is none. patterns: as in `find_folder`.
+    "auto": the subfolder `drafter/` of the adapter, if it is one, else the model's, else, for a hub id, the published
+    partner; None where there is none. patterns: as in `find_folder`.
     """
     if drafter is None:
         return None
@@ -228,7 +239,7 @@ def find_drafter(
         raise CheckpointError(f"drafter is {a(drafter)}; expected 'auto', a folder, a hub id or None")
     if drafter != "auto":
         return DrafterChoice(find_folder(drafter, patterns), str(drafter), quantize=False)
-    for own in (*([] if adapter is None else [adapter / "drafter"]), folder / "drafter"):
+    for own in (*([adapter / "drafter"] if isinstance(adapter, Path) else []), folder / "drafter"):
         if own.is_dir():
             return DrafterChoice(own, str(own), quantize=False)
     if folder == Path(path_or_hub_id).expanduser():
@@ -249,7 +260,8 @@ class Checkpoint:
     model: Model  # shapes only
     drafter: DrafterChoice | None
     footprint: Footprint  # once it is loaded
-    share: Share | None = None  # of several machines
+    share: Share | LayerShare | None = None  # of several machines
+    group: mx.distributed.Group | None = None  # of these, if they are there
 
     @property
     def nbytes(self) -> int:
@@ -257,20 +269,34 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+@dataclass(frozen=True)
+class Headers:
+    """What a folder and its drafter's say before anything is read; tensors and quantization by path."""
+
+    folder: Path
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    quantization: dict[str, Quantization]
+    drafter: DrafterChoice | None
+    drafter_config: DrafterConfig | None
+
+
 def open_checkpoint(
     folder: Path,
     drafter: DrafterChoice | None,
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
     group: mx.distributed.Group | None = None,
+    split: str | None = None,
 ) -> Checkpoint:
     """Look through a model folder. CheckpointError if anything is missing or wrong, MemoryError if it cannot fit.
 
     dtype: to compute in; None: see `choose_dtype`. kv_bits: of what full layers keep; None: that type's. adapter: a
-    folder. group: of machines that share the model; ValueError if it cannot be shared so.
+    folder, or several by name. group: of machines that share the model, by "tensors" or "layers"; None: the faster.
+    ValueError if it cannot be shared so.
     """
-    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group)
+    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group, split)
     check_memory(checkpoint.footprint)
     return checkpoint
 
@@ -281,10 +307,38 @@ def look_through(
     tensors_of: Callable[[Path], dict[str, Tensor]],
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapters = None,
     group: mx.distributed.Group | None = None,
+    split: str | None = None,
 ) -> Checkpoint:
     """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
+    is_shared = group is not None and group.size() > 1
+    if split is not None and not is_shared:
+        raise ValueError(f"split is {split!r} on one machine; expected several, started by mlx.launch")
+    headers = read_headers(folder, drafter, tensors_of, dtype, kv_bits, is_shared)
+    if group is None or not is_shared:
+        return fitted(headers, adapter)
+    if adapter is not None:
+        raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
+    if headers.config.dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
+        raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
+    described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(headers.tensors.items())]
+    check_alike(group, repr((__version__, split, headers.config, headers.drafter_config, described)))
+    room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
+    found = shared_checkpoints(headers, cast(list[int], room.tolist()), group.rank(), split)
+    own = choose(headers.config, found, group) if len(found) > 1 else next(iter(found))
+    return replace(found[own], group=group)
+
+
+def read_headers(
+    folder: Path,
+    drafter: DrafterChoice | None,
+    tensors_of: Callable[[Path], dict[str, Tensor]],
+    dtype: mx.Dtype | None,
+    kv_bits: int | None,
+    is_shared: bool = False,
+) -> Headers:
+    """As `look_through`; of the whole model, also if several machines will share it."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
     quantization = quantization_by_path(config, "")
     own = None if drafter is None else read_drafter_config(drafter.folder)
@@ -293,29 +347,36 @@ def look_through(
         own, found = settle_drafter(own, tensors_of(drafter.folder))
         tensors |= {DRAFTER_ROOT + path: tensor for path, tensor in found.items()}
         quantization |= quantization_by_path(own, DRAFTER_ROOT)
-    is_shared = group is not None and group.size() > 1
     if dtype is None:
         dtype = own_dtype(tensors, quantization) if is_shared else choose_dtype(tensors, quantization)
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
-    share, whole = None, config.text
-    if group is not None and group.size() > 1:
-        if adapter is not None:
-            raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
-        if dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
-            raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
-        described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(tensors.items())]
-        check_alike(group, repr((__version__, config, own, described)))
-        share = own_share(whole, group, tensors)
-        tensors = shared(tensors, share, whole)
-        config = replace(config, text=share.of(whole))
+    return Headers(folder, config, tensors, quantization, drafter, own)
+
+
+def fitted(headers: Headers, adapter: Adapters = None, share: Share | LayerShare | None = None) -> Checkpoint:
+    """The model, or what one of several machines holds of it, and that it is whole."""
+    config, tensors, quantization = headers.config, headers.tensors, headers.quantization
+    drafter, own = headers.drafter, headers.drafter_config
+    if share is not None:
+        tensors = shared(tensors, share, config.text)
+        config = replace(config, text=share.of(config.text))
+    if isinstance(adapter, dict):
+        config = replace(config, adapters=tuple(adapter))
     model = Model(config)
     if own is not None:
         model.drafter = Drafter(own)
+    if isinstance(share, LayerShare):
+        share.leave_out(model)
+        quantization = here(quantization, share)
     quantize_empty(model, tensors, quantization)
     if adapter is not None:
-        own_tensors = read_adapter(adapter, matrices_of(model))
+        matrices = matrices_of(model)
+        if isinstance(adapter, dict):
+            own_tensors = read_adapters([*adapter.values()], matrices)
+        else:
+            own_tensors = read_adapter(adapter, matrices)
         attach(model, own_tensors)
         tensors |= own_tensors
     check_tensors(model, tensors)
@@ -323,13 +384,58 @@ def look_through(
     size = footprint(config, loaded)
     if drafter is not None and own is not None and model.drafter is not None and will_quantize(model.drafter, drafter):
         size = replace(size, drafter=quantized_nbytes(Drafter(own), config.dtype))
-    return Checkpoint(folder, config, tensors, model, drafter, size, share)
+    return Checkpoint(headers.folder, config, tensors, model, drafter, size, share)
 
 
-def own_share(text: TextConfig, group: mx.distributed.Group, tensors: Mapping[str, Tensor]) -> Share:
-    """Of this machine: each holds as much as its memory allows, in proportion."""
-    room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
-    return shares(text, group, cast(list[int], room.tolist()), columns_together(text, tensors))[group.rank()]
+def shared_checkpoints(
+    headers: Headers, memories: Sequence[int], rank: int, split: str | None
+) -> dict[str, Checkpoint]:
+    """What one of several machines holds, by `split` or either way. ValueError if the model cannot be shared so."""
+    found: dict[str, Checkpoint] = {}
+    refused: list[ValueError] = []
+    for name in SPLITS if split is None else [split]:
+        try:
+            own = shares_by(name, headers.config.text, headers.tensors, memories)[rank]
+        except ValueError as error:
+            refused.append(error)
+        else:
+            found[name] = fitted(headers, share=own)
+    if not found:
+        raise refused[0]
+    return found
+
+
+def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distributed.Group) -> str:
+    """The faster of the splits that fit on all machines; one line says which."""
+    machines, bandwidth, link = group.size(), time_reading(config.dtype), time_link(group)
+    mx.clear_cache()  # of what was timed
+    own = [
+        (read_a_token(each.tensors, cast(Share | LayerShare, each.share), machines) / bandwidth, each.footprint.fits)
+        for each in found.values()
+    ]
+    # the slowest exchange counts: the same numbers on all machines
+    told = mx.array([*astuple(link), *(number for pair in own for number in pair)], mx.float32)
+    latency, rate, *every = np.asarray(mx.distributed.all_gather(told[None], group=group)).T
+    link = Link(float(latency.max()), float(rate.min()))
+    seconds = {
+        split: (not fits.all(), token_seconds(split, config.text, config.dtype.size, reading.tolist(), link))
+        for split, reading, fits in zip(found, every[::2], every[1::2], strict=True)
+    }
+    best = min(seconds, key=lambda split: seconds[split])
+    expected = ", ".join(
+        f"{1 / time:.3g} tokens/s by {split}" + " without room" * misses for split, (misses, time) in seconds.items()
+    )
+    logger.info(
+        "%d machines share the model by %s: %s expected, %.3g ms an exchange; --split fixes it",
+        machines, best, expected, 1e3 * link.latency,
+    )  # fmt: skip
+    return best
+
+
+def check_split(split: str | None) -> None:
+    """ValueError if it is none."""
+    if split not in (None, *SPLITS):
+        raise ValueError(f"split is {shown(split)}; expected {' or '.join(SPLITS)}")
 
 
 def settle_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -463,7 +569,7 @@ def is_worse_in_float16(tensor: Tensor) -> bool:
 def loaded_dtype(tensor: Tensor, config: ModelConfig) -> mx.Dtype:
     """All that floats has one type; packed weights and scales of a byte stay. The lengths of DoRA's rows are divided by
     others that are nearly the same: float32."""
-    if isinstance(tensor, AdapterTensor) and len(tensor.shape) == 1:
+    if isinstance(tensor, AdapterTensor) and tensor.is_gain:
         return mx.float32
     return config.dtype if tensor.dtype in FLOATING else tensor.dtype
 
@@ -510,8 +616,8 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
     if checkpoint.config.dtype == mx.float16 and (reason := float16_is_safe(checkpoint.model)):
         raise CheckpointError(f"{reason}; expected bfloat16 or float32, for dtype")
     arrange(checkpoint.model)
-    if checkpoint.share is not None:
-        join_machines(checkpoint.model, checkpoint.share)
+    if checkpoint.share is not None and checkpoint.group is not None:
+        join_machines(checkpoint.model, checkpoint.share, checkpoint.group)
 
 
 def read_values(checkpoint: Checkpoint) -> Iterator[int]:
@@ -557,9 +663,10 @@ def load(
     path_or_hub_id: str | Path,
     drafter: str | Path | None = "auto",
     kv_bits: int | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     dtype: str | None = None,
     group: mx.distributed.Group | None = None,
+    split: str | None = None,
 ) -> tuple[Model, Processor]:
     """A model and its processor, from a folder or a hub id.
 
@@ -570,18 +677,21 @@ def load(
     scale loses by it.
     kv_bits: 8 or 4, of the keys and values that full layers keep; None: as they are computed. It saves memory at long
     contexts and costs some quality (`mlx_gemma4.evaluate --kv-bits` measures it).
-    adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written; LoRA or DoRA.
-    group: machines that share the model by tensors, `mx.distributed.init()`, under `mlx.launch`; each reads its part.
+    adapter: a folder that `mlx_gemma4.tune`, mlx-lm or PEFT has written, LoRA or DoRA; or several, {name: folder}, of
+    which a request chooses one, `generate(…, adapter=name)`, or none.
+    group: machines that share the model, `mx.distributed.init()`, under `mlx.launch`; each reads its part. split: by
+    "tensors" or "layers"; None: what is faster here, by the link between them.
     CheckpointError (a ValueError) for a checkpoint that is missing, damaged or of another kind, MemoryError if its
     weights cannot fit here, ConnectionError if the hub cannot be reached.
     """
     asked = computing_type(dtype)
+    check_split(split)
     if group is not None and group.size() > 1:
         watch(group)
     folder = find_folder(path_or_hub_id)
     own = find_adapter(adapter)
     choice = find_drafter(path_or_hub_id, folder, drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, asked, kv_bits, own, group)
+    checkpoint = open_checkpoint(folder, choice, asked, kv_bits, own, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     for _ in load_values(checkpoint):
         pass

@@ -1,31 +1,60 @@
-"""Whether the other machines that share a model are alike, and still there.
+"""Whether the other machines that share a model are alike, and still there; and what the first of them has decided.
 
 MLX's exchanges wait for a machine that is gone, some of them for ever, and no signal is heard inside them. So a thread
-beside them hears every second from the first machine, and that one from all, over a plain socket.
+beside them hears every second from the first machine, and that one from all, over a plain socket. Where the machines
+are led, the first one's decisions go the same way: MLX's exchanges would wait for the rounds before them.
 """
 
 import atexit
 import hashlib
 import json
+import logging
 import os
+import pickle
+import secrets
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.errors import CheckpointError, one_line
 
 BEAT, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until a machine counts as gone
-ALIVE, FAREWELL = b".", b"q"
+ALIVE, FAREWELL, WORD, DONE = b".", b"q", b"w", b"d"
+LENGTH = 8  # bytes that say how long a word is
+FAILED = "failed"
+
+T = TypeVar("T")
+
+
+class Link:
+    """To another machine."""
+
+    def __init__(self, own: socket.socket, name: object):
+        self.socket, self.name = own, name
+        self.lock = threading.Lock()
+        self.heard: SimpleQueue[bytes | None] = SimpleQueue()  # words; None: it leads no more
+        own.settimeout(SILENCE)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, kind: bytes, data: bytes = b"") -> None:
+        with suppress(OSError), self.lock:  # whoever listens knows
+            self.socket.sendall(kind + data)
+
 
 watched = False  # by this process
+links: list[Link] = []  # of the first machine to all others, of these to it
+led = False  # the first machine decides, the others follow, and none goes on without the others
+at_loss: list[Callable[[], object]] = []  # what is done when a machine is gone, before this process ends
 
 
 def check_alike(group: mx.distributed.Group, described: str) -> None:
@@ -37,6 +66,9 @@ def check_alike(group: mx.distributed.Group, described: str) -> None:
             f"machine {others[0]} has another version, model or options than machine 0; expected the same on all "
             f"{group.size()}"
         )
+
+
+# --- whether they are there --------------------------------------------------------------------
 
 
 def watch(group: mx.distributed.Group) -> None:
@@ -52,18 +84,35 @@ def watch(group: mx.distributed.Group) -> None:
         shown(kind, error, trace)
 
     sys.excepthook = hold
-    port = 0
+    port, secret = 0, bytes(16)  # which only these machines know
     if group.rank() == 0:
         server = socket.create_server((first_address(), 0), backlog=group.size())
-        port = server.getsockname()[1]
-    port = cast(int, mx.distributed.all_sum(mx.array(port), group=group).item())
+        port, secret = server.getsockname()[1], secrets.token_bytes(16)
+    said = mx.distributed.all_sum(mx.array([port, *secret]), group=group)
+    port, *own_secret = cast(list[int], said.tolist())
+    secret = bytes(own_secret)
     if group.rank():
-        start(socket.create_connection((first_address(), port), SILENCE), 0)
+        own = socket.create_connection((first_address(), port), SILENCE)
+        own.sendall(secret)
+        start(own, 0)
         return
-    for _ in range(group.size() - 1):
-        link, (host, _) = server.accept()
-        start(link, host)
+    while len(links) < group.size() - 1:
+        own, (host, _) = server.accept()
+        own.settimeout(SILENCE)
+        if own.recv(len(secret), socket.MSG_WAITALL) == secret:
+            start(own, host)
     server.close()
+
+
+def launched() -> mx.distributed.Group | None:
+    """The machines on which `mlx.launch` has started this command, watched; None: it runs on one."""
+    group = mx.distributed.init()
+    if group.size() == 1:
+        return None
+    watch(group)
+    if group.rank():
+        logging.getLogger("mlx_gemma4").setLevel(logging.WARNING)  # the first one tells the rest
+    return group
 
 
 def leave_word(error: BaseException) -> None:
@@ -78,34 +127,122 @@ def first_address() -> str:
     return str(hosts[0][0]).rpartition(":")[0] if hosts else "127.0.0.1"
 
 
-def start(link: socket.socket, name: object) -> None:
-    link.settimeout(SILENCE)
-    atexit.register(take_leave, link)
-    threading.Thread(target=tell, args=(link,), daemon=True).start()
-    threading.Thread(target=listen, args=(link, name), daemon=True).start()
+def start(own: socket.socket, name: object) -> None:
+    link = Link(own, name)
+    links.append(link)
+    atexit.register(link.send, FAREWELL)
+    threading.Thread(target=tell_life, args=(link,), daemon=True).start()
+    threading.Thread(target=listen, args=(link,), daemon=True).start()
 
 
-def take_leave(link: socket.socket) -> None:
-    with suppress(OSError):  # it has left too
-        link.sendall(FAREWELL)
+def tell_life(link: Link) -> None:
+    while True:
+        link.send(ALIVE)
+        time.sleep(BEAT)
 
 
-def tell(link: socket.socket) -> None:
-    try:
-        while True:
-            link.sendall(ALIVE)
-            time.sleep(BEAT)
-    except OSError:  # whoever listens knows
-        return
-
-
-def listen(link: socket.socket, name: object) -> None:
-    try:
-        while heard := link.recv(64):
-            if FAREWELL in heard:
+def listen(link: Link) -> None:
+    global led
+    with suppress(OSError), link.socket.makefile("rb") as file:
+        while kind := file.read(1):
+            if kind == WORD:
+                link.heard.put(file.read(int.from_bytes(file.read(LENGTH), "big")))
+            elif kind == DONE:
+                led = False
+                link.heard.put(None)
+            elif kind == FAREWELL:
+                if led:  # it has said why, and is to end first
+                    time.sleep(BEAT)
+                    give_up()
                 return
-    except OSError:
-        pass
     time.sleep(BEAT / 2)  # MLX's ring writes of it too, from a thread of its own: this line stands alone, and last
-    print(f"error: machine {name} is gone; expected all to stay until the end", file=sys.stderr, flush=True)
-    os._exit(1)  # the thread that waits for it hears nothing
+    give_up(f"error: machine {link.name} is gone; expected all to stay until the end")
+
+
+def give_up(line: str = "") -> None:
+    """End this process, whose other threads may hear nothing any more."""
+    for action in at_loss:
+        action()
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# --- what the first has decided ----------------------------------------------------------------
+
+
+def lead() -> None:
+    """From now on the first machine decides what is done, and the others follow, until it releases them: where one
+    leaves before that, all end. To be called before it is watched who does."""
+    global led
+    led = True
+
+
+def leads(group: mx.distributed.Group | None) -> bool:
+    """Whether this is the first machine, and others follow it."""
+    return group is not None and led and group.rank() == 0
+
+
+def follows(group: mx.distributed.Group | None) -> bool:
+    """Whether this is one of the others."""
+    return group is not None and group.rank() > 0
+
+
+def release(group: mx.distributed.Group | None) -> None:
+    """On the first machine: the others hear that nothing follows, as None."""
+    global led
+    if group is not None:
+        led = False
+        for link in links:
+            link.send(DONE)
+
+
+def tell(value: object) -> None:
+    data = pickle.dumps(value)
+    for link in links:
+        link.send(WORD, len(data).to_bytes(LENGTH, "big") + data)
+
+
+def hear(timeout: float | None = None) -> Any:
+    """What the first machine says next; None: nothing follows. If that one failed, and this did not, it ends."""
+    data = links[0].heard.get(timeout=timeout)
+    value = None if data is None else pickle.loads(data)
+    if value == FAILED and timeout is None:
+        give_up("error: machine 0 failed where this one did not; expected the same on all")
+    return value
+
+
+def same(group: mx.distributed.Group | None, value: T) -> T:
+    """The first machine's value, on all of them. That one does not wait for the others."""
+    if follows(group):
+        return cast(T, hear())
+    if group is not None:
+        tell(value)
+    return value
+
+
+def everyones(group: mx.distributed.Group | None, value: T) -> list[T]:
+    """The values of all machines, the first one's first."""
+    if group is None:
+        return [value]
+    if group.rank():
+        tell(value)
+        return cast(list[T], hear())
+    return same(group, [value, *(pickle.loads(link.heard.get() or b"") for link in links)])
+
+
+def settle(group: mx.distributed.Group | None, error: Exception) -> None:
+    """After an error: it was everyone's, or else what the machines exchange would not fit any more, and they end."""
+    if group is None:
+        return
+    try:
+        if group.rank():
+            if hear(SILENCE) != FAILED:
+                raise Empty
+            tell(FAILED)
+        else:
+            tell(FAILED)
+            for link in links:
+                link.heard.get(timeout=SILENCE)
+    except Empty:
+        give_up(f"error: machine {group.rank()} failed alone: {one_line(error)}; expected the same on all")

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import random_adapter
 from conftest import Run
+from toy_checkpoint import TINY
 
-from mlx_gemma4 import Sampling, generate
+from mlx_gemma4 import Sampling, generate, load
 from mlx_gemma4.commands import batch
 from mlx_gemma4.commands.batch import main
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.terminal import awake
+from mlx_gemma4.weights.adapter import write_adapter
 from mlx_gemma4.weights.load import DEMO
 
 Loaded = tuple[Model, Processor]
@@ -72,6 +75,23 @@ def test_each_line_gets_what_generate_gives_in_openais_format(
         assert text_of(answer) == alone.text
         assert body["choices"][0]["finish_reason"] == alone.finish_reason
         assert body["usage"]["total_tokens"] == alone.stats.prompt_tokens + alone.stats.generation_tokens
+
+
+def test_an_adapter_is_the_models(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "own", random_adapter(TINY), "lora", 3, 2.0, -1)
+    source, target = write(tmp_path / "in.jsonl", [question("a", "the quick")]), tmp_path / "out.jsonl"
+    assert run(source, target, "--model", tiny_folder, "--adapter", tmp_path / "own")[0] == 0
+    loaded = load(tiny_folder, adapter=tmp_path / "own")
+    alone = generate(*loaded, "the quick", max_tokens=6, sampling=GREEDY).text
+    assert text_of(answers_in(target)[0]) == alone
+    lines = [question(name, "the quick", model=name) for name in ("mine", "base", "yours")]
+    write(source, lines)
+    target.unlink()
+    assert run(source, target, "--model", tiny_folder, "--adapter", f"mine={tmp_path / 'own'}")[0] == 0
+    found = {answer["custom_id"]: answer for answer in answers_in(target)}
+    assert (text_of(found["mine"]), found["mine"]["response"]["body"]["model"]) == (alone, "mine")
+    assert text_of(found["base"]) == generate(*load(tiny_folder), "the quick", max_tokens=6, sampling=GREEDY).text
+    assert "model is 'yours'; expected" in found["yours"]["error"]["message"]
 
 
 WRONG: list[tuple[Any, str | None, str]] = [  # a line, its custom_id in OUT, what is said of it

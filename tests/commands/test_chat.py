@@ -375,3 +375,9 @@ def test_turns_are_what_a_person_said_and_all_that_followed() -> None:
     system, turns = turns_of([{"role": role} for role in roles])
     assert [len(system), *map(len, turns)] == [1, 4, 1, 2]
     assert turns_of([]) == ([], [])
+
+
+def test_an_adapter_goes_with_the_model(tmp_path: Path) -> None:
+    argv = words("--model", "demo", "--adapter", tmp_path / "none")
+    ended = subprocess.run(argv, input=b"", capture_output=True, env=environment(tmp_path))
+    assert ended.returncode == 2 and b"none' is no folder; expected an adapter's" in ended.stderr

@@ -1,5 +1,7 @@
 """What `fit` says of a model and a machine."""
 
+import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,12 +13,15 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from mlx_gemma4.commands.fit import TuningPlan, at_bits, main, of_context, of_plan, open_anywhere, parse_memory
+from mlx_gemma4.commands.fit import headers_anywhere, main, of_context, open_anywhere, parse_memory
 from mlx_gemma4.convert.command import convert
+from mlx_gemma4.convert.recipes import nbytes_at
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.planner import Footprint, memory_limit, predict
 from mlx_gemma4.terminal import size_text
+from mlx_gemma4.tune.plan import TuningPlan, of_plan
 from mlx_gemma4.weights import hub
+from mlx_gemma4.weights.load import shared_checkpoints
 from mlx_gemma4.weights.tensors import DTYPE_NAMES, list_tensors
 
 
@@ -72,7 +77,7 @@ def test_what_would_make_it_fit(wide_folder: Path, model: Footprint, run: Run) -
     assert status == 1
     assert re.search(r"It does not fit: \d+\.\d\d MB are missing", out)
     assert "a context of 40" in out and "no drafter (--drafter none)" in out
-    assert f"8 bits a weight ({size_text(at_bits(open_anywhere(str(wide_folder), None), 8))}" in out
+    assert f"8 bits a weight ({size_text(nbytes_at(open_anywhere(str(wide_folder), None).config, 8))}" in out
     alone = of_context(replace(model, drafter=0), 64).peak
     assert alone < of_context(model, 1).peak
     _, out, _ = run(wide_folder, "--context", 64, "--memory", memory_for(alone))
@@ -85,7 +90,7 @@ def test_fewer_bits_are_named_as_the_converter_would_make_them(
     checkpoint = open_anywhere(str(wide_folder), None)
     convert(hf_path=str(wide_folder), mlx_path=str(tmp_path / "made"), q_bits=4, dtype="bfloat16", no_drafter=True)
     made = sum(tensor.nbytes for tensor in list_tensors(tmp_path / "made").values())
-    assert at_bits(checkpoint, 4) == made < model.weights
+    assert nbytes_at(checkpoint.config, 4) == made < model.weights
 
 
 def test_nothing_makes_a_model_fit_into_nearly_nothing(wide_folder: Path, run: Run) -> None:
@@ -128,6 +133,10 @@ def test_sizes_are_powers_of_two(text: str, nbytes: int) -> None:
         (("--memory", "16"), "'16'; expected a size such as 16GB"),
         (("--memory", "0GB"), "'0GB'; expected a size such as 16GB"),
         (("--drafter", "/nowhere"), "/nowhere"),
+        (("--memory", "16GB,"), "''; expected a size such as 16GB"),
+        (("--memory", "16GB", "--hosts", "hosts.json"), "expected one of them"),
+        (("--hosts", "/nowhere"), "/nowhere cannot be read"),
+        (("--memory", "16GB,16GB", "--tune"), "2 machines and tune; expected one"),
     ],
 )
 def test_wrong_requests_are_one_line(wide_folder: Path, run: Run, options: tuple[object, ...], message: str) -> None:
@@ -141,6 +150,56 @@ def test_damaged_folders_are_one_line(wide_folder: Path, tmp_path: Path, run: Ru
     status, _, err = run(tmp_path)
     assert status == 2
     assert "has no model*.safetensors" in err
+
+
+# --- several machines --------------------------------------------------------------------------
+
+
+def test_what_fits_on_several_machines_and_how_it_is_split(wide_folder: Path, run: Run) -> None:
+    status, out, err = run(wide_folder, "--context", 1000, "--memory", "800MB,400MB")
+    assert (status, err) == (0, "")
+    for split in ("tensors", "layers"):
+        held = ", ".join(map(size_text, peaks(wide_folder, (2, 1), split)))
+        assert f"By {split}: {held}: fits; the longest context that fits is 4096.\n" in out
+    assert re.search(r"By tensors is faster where an exchange takes less than [\d.]+ µs at 120 GB/s", out)
+    status, out, _ = run(wide_folder, "--context", 1000, "--memory", "2MB,1MB")
+    assert status == 1 and out.count("does not fit, ") == 2 and "faster" not in out
+    status, out, _ = run(wide_folder, "--memory", ",".join(["16GB"] * 30))
+    assert status == 1 and out.count(": 30 machines share a model of ") == 2
+
+
+def peaks(folder: Path, memories: tuple[int, ...], split: str) -> list[int]:
+    headers = headers_anywhere(str(folder), "auto")
+    found = [shared_checkpoints(headers, memories, rank, split)[split] for rank in range(len(memories))]
+    return [of_context(own.footprint, 1000).peak for own in found]
+
+
+SSH = """#!/bin/sh
+case "$*" in *studio*) shift 6; exec sh -c "$*";; esac
+echo "ssh: no route to host" >&2; exit 255
+"""
+
+
+def test_machines_are_asked_for_their_memory(
+    wide_folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def asked(*names: str) -> tuple[int, str, str]:
+        hosts = [{"ssh": name, "ips": []} for name in names]
+        (tmp_path / "hosts.json").write_text(json.dumps({"backend": "ring", "hosts": hosts}))
+        return run(wide_folder, "--hosts", tmp_path / "hosts.json")
+
+    status, out, err = asked("studio", "localhost")
+    assert (status, err) == (0, "") and out.count(f"{size_text(memory_limit())} of room") == 2
+    assert asked("localhost", "mini")[::2] == (
+        2, "error: mini cannot be asked: ssh: no route to host; expected ssh to reach it, and this package there\n",
+    )  # fmt: skip
+    assert "has 'studio' twice; expected each machine once" in asked("studio", "studio")[2]
+    (tmp_path / "hosts.json").write_text("[1]")
+    assert "is no hostfile of mlx.launch" in run(wide_folder, "--hosts", tmp_path / "hosts.json")[2]
 
 
 # --- repositories (tests/test_hub.py has more, with a hub that speaks HTTP) ---------------------

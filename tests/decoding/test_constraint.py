@@ -8,7 +8,8 @@ from mcp_tools import TOOLS, tool
 from walks import STOPS, Walker
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.decoding.constraint import Constraint, DeadEndError, Form, form_of, vocabulary_of
+from mlx_gemma4.decoding.constraint import Constraint, DeadEndError, vocabulary_of
+from mlx_gemma4.forms.form import Form, form_of
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import check_tools
 from mlx_gemma4.prompt.processor import Processor

@@ -14,9 +14,10 @@ from toy import toy_tokenizer
 from mlx_gemma4 import Prompt, Sampling
 from mlx_gemma4.decoding import round as speculate
 from mlx_gemma4.decoding.batch import Batch
-from mlx_gemma4.decoding.constraint import Constraint, DeadEndError, Form
+from mlx_gemma4.decoding.constraint import Constraint, DeadEndError
 from mlx_gemma4.decoding.sampling import Sampler
 from mlx_gemma4.engine.generation import first_token, seat_of
+from mlx_gemma4.forms.form import Form
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.reply.reply import Controls
 

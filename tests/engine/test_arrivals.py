@@ -118,7 +118,7 @@ class Clock:
 
 
 class Timed(Engine):
-    """Reading takes 1 s for 128 tokens, a round .1 s. Notes what was done while rows ran."""
+    """Reading takes 1 s for 128 tokens, a round .1 s. Notes what was done while a prompt is read beside rows."""
 
     def __init__(self, clock: Clock, *args: Any, **options: Any):
         self.clock, self.shares = clock, {"reading": 0.0, "rounds": 0.0}
@@ -131,9 +131,11 @@ class Timed(Engine):
             self.shares[what] += seconds
 
     def read_on(self, work: Work) -> None:
+        self.noted = self.noted or bool(self.batch.rows)
         before = self.read
         super().read_on(work)
         self.spend("reading", (self.read - before) / 128)
+        self.noted = self.noted and bool(work.left)
 
     def decode(self) -> None:
         step = self.batch.step
@@ -158,10 +160,8 @@ def test_while_rows_run_reading_takes_at_most_half_of_the_time(
     with Timed(clock, *endless, max_batch=3) as running:
         row = running.submit("hello", max_tokens=3000, draft_length=0, repetition_detection="off")
         next(row)
-        running.noted = True
         reader = running.submit(long_prompt(2000), max_tokens=1, draft_length=0)
         collect(reader)
-        running.noted = False
         reading, rounds = running.shares["reading"], running.shares["rounds"]
         row.close()
     assert reading == pytest.approx(2001 / 128)

@@ -10,6 +10,7 @@ from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate,
 from mlx_gemma4.engine import engine
 from mlx_gemma4.engine.engine import Work
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
 
 Loaded = tuple[Model, Processor]
@@ -100,8 +101,10 @@ class Watched(Engine):
 def room(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A machine with room for so many positions, of all places of a batch."""
     room = [2**60]
-    monkeypatch.setattr(engine, "batch_bytes", lambda model, lengths, size, ahead: size * (max(lengths) + ahead))
-    monkeypatch.setattr(engine, "memory_limit", lambda: room[0])
+    limit = memory_limit()
+    monkeypatch.setattr(
+        engine, "batch_bytes", lambda model, lengths, size, ahead: limit * size * (max(lengths) + ahead) / room[0]
+    )
     return room
 
 

@@ -1,6 +1,7 @@
 """Replies held to a form, end to end: a random model at temperature 1 cannot but keep to it."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from rounds import GREEDY
 
 from mlx_gemma4 import Engine, Prompt, Sampling, Session, collect, generate, stream_generate
 from mlx_gemma4.decoding.constraint import Constraint, DeadEndError
+from mlx_gemma4.decoding.round import forget_thread
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import check_tools
 from mlx_gemma4.prompt.processor import Processor
@@ -78,8 +80,10 @@ def test_tools_leave_a_reply_without_calls_as_it_is(planted: Loaded) -> None:
     assert held.stats.tokens_per_round > 1
 
 
-def eager(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def eager(planted: Loaded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
     """A model that calls a tool at once where it may."""
+    model = planted[0]
     language = type(model.language_model)
     head = language.head
 
@@ -89,15 +93,17 @@ def eager(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         return logits
 
     monkeypatch.setattr(language, "head", call_soon)
+    forget_thread(model)  # rounds that were compiled with another head
+    yield planted
+    forget_thread(model)
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_a_call_is_held_from_its_first_token(planted: Loaded, monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
+def test_a_call_is_held_from_its_first_token(eager: Loaded, drafts: int) -> None:
     """Also one that begins in the middle of a round, of which another had been handed over."""
-    eager(planted[0], monkeypatch)
     for seed in range(4):
         options: dict[str, Any] = {"sampling": replace(WARM, seed=seed), "draft_length": drafts}
-        reply = generate(*planted, prompt([CHOICE]), max_tokens=120, **options)
+        reply = generate(*eager, prompt([CHOICE]), max_tokens=120, **options)
         for call in reply.tool_calls:
             assert call["name"] == "pick"
             jsonschema.validate(call["arguments"], CITY)
@@ -105,10 +111,9 @@ def test_a_call_is_held_from_its_first_token(planted: Loaded, monkeypatch: pytes
             assert reply.tool_calls and not any("kept" in note for note in reply.notes)
 
 
-def test_the_same_call_again_ends_the_reply_and_counts_once(planted: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager(planted[0], monkeypatch)
+def test_the_same_call_again_ends_the_reply_and_counts_once(eager: Loaded) -> None:
     only = {"name": "f", "description": "", "parameters": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
-    reply = generate(*planted, prompt([only]), max_tokens=200, sampling=GREEDY)
+    reply = generate(*eager, prompt([only]), max_tokens=200, sampling=GREEDY)
     assert reply.finish_reason == "stop"
     assert reply.tool_calls == [{"name": "f", "arguments": {"a": 1}}]
     assert reply.notes == ["the reply ended at a call that it had made before"]

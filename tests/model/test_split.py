@@ -1,13 +1,9 @@
 """One model on several machines gives what one gives; here they are processes."""
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +12,57 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import started
 from toy_checkpoint import OTHER, Shape, tensors, write_checkpoint, write_drafter
 
-from mlx_gemma4 import Prompt, Sampling, generate, load
+from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
 from mlx_gemma4.config import read_config
-from mlx_gemma4.model.split import borders, shares
+from mlx_gemma4.model.split import SPLITS, borders, layer_shares, shares
+from mlx_gemma4.weights import load as loading
+from mlx_gemma4.weights.link import Link, even_latency, time_link, time_reading, token_seconds
+from mlx_gemma4.weights.load import DEMO, Headers, choose, find_drafter, read_headers, shared_checkpoints
+from mlx_gemma4.weights.sharing import LAYER
+from mlx_gemma4.weights.tensors import EMBEDDING, list_tensors
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
+TWICE = replace(SHAPE, periods=2)  # so that of two machines that share layers the first has a full one too
+LAYERS = 6
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
+QUESTION = [{"role": "user", "content": [
+    {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
+    {"type": "audio", "audio": DEMO / "samples/beeps.wav"},
+]}]  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"draft_length": 0, "sampling": Sampling(temperature=0)},
     "drafted": {"draft_length": 3, "sampling": Sampling(temperature=0)},
+    "auto": {"sampling": Sampling(temperature=0)},
     "seeded": {"draft_length": 2, "sampling": Sampling(temperature=1.0, seed=5)},
 }
 MACHINE = """
 import sys
 import mlx.core as mx
 import numpy as np
-from mlx_gemma4 import Prompt, load
-from test_split import answers
+from mlx_gemma4 import load
+from mlx_gemma4.weights import load as loading
+from mlx_gemma4.weights.load import parameters
+from test_split import answers, exchanged
 group = mx.distributed.init(strict=True, backend="ring")
-model, processor = load(sys.argv[1], group=group)
-logits, tokens = answers(model, processor)
-np.savez(f"{sys.argv[2]}/{group.rank()}.npz", logits=logits, layers=len(model.config.text.layer_types), **tokens)
+folder, out, split, memories = sys.argv[1:]
+memory = int(memories.split(",")[group.rank()]) * 2**30
+loading.memory_limit = lambda: memory
+model, processor = load(folder, group=group, split=split)
+held = sum(array.nbytes for array in parameters(model).values()), mx.get_active_memory()
+logits, replies = answers(model, processor)
+np.savez(f"{out}/{group.rank()}.npz", **logits, **replies, held=held, **exchanged(model, processor))
 """
 WAITING = """
 import sys
 import mlx.core as mx
 from mlx_gemma4 import load
 group = mx.distributed.init(strict=True, backend="ring")
-model, _ = load(sys.argv[1], group=group)
+model, _ = load(sys.argv[1], group=group, split="tensors")
 print("loaded", flush=True)
 if group.rank() == 1:
     import time; time.sleep(600)
@@ -55,48 +70,103 @@ mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))
 """
 
 
-def answers(model: Any, processor: Any) -> tuple[np.ndarray, dict[str, list[int]]]:
-    prompt = Prompt(IDS)
-    replies = {
-        name: generate(model, processor, prompt, max_tokens=8, repetition_detection="off", **way).token_ids
-        for name, way in WAYS.items()
-    }
-    return np.array(model.logits(prompt)), replies
+def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    prompts = {"long": Prompt(IDS), "media": processor(QUESTION, image_budget=70)}
+
+    def reply(prompt: Prompt, **way: Any) -> Any:
+        return generate(model, processor, prompt, max_tokens=6, repetition_detection="off", **way)
+
+    replies = {name: reply(prompts["long"], **way).token_ids for name, way in WAYS.items()}
+    replies["media"] = reply(prompts["media"], **WAYS["drafted"]).token_ids
+    store = PromptStore()
+    for turn in (IDS[:40], IDS):
+        replies["stored"] = reply(Prompt(turn), store=store, **WAYS["drafted"]).token_ids
+    told = reply(prompts["long"], logprobs=2, **WAYS["drafted"])
+    replies["told"] = [best for token in told.logprobs for best in token["top"]]
+    replies["form"] = reply(prompts["long"], response_format={"type": "json_object"}, **WAYS["drafted"]).token_ids
+    replies["draft"] = model.draft(prompts["long"], 3)
+    return {f"{kind}_logits": np.array(model.logits(prompt)) for kind, prompt in prompts.items()}, replies
+
+
+def exchanged(model: Any, processor: Any) -> dict[str, np.ndarray]:
+    """How many exchanges a round takes, and of how many bytes from this machine."""
+    sums, gathers, sizes, found = mx.distributed.all_sum, mx.distributed.all_gather, [], {}
+
+    def counted(function: Any) -> Any:
+        def own(x: mx.array, **rest: Any) -> mx.array:
+            sizes.append(x.nbytes)
+            return function(x, **rest)
+
+        return own
+
+    mx.distributed.all_sum, mx.distributed.all_gather = counted(sums), counted(gathers)
+    for name in ("greedy", "drafted"):
+        sizes.clear()
+        generate(model, processor, Prompt(IDS), max_tokens=6, repetition_detection="off", **WAYS[name])
+        rounds = sizes[sizes.index(4) + 1 :]  # behind the first token
+        # not as many as a reply tells of: some are launched ahead. Each ends in how many are accepted, and a token
+        found[f"round_{name}"] = np.array([len(rounds), sum(rounds)]) / rounds.count(8)
+    mx.distributed.all_sum, mx.distributed.all_gather = sums, gathers
+    return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_checkpoint(tmp_path_factory.mktemp("split") / "model", SHAPE)
-    write_drafter(made / "drafter", SHAPE, planted=True, target_weights=tensors(SHAPE, 0))
-    return made
+    return written(tmp_path_factory.mktemp("split") / "model", SHAPE)
 
 
-def started(code: str, count: int, hosts: Path, *arguments: Path) -> list[subprocess.Popen[str]]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    hosts.write_text(json.dumps([[f"127.0.0.1:{own.getsockname()[1]}"] for own in sockets]))
-    for own in sockets:
-        own.close()
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "PYTHONPATH": path},
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+def written(folder: Path, shape: Shape) -> Path:
+    write_drafter(folder / "drafter", shape, planted=True, target_weights=tensors(shape, 0))
+    return write_checkpoint(folder, shape)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_machines_give_together_what_one_gives(folder: Path, count: int, tmp_path: Path) -> None:
-    logits, tokens = answers(*load(folder))
-    machines = started(MACHINE, count, tmp_path / "hosts.json", folder, tmp_path)
+def headers_of(folder: Path) -> Headers:
+    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, is_shared=True)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    return answers(*load(folder))
+
+
+@pytest.mark.parametrize(
+    ("split", "memories", "shape"),
+    [("tensors", (16, 16), SHAPE), ("tensors", (24, 16, 16), SHAPE), ("layers", (16, 16), SHAPE),
+     ("layers", (24, 16, 16), SHAPE), ("layers", (16, 16), TWICE)],
+)  # fmt: skip
+def test_machines_give_together_what_one_gives(
+    folder: Path, alone: tuple[dict[str, np.ndarray], dict[str, list[int]]], split: str, memories: Sequence[int],
+    shape: Shape, tmp_path: Path,
+) -> None:  # fmt: skip
+    if shape == TWICE:
+        folder = written(tmp_path / "model", TWICE)
+        alone = answers(*load(folder))
+    own = ",".join(map(str, memories))
+    machines = started(MACHINE, len(memories), tmp_path / "hosts.json", folder, tmp_path, split, own)
     ends = [machine.communicate(timeout=300) for machine in machines]
-    assert [machine.returncode for machine in machines] == [0] * count, ends
-    for rank in range(count):
+    assert [machine.returncode for machine in machines] == [0] * len(memories), ends
+    logits, replies = alone
+    headers = headers_of(folder)
+    for rank in range(len(memories)):
         found = np.load(tmp_path / f"{rank}.npz")
-        assert np.abs(found["logits"] - logits).max() < 1e-5 * np.abs(logits).max()
-        assert {name: found[name].tolist() for name in WAYS} == tokens
+        for name, expected in logits.items():
+            assert np.abs(found[name] - expected).max() < 1e-5 * np.abs(expected).max()
+        assert {name: found[name].tolist() for name in replies} == replies
+        check_exchanges(split, len(memories), found)
+        planned = shared_checkpoints(headers, memories, rank, split)[split].footprint
+        held, active = found["held"]
+        assert held == planned.weights + planned.drafter and active == pytest.approx(held, rel=0.03)
+
+
+def check_exchanges(split: str, machines: int, found: Any) -> None:
+    """At most two sums a layer, a gather of logits, and what was decided; or a hidden state from each to the next."""
+    for name, drafts in (("greedy", 0), ("drafted", 3)):
+        rows, decided = drafts + 1, 2 * 4
+        hidden, logits = rows * SHAPE.hidden * 4, rows * -(-SHAPE.vocab // machines) * 4
+        count, nbytes = (2 * LAYERS + 1, 2 * LAYERS * hidden + logits)
+        if split == "layers":
+            count, nbytes = machines - 1, (machines - 1) * hidden
+        assert found[f"round_{name}"].tolist() == [count + 1 + (drafts > 0), nbytes + decided + 4 * drafts]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -116,11 +186,6 @@ def test_a_machine_that_is_gone_ends_the_others(folder: Path, number: int, tmp_p
             machine.communicate()
 
 
-@pytest.fixture
-def group() -> Iterator[mx.distributed.Group]:
-    yield mx.distributed.init()
-
-
 @given(st.integers(1, 40), st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
 def test_parts_are_as_the_weights_and_none_is_empty(count: int, weights: list[int]) -> None:
     if len(weights) > count:
@@ -132,17 +197,74 @@ def test_parts_are_as_the_weights_and_none_is_empty(count: int, weights: list[in
         assert all(own >= part - (more == less) for less, part in zip(weights, parts, strict=True) if more >= less)
 
 
-def test_unequal_memories_get_whole_heads_and_groups(folder: Path, group: mx.distributed.Group) -> None:
+def test_unequal_memories_get_whole_heads_and_groups(folder: Path) -> None:
     text = read_config(folder).text
-    found = shares(text, group, [24, 16], 64)
+    found = shares(text, [24, 16], 64)
     assert [own.heads for own in found] == [(0, 2), (2, 3)]
     assert [own.columns for own in found] == [(0, 128), (128, 192)]
 
 
 @pytest.mark.parametrize(("shape", "machines"), [(SHAPE, 4), (OTHER, 2)])
-def test_a_model_that_cannot_be_shared_so_is_refused(
-    tmp_path: Path, group: mx.distributed.Group, shape: Shape, machines: int
-) -> None:
+def test_a_model_that_cannot_be_shared_so_is_refused(tmp_path: Path, shape: Shape, machines: int) -> None:
     text = read_config(write_checkpoint(tmp_path, shape)).text
     with pytest.raises(ValueError, match="key/value heads; expected"):
-        shares(text, group, [16] * machines, 1)
+        shares(text, [16] * machines, 1)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_machines_hold_their_share_and_little_more(folder: Path, split: str) -> None:
+    headers, memories = headers_of(folder), (24, 16)
+    parts = [shared_checkpoints(headers, memories, rank, split)[split].footprint for rank in range(2)]
+    sizes = {path: tensor.nbytes for path, tensor in headers.tensors.items()}
+    twice = {
+        "tensors": lambda path: "layers.5.self_attn.k_proj" in path or not LAYER.fullmatch(path),
+        "layers": lambda path: path.startswith(EMBEDDING),
+    }[split]
+    expected = sum(sizes.values()) + sum(nbytes for path, nbytes in sizes.items() if twice(path))
+    assert sum(own.weights + own.drafter for own in parts) == pytest.approx(expected, rel=0.03)
+
+
+def test_layers_are_shared_by_memory_and_the_last_machine_has_what_the_drafter_reads(folder: Path) -> None:
+    text = read_config(folder).text
+    found = layer_shares(text, [1, 1, 1], [10] * LAYERS, (5, 5))
+    assert [own.layers for own in found] == [(0, 2), (2, 4), (4, 6)]
+    assert [own.layers for own in layer_shares(text, [8, 1], [10] * LAYERS, (5, 5))] == [(0, 4), (4, 6)]
+    assert [own.layers for own in layer_shares(text, [1, 8], [10] * LAYERS, (5, 5))] == [(0, 1), (1, 6)]
+    with pytest.raises(ValueError, match="6 machines share a model of 6 layers; expected fewer"):
+        layer_shares(text, [1] * 6, [10] * LAYERS, (5, 5))
+
+
+@pytest.mark.parametrize(("latency", "rate", "split"), [(1e-9, 1e12, "tensors"), (1.0, 1e12, "layers")])
+def test_the_link_decides_on_the_split_and_one_line_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, latency: float, rate: float,
+    split: str,
+) -> None:  # fmt: skip
+    by_layers: list[Any] = []
+    monkeypatch.setattr(loading, "time_link", lambda group: Link(latency, rate))
+    monkeypatch.setattr(loading, "time_reading", lambda dtype: 1e9)
+    monkeypatch.setattr(loading, "read_a_token", lambda tensors, share, machines: 10**6 * (1 + (share in by_layers)))
+    headers, group = headers_of(folder), mx.distributed.init()
+    found = shared_checkpoints(headers, (16, 16), 1, None)
+    assert list(found) == list(SPLITS)
+    by_layers.append(found["layers"].share)
+    reading = {name: [[1.0, 3.0], [2.0, 2.0]][name == "layers"] for name in SPLITS}
+    text = headers.config.text
+    even = even_latency(text, *reading.values())
+    assert token_seconds("tensors", text, 4, reading["tensors"], Link(even, 1e30)) == pytest.approx(
+        token_seconds("layers", text, 4, reading["layers"], Link(even, 1e30))
+    )
+    with caplog.at_level("INFO"):
+        assert choose(headers.config, found, group) == split
+    assert f"share the model by {split}: " in caplog.text and caplog.text.count("\n") == 1
+
+
+def test_a_link_is_timed() -> None:
+    found = time_link(mx.distributed.init())
+    assert found.latency > 0 and found.rate > 0 and time_reading(mx.float32) > 0
+
+
+def test_a_split_is_one_of_two_and_of_several_machines(folder: Path) -> None:
+    with pytest.raises(ValueError, match="split is 'rows'; expected tensors or layers"):
+        load(folder, split="rows")
+    with pytest.raises(ValueError, match="split is 'layers' on one machine; expected several"):
+        load(folder, split="layers")

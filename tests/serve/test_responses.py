@@ -12,7 +12,7 @@ from spoken import called, last, read, said, streamed, thought, whole
 
 from mlx_gemma4.serve import responses
 from mlx_gemma4.serve.ask import Ask, Refused, Writer
-from mlx_gemma4.serve.responses import Responses
+from mlx_gemma4.serve.responses import Responses, Shelf
 from mlx_gemma4.serve.turns import sealed
 
 TOOL = {"type": "function", "name": "get_weather", "parameters": {"type": "object", "properties": {}}}
@@ -23,7 +23,7 @@ HELLO = {"role": "user", "content": "Hello"}
 
 
 def parsed(api: Responses | None = None, scope: str = "", **body: Any) -> tuple[Ask, Writer]:
-    return (api or Responses("gemma")).parse({"model": "gpt", "input": "Hello"} | body, scope)
+    return (api or Responses("gemma", Shelf())).parse({"model": "gpt", "input": "Hello"} | body, scope)
 
 
 def asked(**body: Any) -> Ask:
@@ -257,7 +257,7 @@ def test_a_summary_is_given_where_one_is_asked_for() -> None:
 
 
 def test_a_whole_reply_and_what_is_gone_on_from_it() -> None:
-    api = Responses("gemma")
+    api = Responses("gemma", Shelf())
     pieces = [thought("I ask."), said("Wait."), last("stop", [("now", {})])]
     first = whole(parsed(api, instructions="Be brief.")[1], pieces)
     assert first["status"] == "completed" and first["usage"] == USAGE and first["output"][2]["arguments"] == "{}"
@@ -272,7 +272,7 @@ def test_a_whole_reply_and_what_is_gone_on_from_it() -> None:
 
 
 def test_what_is_not_kept_is_not_found() -> None:
-    api = Responses("gemma")
+    api = Responses("gemma", Shelf())
     kept = whole(parsed(api, scope="alice")[1], [said("Hi"), last()])["id"]
     unkept = whole(parsed(api, store=False)[1], [said("Hi"), last()])["id"]
     for scope, id in (("", kept), ("", unkept), ("alice", "resp_none")):
@@ -284,7 +284,7 @@ def test_what_is_not_kept_is_not_found() -> None:
 
 def test_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "MOST_STORED", 2)
-    api = Responses("gemma")
+    api = Responses("gemma", Shelf())
     ids = [whole(parsed(api)[1], [said("Hi"), last()])["id"] for _ in range(3)]
     assert refusal(api=api, previous_response_id=ids[0]).status == 404
     assert parsed(api, previous_response_id=ids[1])[0].messages
@@ -322,7 +322,7 @@ def test_a_ping_is_an_event_and_a_failure_names_its_code() -> None:
 
 def test_errors_have_the_protocols_form() -> None:
     refused = Refused("no", status=404, field="previous_response_id", code="previous_response_not_found")
-    assert Responses("gemma").error(refused) == {
+    assert Responses("gemma", Shelf()).error(refused) == {
         "error": {
             "message": "no",
             "type": "invalid_request_error",

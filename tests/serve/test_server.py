@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import random_adapter
+from toy_checkpoint import TINY
 
 for library in ("starlette", "uvicorn", "prometheus_client", "pypdfium2", "python_multipart"):
     pytest.importorskip(library, reason="needs the extra serve")
@@ -18,10 +21,13 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from serving import Running, served  # noqa: E402
 
+from mlx_gemma4 import Sampling, collect  # noqa: E402
 from mlx_gemma4.serve import answering  # noqa: E402
 from mlx_gemma4.serve import connection as connection_module  # noqa: E402
 from mlx_gemma4.serve.guard import Guard  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
+from mlx_gemma4.terminal import adapters_of  # noqa: E402
+from mlx_gemma4.weights.adapter import write_adapter  # noqa: E402
 
 SUM = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "temperature": 0}
 CHAT = "/v1/chat/completions"
@@ -298,3 +304,33 @@ def test_memory_is_given_back_and_taken_again() -> None:
         until(lambda: running.resident.engine is None)
         assert httpx.get(running.url + "/ready").status_code == 200
         assert httpx.post(running.url + CHAT, json=SUM, timeout=60).json()["choices"] == first
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def test_the_model_of_a_request_is_the_base_or_an_adapter_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_adapter(tmp_path / f"no{seed}", random_adapter(TINY, seed=seed), "lora", 3, 2.0, -1)
+    adapters = {f"no{seed}": tmp_path / f"no{seed}" for seed in (1, 2)}
+    with served(Settings(model=str(tiny_folder), adapter=adapters)) as running:
+        base = running.resident.name
+        assert [own["id"] for own in httpx.get(running.url + "/v1/models").json()["data"]] == [base, "no1", "no2"]
+        assert httpx.get(running.url + "/v1/models/no2").json()["id"] == "no2"
+        engine = running.resident.load()
+        body = {"messages": [{"role": "user", "content": "the quick"}], "temperature": 0, "max_tokens": 8}
+        for name, adapter in (("no1", "no1"), ("no2", "no2"), ("base", None), (base, None), (None, None)):
+            answer = httpx.post(running.url + CHAT, json=body | {"model": name}, timeout=60).json()
+            alone = collect(engine.submit("the quick", adapter=adapter, max_tokens=8, sampling=Sampling(temperature=0)))
+            assert (answer["choices"][0]["message"]["content"], answer["model"]) == (alone.text, adapter or base)
+        wrong = httpx.post(running.url + CHAT, json=body | {"model": "no3"})
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (404, "model_not_found")
+        wrong = httpx.post(running.url + "/v1/messages", json=body | {"model": "no3"})
+        assert (wrong.status_code, wrong.json()["error"]["type"]) == (404, "not_found_error")
+
+
+@pytest.mark.parametrize("given", [["a=x", "b"], ["a=x", "a=y"], ["=x"], ["a=", "b=x"]])
+def test_several_adapters_need_names_of_their_own(given: list[str]) -> None:
+    assert adapters_of([]) is None and adapters_of(["x"]) == "x" and adapters_of(["a=x", "b=y"]) == {"a": "x", "b": "y"}
+    with pytest.raises(ValueError, match="expected NAME=FOLDER"):
+        adapters_of(given)

@@ -25,6 +25,7 @@ from mlx_gemma4.model.decoder import Decoder
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
 from mlx_gemma4.tune.network import hidden_states, learnt_states, turns_of
+from mlx_gemma4.tune.plan import TuningPlan, of_plan
 from mlx_gemma4.tune.rows import Branch, Row, passage, row
 from mlx_gemma4.tune.state import flat, trees_of
 from mlx_gemma4.weights.load import find_drafter, open_checkpoint, read_values
@@ -239,6 +240,48 @@ def test_it_learns_and_is_used_by_load(tiny_folder: Path, tmp_path: Path, capsys
     assert last < 0.1 * first
     assert run([*argv, "--rank", "4"]) == 2
     assert "holds a run with another" in capsys.readouterr().err
+
+
+def test_what_is_written_for_peft_names_every_matrix_as_transformers_does(
+    tiny_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    assert (
+        run(options(tiny_folder, data, tmp_path / "out", "--iters", "2", "--rank", "4", "--scale", "5", "--peft")) == 0
+    )
+    config = json.loads((tmp_path / "out" / "peft" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"] / config["r"]) == ("LORA", 4, 5)
+    own, theirs = weights(tmp_path / "out"), mx.load(str(tmp_path / "out" / "peft" / "adapter_model.safetensors"))
+    assert len(own) == len(theirs) == 2 * len(config["target_modules"])
+    for name, value in own.items():  # language_model.model.layers… here, model.language_model.layers… there
+        module, _, part = name.replace("language_model.model.", "model.language_model.").rpartition(".")
+        assert module in config["target_modules"]
+        found = theirs[
+            f"base_model.model.{module}.{part.replace('lora_a', 'lora_A').replace('lora_b', 'lora_B')}.weight"
+        ]
+        assert np.array_equal(np.array(found).T, value)
+    ones = [open_checkpoint(tiny_folder, None, adapter=tmp_path / name).tensors for name in ("out", "out/peft")]
+    for path in (path for path in ones[0] if ".lora_" in path):
+        assert mx.allclose(ones[0][path].read(), ones[1][path].read(), 1e-6)
+
+
+def test_training_that_does_not_fit_is_refused_before_weights_are_read(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = options(tiny_folder, data, tmp_path / "out", "--iters", "1")
+    assert run(argv) == 0
+    said = re.search(
+        r"rows of (\d+) tokens, rank 8, layers computed twice: training takes ([\d.]+) MB", capsys.readouterr().err
+    )
+    assert said is not None
+    checkpoint = open_checkpoint(tiny_folder, None)
+    found = of_plan(checkpoint, TuningPlan(int(said[1]), 8, True)).peak
+    assert f"{found / 1e6:.2f}" == said[2]
+    monkeypatch.setattr(command, "memory_limit", lambda: found - 1)
+    assert run([*argv, "--adapter-path", str(tmp_path / "other")]) == 1
+    error = capsys.readouterr().err
+    assert "error: training with rows of" in error and "expected rank 4 (--rank 4)" in error
+    assert not (tmp_path / "other").exists()
+    assert run([*argv, "--adapter-path", str(tmp_path / "other"), "--rank", "4"]) == 0
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

@@ -19,17 +19,19 @@ from adapters import (
     distance,
     logits,
     matrices,
+    prompts,
     random_adapter,
     with_matrices,
 )
 from mlx.utils import tree_flatten
 from toy_checkpoint import write_checkpoint, write_drafter
 
-from mlx_gemma4 import load
+from mlx_gemma4 import Prompt, load
 from mlx_gemma4.convert.job import open_target
 from mlx_gemma4.convert.recipes import Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.engine.reading import fingerprint_of
 from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.adapter import CONFIG, WEIGHTS, read_weights, write_adapter, write_peft
 from mlx_gemma4.weights.load import open_checkpoint
 from mlx_gemma4.weights.tensors import Rows
@@ -89,6 +91,33 @@ def test_logits_are_those_of_the_matrices_with_the_products_added(source: Path, 
         expected = logits(by_hand, None)
         assert distance(logits(base, adapter=tmp_path / name), expected) < 2e-4, name
         assert distance(bare, expected) > 0.05, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_of_several_each_computes_what_it_does_alone(source: Path, tmp_path: Path, dtype: str) -> None:
+    """Of other ranks, kinds and matrices, and where one has nothing; in float16 as near to float32 as alone."""
+    base = converted(tmp_path / "base", source, RECIPES["4 bits"]) if dtype == "float32" else source
+    few = {"chosen": ("self_attn.q_proj", "mlp.down_proj"), "layers": 2}
+    choices: dict[str, dict[str, Any]] = {
+        "all": {"rank": 3},
+        "few": few | {"rank": 5},
+        "dora": {"rank": 2, "dora": True},
+    }
+    for seed, (name, choice) in enumerate(choices.items()):
+        kind = "dora" if name == "dora" else "lora"
+        adapter = random_adapter(EVEN, seed=seed, **choice)
+        write_adapter(tmp_path / name, adapter, kind, choice["rank"], 2.0, choice.get("layers", -1))
+    folders = {name: tmp_path / name for name in choices}
+    model, _ = load(base, None, adapter=folders, dtype=dtype)
+    for number, name in enumerate([None, *folders]):
+        found = [by_adapter(model, prompt, number) for prompt in prompts()]
+        alone, exact = (logits(base, None, adapter=name and folders[name], dtype=own) for own in (dtype, "float32"))
+        assert distance(found, exact) < 1.5 * distance(alone, exact) + 1e-4, name
+
+
+def by_adapter(model: Model, prompt: Prompt, number: int) -> np.ndarray:
+    read = mx.concatenate([*model.read(prompt, model.caches(len(prompt)), adapter=number)], axis=1)
+    return np.array(model.language_model.head(read))[0]
 
 
 def copy_embeddings(by_hand: Path, base: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from walks import Walker
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.decoding.grammar import response_grammar
+from mlx_gemma4.forms.response import response_grammar
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 

@@ -14,7 +14,9 @@ from mcp_tools import TOOLS, tool
 from walks import Walker
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.decoding.calls import call_grammar, in_order, literal, whole_pattern
+from mlx_gemma4.forms.calls import call_grammar, in_order
+from mlx_gemma4.forms.lark import literal
+from mlx_gemma4.forms.strings import whole_pattern
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import check_tools
 from mlx_gemma4.prompt.processor import Processor
@@ -155,6 +157,11 @@ RECURSIVE = {
         RECURSIVE,
         {"type": "object", "properties": {"next": {"$ref": "#"}, "value": {"type": "integer"}}, "required": ["value"]},
         {"type": "object", "properties": {"a": {"allOf": [{"type": "number"}, {"minimum": 2}, {"maximum": 4}]}}},
+        {
+            "properties": {"a": {"allOf": [{"anyOf": [{"minimum": 2}, {"const": 0}]}, {"anyOf": [{"maximum": 4}]}]}},
+            "required": ["a"],
+        },
+        {"properties": {"a": {"items": {"allOf": [{"const": 1}, {"const": 2}]}, "type": "array"}}, "required": ["a"]},
         {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, "x", 2.0, 2.5]}}, "required": ["a"]},
         {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}, "required": ["d"]},
         {"type": "object", "properties": {"A": {"type": "boolean"}, "a": {"type": "null"}, "_": {"type": "array"}}},
@@ -231,7 +238,7 @@ def test_keys_of_any_name_are_read_back(walker: Walker) -> None:
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_a_literal(text: str) -> None:
-    grammar = LLMatcher.grammar_from_lark(f"start: {literal(text).lark}")
+    grammar = LLMatcher.grammar_from_lark(f"start: {literal(text)}")
     assert LLMatcher.validate_grammar_with_warnings(grammar) == (False, [])
 
 

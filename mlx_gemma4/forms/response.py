@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote
 
 from llguidance import LLMatcher
 
 from mlx_gemma4.errors import a, shown, unbroken
-from mlx_gemma4.media.source import unheard
+from mlx_gemma4.forms.lark import validation
 from mlx_gemma4.prompt.messages import check_json
+from mlx_gemma4.prompt.tools import pointed
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -85,6 +85,10 @@ def text_of(form: Schema, key: str) -> str:
         raise ValueError(f"response_format has {a(text)} for its {key}; expected a string")
     if len(text) > LONGEST:
         raise ValueError(f"response_format has a {key} of {len(text)} characters; expected at most {LONGEST}")
+    return encodable(text, key)
+
+
+def encodable(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -107,17 +111,6 @@ def lark_grammar(text: str) -> str:
     if any("can't validate" in note for note in notes):  # of tokens, without a tokenizer
         raise ValueError("response_format has a grammar that names control tokens; expected text alone")
     return result
-
-
-def validation(grammar: str) -> tuple[bool, list[str]]:
-    """Whether llguidance refuses a grammar, and why, or what it notes of it."""
-    try:
-        with unheard(2):
-            return LLMatcher.validate_grammar_with_warnings(grammar)
-    except BaseException as error:  # a panic of its Rust is no Exception: its messages cut text inside characters
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        return True, [f"llguidance fails: {unbroken(error)[:100]}"]
 
 
 @lru_cache(maxsize=256)
@@ -156,11 +149,7 @@ def cached_schema_grammar(text: str) -> str:
     unheld: set[str] = set()
     dropped: set[str] = set()
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("response_format has half a surrogate pair in its schema") from None
-    try:
-        schema = held(json.loads(text), unheld, dropped)
+        schema = held(json.loads(encodable(text, "schema")), unheld, dropped)
         if unheld:
             names = f"keyword{'s' if len(unheld) > 1 else ''} {', '.join(sorted(unheld))}"
             raise ValueError(f"response_format: the {names} cannot be held")
@@ -254,23 +243,10 @@ class Ends:
     def __init__(self, root: Schema):
         self.root = root
         self.targets = {reference: False for reference in references(root)}
-        while found := [name for name, known in self.targets.items() if not known and self.ends(self.target(name))]:
+        while found := [
+            name for name, known in self.targets.items() if not known and self.ends(pointed(self.root, name))
+        ]:
             self.targets |= dict.fromkeys(found, True)
-
-    def target(self, reference: str) -> Any:
-        """What a pointer names; True for what is not found, which llguidance has an error for."""
-        place: Any = self.root
-        if reference != "#" and not reference.startswith("#/"):
-            return True
-        for step in unquote(reference[1:]).split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(place, list) and step.isdecimal() and int(step) < len(place):
-                place = place[int(step)]
-            elif isinstance(place, dict) and step in place:
-                place = place[step]
-            else:
-                return True
-        return place
 
     def ends(self, schema: Any) -> bool:
         if not isinstance(schema, dict):

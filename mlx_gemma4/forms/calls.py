@@ -1,0 +1,433 @@
+"""Tools as they were given -> a grammar of the calls that the chat template writes, in llguidance's Lark.
+
+A call is no JSON: `call:NAME{key:value,…}`, keys bare and sorted as the template sorts them, strings between the token
+`<|"|>`, no white space. The grammar begins behind `<|tool_call>` and ends with `<tool_call|>`; no other control token
+is in it. What a schema says that cannot be held is left free, and noted: one of thirty tools must not refuse a request.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from operator import add
+from typing import Any, TypeGuard
+
+from llguidance import LLMatcher, regex_to_lark
+
+from mlx_gemma4.forms.lark import (
+    NOTHING,
+    ImpossibleError,
+    Node,
+    Printer,
+    Property,
+    Rule,
+    choice,
+    entries,
+    first_error,
+    literal,
+    row,
+)
+from mlx_gemma4.forms.strings import FORMATS, whole_pattern
+from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
+from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
+
+logger = logging.getLogger("mlx_gemma4")
+
+Schema = dict[str, Any]
+
+MAX_RULES = 5_000  # of one tool: definitions that are merged anew at every level have no end
+FREE_DEPTH = 6  # levels of a value of which nothing is said
+MANY = 10_000  # entries, characters: a longer bound is none
+LARGEST_WHOLE = 10**18  # of a number that is bounded on one side only
+
+# Ten digits more than a float's; a reader refuses what is no finite number.
+WHOLE = r"-?(0|[1-9][0-9]{0,30})"
+NUMBER = WHOLE + r"(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?"
+# Of any name that is read back as it is written. A bound of its length would cost milliseconds a mask.
+KEY = r"""[^\x00-\x20\x7f-\xa0\s:,{}\[\]"<▁]+"""
+
+# Keywords that say something of the values and are not held.
+LOOSE = {
+    "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames", "patternProperties",
+    "unevaluatedProperties", "unevaluatedItems", "contains", "uniqueItems", "$dynamicRef", "$recursiveRef",
+}  # fmt: skip
+REMARKS = {"description", "title", "default", "examples", "$defs", "definitions"}
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+IMPOSSIBLE: Schema = {"enum": []}
+
+
+# --- a call ------------------------------------------------------------------------------------
+
+
+def call_grammar(tools: Sequence[Schema], only: str | None, quote: int, close: int) -> str:
+    """The grammar of one call of these checked tools, or of the one with this name, in llguidance's form.
+
+    quote, close: the ids of `<|"|>` and `<tool_call|>`. What is not held is logged, once for the same tools.
+    """
+    named = [tool for tool in tools if only is None or tool["function"]["name"] == only]
+    return cached_grammar(json.dumps(named), quote, close)
+
+
+@lru_cache(maxsize=64)
+def cached_grammar(tools: str, quote: int, close: int) -> str:
+    functions = [tool["function"] for tool in json.loads(tools)]
+    rules = [f"start: {' | '.join(f't{place}' for place in range(len(functions)))}"]
+    for place, function in enumerate(functions):
+        text, notes = function_rules(function, f"t{place}", quote, close)
+        if notes:
+            told = ", ".join(notes[:10]) + (f" and {len(notes) - 10} more" if len(notes) > 10 else "")
+            logger.warning("calls of %s are not held to all of its schema: %s", function["name"][:80], told)
+        rules.append(text)
+    grammar: str = LLMatcher.grammar_from_lark("\n".join(rules))
+    return grammar
+
+
+def function_rules(function: Schema, name: str, quote: int, close: int) -> tuple[str, list[str]]:
+    """The rules of one tool's call, and what of its schema they leave free."""
+    schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    compiler = Compiler(schema, name, quote)
+    try:
+        text = compiler.rules_of_call(function["name"], close)
+    except (ImpossibleError, RecursionError):
+        error = "it allows no arguments, or has no end"
+    else:
+        error = first_error(f"start: {name}\n{text}")
+        if not error:
+            return text, list(dict.fromkeys(compiler.notes))
+    free = Compiler({"type": "object"}, name, quote)
+    return free.rules_of_call(function["name"], close), [f"all of it ({error})"]
+
+
+# --- what schemas say --------------------------------------------------------------------------
+
+
+class Compiler:
+    """The rules of one tool. `notes` gathers, by place, what is not held."""
+
+    def __init__(self, root: Any, prefix: str, quote: int):
+        """prefix: of the names of its rules."""
+        self.root, self.prefix, self.mark = root, prefix, f"<[{quote}]>"
+        self.notes: list[str] = []
+        self.rules: dict[str, Node] = {}
+        self.terminals: dict[str, str] = {}  # what matches -> name
+        self.named: dict[str, Node] = {}  # a schema -> its rule
+        self.followed = 0  # references and lists of allOf
+
+    def rules_of_call(self, name: str, close: int) -> str:
+        schema = as_schema(self.root)
+        if types_of(schema) == ["any"]:
+            schema = {"type": "object"} | schema
+        self.rules[self.prefix] = row(literal(f"call:{name}"), self.value(schema, ""), f"<[{close}]>")
+        printer = Printer(self.rules, self.anything())
+        lines = printer.lines(self.prefix)
+        self.notes += [f"{key}, which has no end" for key in printer.freed]
+        return "\n".join([*lines, *(f"{name}: {pattern}" for pattern, name in self.terminals.items())])
+
+    def note(self, what: str, place: str) -> None:
+        self.notes.append(f"{what} of {place or 'its arguments'}")
+
+    def rule(self, node: Node) -> Rule:
+        name = f"{self.prefix}_{len(self.rules)}"
+        self.rules[name] = node
+        return Rule(name)
+
+    def terminal(self, pattern: str) -> str:
+        return self.terminals.setdefault(pattern, f"{self.prefix.upper()}_T{len(self.terminals)}")
+
+    def quoted(self, inner: Node) -> Node:
+        return row(self.mark, inner, self.mark)
+
+    def value(self, schema: Any, place: str) -> Node:
+        """A value that a schema allows, as a rule of its own: the same schema is the same rule, so recursion ends."""
+        key = json.dumps(schema, sort_keys=True)
+        if key not in self.named:
+            if len(self.named) > MAX_RULES:
+                raise ImpossibleError
+            rule = self.named[key] = self.rule(NOTHING)  # until it is known
+            self.rules[rule.name] = found = self.parts(as_schema(schema), place)
+            self.named[key] = NOTHING if found == NOTHING else rule
+        return self.named[key]
+
+    def parts(self, schema: Schema, place: str) -> Node:
+        if schema.get("nullable") is True:
+            return choice(self.value(without(schema, "nullable"), place), '"null"')
+        schema = self.merged(schema, place)
+        for union in ("anyOf", "oneOf"):
+            if isinstance(schema.get(union), list):
+                rest = without(schema, union)
+                return choice(*(self.value(self.member(rest, as_schema(own), place), place) for own in schema[union]))
+        for key in sorted(LOOSE & schema.keys()):
+            if schema[key]:
+                self.note(key, place)
+        if "const" in schema or "enum" in schema:
+            return self.one_of(schema)
+        return choice(*(self.of_type(kind, schema, place) for kind in types_of(schema)))
+
+    # schemas joined
+
+    def merged(self, schema: Schema, place: str) -> Schema:
+        """References and allOf put in place: all of it holds at once."""
+        following: list[Any] = []
+        while "$ref" in schema or "allOf" in schema:
+            self.followed += 1
+            if self.followed > MAX_RULES:
+                raise ImpossibleError
+            if "$ref" in schema:
+                reference, schema = schema["$ref"], without(schema, "$ref")
+                members = [pointed(self.root, reference)]
+                if reference in following or not isinstance(members[0], (dict, bool)):
+                    self.note("$ref", place)
+                    continue
+                following.append(reference)
+            else:
+                members, schema = schema["allOf"], without(schema, "allOf")
+            for member in members if isinstance(members, list) else []:
+                schema = self.both(schema, as_schema(member), place)
+        return schema
+
+    def member(self, rest: Schema, own: Schema, place: str) -> Schema:
+        """One of a union, with what stands beside the union."""
+        joined = self.both(rest, own, place)
+        return joined | {"nullable": own["nullable"]} if "nullable" in own else joined
+
+    def both(self, one: Schema, other: Schema, place: str) -> Schema:
+        """A schema for what fits both."""
+        result = dict(one)
+        for key, value in other.items():
+            own = result.setdefault(key, value)
+            kind, join = JOINS.get(key, (type(None), add))
+            if own == value or key in REMARKS:
+                continue
+            elif key == "type" and (common := common_types(types_of(one), types_of(other))):
+                result[key] = common
+            elif key in ("type", "const"):
+                result |= IMPOSSIBLE
+            elif isinstance(own, kind) and isinstance(value, kind):
+                result[key] = join(own, value)
+            else:
+                self.notes.append(f"{key} of {place or 'its arguments'}, which it has twice")
+        return result
+
+    # values as they are written
+
+    def one_of(self, schema: Schema) -> Node:
+        listed = schema.get("enum")
+        values = [schema["const"]] if "const" in schema else listed if isinstance(listed, list) else []
+        kinds = set(types_of({"type": schema["type"]})) if "type" in schema else {"any"}
+        found = [value for value in values if fits(value, kinds) and (not isinstance(listed, list) or value in listed)]
+        return choice(*map(self.written, found))
+
+    def written(self, value: Any) -> Node:
+        """A value as the template writes it."""
+        match value:
+            case str():
+                return self.quoted(literal(value))
+            case list():
+                return row('"["', *with_commas(map(self.written, value)), '"]"')
+            case dict():
+                pairs = (row(self.key(key), self.written(value[key])) for key in in_order(value))
+                return row('"{"', *with_commas(pairs), '"}"')
+            case _:
+                return literal(json.dumps(value))
+
+    def key(self, key: str) -> Node:
+        """With its colon."""
+        return row(self.quoted(literal(key)) if needs_quotes(key) else literal(key), '":"')
+
+    # by type
+
+    def of_type(self, kind: str, schema: Schema, place: str) -> Node:
+        match kind:
+            case "string":
+                return self.string(schema, place)
+            case "integer" | "number":
+                return self.number(kind, schema, place)
+            case "boolean":
+                return choice('"true"', '"false"')
+            case "null":
+                return '"null"'
+            case "array":
+                return self.array(schema, place)
+            case "object":
+                return self.mapping(schema, place)
+        if kind != "any":
+            self.note(f"the type {kind[:40]}", place)
+        return self.anything()
+
+    def string(self, schema: Schema, place: str) -> Node:
+        least, most = bounds_of("Length", schema)
+        patterns, empty = [], least == 0
+        match schema.get("format"):
+            case str(given) if given in FORMATS:
+                patterns.append(FORMATS[given])
+                empty = False
+            case str(given):
+                self.note(f"the format {given[:40]}", place)
+        match schema.get("pattern"):
+            case str(given):
+                pattern = whole_pattern(given)
+                if pattern is None or first_error(f"start: T\nT: /{pattern}/"):
+                    self.note("the pattern", place)
+                else:
+                    patterns.append(pattern)
+                    empty = empty and re.search(given, "") is not None
+        least = max(least, 1)
+        patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
+        too_long = most is not None and most < least
+        full = NOTHING if too_long else self.terminal(" & ".join(f"/{pattern}/" for pattern in patterns))
+        return self.quoted(choice(full, "" if empty else NOTHING))
+
+    def number(self, kind: str, schema: Schema, place: str) -> Node:
+        bounds = {key: schema[key] for key in BOUNDS if is_number(schema.get(key))}
+        if bounds:
+            for name, limit in (("Maximum", LARGEST_WHOLE), ("Minimum", -LARGEST_WHOLE)):
+                if f"exclusive{name}" not in bounds:
+                    bounds.setdefault(name.lower(), limit)
+            held = "%json " + json.dumps({"type": kind, **bounds, "x-guidance": {"whitespace_flexible": False}})
+            if not first_error(f"start: {held}"):
+                return held
+            self.note("the bounds", place)
+        return self.terminal(f"/{WHOLE if kind == 'integer' else NUMBER}/")
+
+    def array(self, schema: Schema, place: str) -> Node:
+        """As many of the entries that have schemas of their own as there may be, and others behind them."""
+        least, most = bounds_of("Items", schema)
+        items, first = schema.get("items", True), schema.get("prefixItems")
+        if isinstance(items, list):  # as drafts before 2020 had it
+            items, first = schema.get("additionalItems", True), items
+        first = first[:most] if isinstance(first, list) else []
+        parts = [self.value(inner, f"{place}[{index}]") for index, inner in enumerate(first)]
+        count = len(parts)
+        left = None if most is None else most - count
+        entry = NOTHING if left == 0 else self.value(items, f"{place}[]")
+        if not parts:
+            return row('"["', entries(entry, least, left), '"]"')
+        more = row('","', entries(entry, max(least - count, 1), left))
+        return row('"["', *with_commas(parts), choice(more, NOTHING if least > count else ""), '"]"')
+
+    def mapping(self, schema: Schema, place: str) -> Node:
+        given, more, listed = (schema.get(key) for key in ("properties", "additionalProperties", "required"))
+        properties: Schema = given if isinstance(given, dict) else {}
+        required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+        declared = isinstance(given, dict) and required <= properties.keys()
+        names = in_order(properties.keys() | required)
+        # a call of what is declared, although more is not forbidden
+        others = NOTHING if more is False or (more is None and declared) else self.pairs(more, names, place)
+        members = []
+        for name in names:
+            own = properties.get(name, more if isinstance(more, dict) else True)
+            wanted = name in required or (isinstance(own, dict) and own.get("required") is True)
+            where = f"{place}.{name}"[-80:] if place else name[:80]
+            value = self.value(own, where)
+            if value == NOTHING and wanted:
+                self.notes.append(f"{where}, which nothing fits")
+                value = self.anything()
+            if value != NOTHING:
+                members.append((row(self.key(name), Property(name[:80], value, wanted)), wanted))
+        least, most = (0, None) if members or others == NOTHING else bounds_of("Properties", schema)
+        if members and {"minProperties", "maxProperties"} & schema.keys():
+            self.note("the number of properties", place)
+        # what may stand from here on, as the first and behind another
+        first, after = entries(others, least, most), choice(row('","', entries(others, 1)), "")
+        for member, wanted in reversed(members):
+            as_first, behind = row(member, after), row('","', member, after)
+            first = self.rule(as_first if wanted else choice(as_first, first))
+            after = self.rule(behind if wanted else choice(behind, after))
+        return row('"{"', first, '"}"')
+
+    def pairs(self, more: Any, taken: Sequence[str], place: str) -> Node:
+        """A property of any other name, and its value."""
+        names = "|".join(regex_to_lark(re.escape(name)) for name in sorted(taken))
+        value = self.value(more, f"{place}.*") if isinstance(more, dict) else self.anything()
+        if names:
+            return row(self.terminal(f"/{KEY}/ & ~/({names})/"), '":"', value)
+        return row(self.any_key(), '":"', value)
+
+    def any_key(self) -> Node:
+        return choice(self.terminal(f"/{KEY}/"), self.quoted(self.terminal("/(?s:.{1,})/")))
+
+    def anything(self, depth: int = FREE_DEPTH) -> Node:
+        name = f"{self.prefix}_any{depth}"
+        if name not in self.rules:
+            choices = [self.string({}, ""), self.number("number", {}, ""), '"true"', '"false"', '"null"']
+            if depth:
+                inner = self.anything(depth - 1)
+                pair = row(self.any_key(), '":"', inner)
+                choices += [row('"["', entries(inner), '"]"'), row('"{"', entries(pair), '"}"')]
+            self.rules[name] = choice(*choices)
+        return Rule(name)
+
+
+def as_schema(given: Any) -> Schema:
+    return given if isinstance(given, dict) else IMPOSSIBLE if given is False else {}
+
+
+def without(schema: Schema, key: str) -> Schema:
+    return {name: entry for name, entry in schema.items() if name != key}
+
+
+def with_commas(nodes: Iterable[Node]) -> list[Node]:
+    return [part for node in nodes for part in ('","', node)][1:]
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """Keys as the template sorts them: as they are written, shielded, in any case of letters."""
+
+    def as_written(key: str) -> str:
+        shielded = key.replace("<", "<\ue000")  # template.shield
+        return (f"{QUOTE}{shielded}{QUOTE}" if needs_quotes(key) else shielded).lower()
+
+    return sorted(keys, key=as_written)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def bounds_of(what: str, schema: Schema) -> tuple[int, int | None]:
+    """The least and the most of minLength, maxLength and their like; of what is none, no bound."""
+    least, most = (
+        int(bound) if is_number(bound) and 0 <= bound <= MANY else None
+        for bound in (schema.get(f"min{what}"), schema.get(f"max{what}"))
+    )
+    return least or 0, most
+
+
+def fits(value: Any, kinds: set[str]) -> bool:
+    """Whether a value, as JSON has it, is of one of these types."""
+    kind = "integer" if isinstance(value, float) and value.is_integer() else TYPE_OF[type(value)]
+    return not kinds.isdisjoint({"any", kind, "number" if kind == "integer" else kind})
+
+
+def common_types(one: Sequence[str], other: Sequence[str]) -> list[str]:
+    taken = [{*kinds, "integer"} if "number" in kinds else set(kinds) for kinds in (one, other)]
+    return [kind for kind in dict.fromkeys([*one, *other]) if kind in taken[0] and kind in taken[1]]
+
+
+def together(one: Any, other: Any) -> Any:
+    return False if one is False or other is False else {"allOf": [one, other]}
+
+
+def both_unions(one: list[Any], other: list[Any]) -> list[Any]:
+    return [together(member, {"anyOf": other}) for member in one]
+
+
+def all_properties(one: Schema, other: Schema) -> Schema:
+    return one | {name: together(one[name], own) if name in one else own for name, own in other.items()}
+
+
+# How two that a schema has of one keyword are one, where both are of these types.
+JOINS: dict[str, tuple[type | tuple[type, ...], Callable[[Any, Any], Any]]] = {
+    "properties": (dict, all_properties),
+    "items": (object, together),
+    "additionalProperties": (object, together),
+    "anyOf": (list, both_unions),
+    "oneOf": (list, both_unions),
+    "required": (list, add),
+    "allOf": (list, add),
+    "enum": (list, lambda one, other: [value for value in one if value in other]),
+    "nullable": (object, lambda one, other: False),
+    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"), ((int, float), max)),
+    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"), ((int, float), min)),
+}

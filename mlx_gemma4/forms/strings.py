@@ -1,0 +1,50 @@
+"""What a JSON Schema says of strings: formats and patterns -> regular expressions of llguidance."""
+
+import re
+
+from llguidance import regex_to_lark
+
+MONTHS = r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+DATE = rf"[12][0-9]{{3}}-{MONTHS}"
+TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+FORMATS = {
+    "date": DATE,
+    "time": TIME,
+    "date-time": f"{DATE}T{TIME}",
+    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "ipv4": rf"{BYTE}(\.{BYTE}){{3}}",
+    "hostname": rf"{LABEL}(\.{LABEL}){{0,8}}",
+    "email": rf"[A-Za-z0-9_+-]{{1,32}}(\.[A-Za-z0-9_+-]{{1,32}}){{0,3}}@{LABEL}(\.{LABEL}){{1,8}}",
+    "uri": r"[a-z][a-z0-9+.-]{0,20}:\/\/[A-Za-z0-9._~:\/?#@!$&'()*+,;=%-]+",
+}
+
+SYMBOL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)  # an escape, a class, or a character
+ANCHORS = {"^", "$", "\\b", "\\B", "\\A", "\\Z", "\\z"}
+
+
+def whole_pattern(pattern: str) -> str | None:
+    """A regular expression of JSON Schema, which matches anywhere, as one of llguidance that matches the whole text.
+
+    None where an anchor stands inside, an escape asks for what is around a place, or brackets do not fit.
+    """
+    depth = 0
+    alternatives: list[list[str]] = [[]]
+    for symbol in SYMBOL.findall(pattern):
+        depth += {"(": 1, ")": -1}.get(symbol, 0)
+        if depth < 0:
+            return None
+        if symbol == "|" and depth == 0:
+            alternatives.append([])
+        else:
+            alternatives[-1].append(symbol)
+    written = []
+    for symbols in alternatives:
+        begins, ends = symbols[:1] == ["^"], symbols[-1:] == ["$"]
+        inner = symbols[1 if begins else 0 : -1 if ends else None]
+        if not ANCHORS.isdisjoint(inner):
+            return None
+        body = regex_to_lark("".join(inner), "dw")
+        written.append(f"({'' if begins else '(?s:.*)'}({body}){'' if ends else '(?s:.*)'})")
+    return "|".join(written) if depth == 0 else None
