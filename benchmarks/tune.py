@@ -2,8 +2,9 @@
 
     python benchmarks/tune.py --length 512 --length 1024 --rank 8
 
-Weights and tokens are random; half of each example is learnt. Each figure is the median of `--steps` updates after two
-that do not count, in a process of its own, the two sides taking turns. The last line of standard output is JSON.
+Weights and tokens are random; half of each example is learnt. The two sides take turns, `--rounds` times, each time in
+a process of its own, whose first update does not count; each figure is the median of all others. The defaults take a
+minute or two on two CPU cores. The last line of standard output is JSON.
 """
 
 import json
@@ -34,9 +35,9 @@ from mlx_gemma4.tune.rows import Branch, passage, row
 from mlx_gemma4.tune.step import Processes, update
 
 SHAPE = Shape(
-    hidden=512, mlp=2048, heads=8, kv_heads=4, head_dim=64, global_head_dim=128, window=256, vocab=65536, periods=1
+    hidden=256, mlp=1024, heads=4, kv_heads=2, head_dim=64, global_head_dim=128, window=256, vocab=32768, periods=1
 )
-UNCOUNTED = 2
+UNCOUNTED = 1
 
 
 @dataclass(frozen=True)
@@ -115,36 +116,44 @@ def theirs(case: Case) -> list[float]:
     return seconds
 
 
+def measured(case: Case) -> dict[str, Any]:
+    argv = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main(
-    length: Annotated[list[int], typer.Option(help="Tokens of an example; repeatable.")] = [256, 512],  # noqa: B006
-    batch: Annotated[int, typer.Option(help="Examples of an update.")] = 4,
+    length: Annotated[list[int], typer.Option(help="Tokens of an example; repeatable.")] = [128, 256],  # noqa: B006
+    batch: Annotated[int, typer.Option(help="Examples of an update.")] = 2,
     rank: Annotated[list[int], typer.Option(help="Repeatable.")] = [8],  # noqa: B006
     grad_checkpoint: Annotated[bool, typer.Option(help="Both sides.")] = True,
     bits: Annotated[int, typer.Option(help="Of the weights; 0 for float32.")] = 0,
-    steps: Annotated[int, typer.Option(help="Updates that count.")] = 5,
+    steps: Annotated[int, typer.Option(help="Updates of a round that count.")] = 2,
+    rounds: Annotated[int, typer.Option(help="How often each side has its turn.")] = 2,
     case: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     if case:
         own = Case(**json.loads(case))
         seconds = (ours if own.side == "mlx_gemma4" else theirs)(own)[UNCOUNTED:]
-        print(json.dumps({"tokens_per_second": own.batch * own.length / median(seconds), "peak": mx.get_peak_memory()}))
+        print(json.dumps({"seconds": seconds, "peak": mx.get_peak_memory()}))
         return
     results = []
     for size, r in ((size, r) for size in length for r in rank):
-        pair: dict[str, dict[str, float]] = {}
-        for side in ("mlx_gemma4", "mlx-lm"):
-            one = Case(side, size, batch, r, grad_checkpoint, bits, steps)
-            argv = [sys.executable, __file__, "--case", json.dumps(asdict(one))]
-            pair[side] = json.loads(
-                subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            )
-            results.append(asdict(one) | pair[side])
-        mine, other = pair["mlx_gemma4"], pair["mlx-lm"]
+        cases = [Case(side, size, batch, r, grad_checkpoint, bits, steps) for side in ("mlx_gemma4", "mlx-lm")]
+        turns = [[measured(one) for one in cases] for _ in range(rounds)]
+        pair = []
+        for one, own_turns in zip(cases, zip(*turns, strict=True), strict=True):
+            taken = median([seconds for turn in own_turns for seconds in turn["seconds"]])
+            pair.append({"tokens_per_second": batch * size / taken, "peak": max(turn["peak"] for turn in own_turns)})
+            results.append(asdict(one) | pair[-1])
+        mine, other = pair
         print(
             f"{batch} x {size} tokens, rank {r}: {mine['tokens_per_second']:.0f} tokens/s, "
             f"{mine['peak'] / 1e9:.2f} GB; mlx-lm {other['tokens_per_second']:.0f}, {other['peak'] / 1e9:.2f} GB; "
             f"{mine['tokens_per_second'] / other['tokens_per_second']:.2f} x its speed, "
-            f"{mine['peak'] / other['peak']:.2f} of its memory"
+            f"{mine['peak'] / other['peak']:.2f} of its memory",
+            flush=True,
         )
     print(json.dumps({"benchmark": "tune", "mlx": version("mlx"), "mlx_lm": version("mlx-lm"), "results": results}))
 

@@ -5,6 +5,7 @@ item with its answer tells. `benchmarks/demo.py` is the real thing: it generates
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,18 +16,17 @@ import typer
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import load_processor
+from mlx_gemma4.tune.rows import Row
 from mlx_gemma4.tune.state import trees_of
-from training.forward import hidden_states, learnt_logits
 from training.material import load_material
-from training.rows import Batch, batch
-from training.train import FRAME, LONG_ROW, PATCH, ROW, Source
+from training.rows import answers_alone, rows
+from training.train import LONG_ROW, Source, states
 
 
-def right_answers(model: Model, one: Batch) -> np.ndarray:
-    """For each token of an answer whether it is the likeliest, bool."""
-    hidden, early, _ = hidden_states(model, one)
-    likeliest = np.array(mx.argmax(learnt_logits(model, hidden, early, one), axis=-1))
-    return (likeliest == one.targets)[one.answers]
+def is_right(model: Model, one: Row) -> bool:
+    """Whether each token of the answer is the likeliest."""
+    likeliest = mx.argmax(model.language_model.head(states(model, False, one)[None])[0], axis=-1)
+    return np.array_equal(likeliest, one.targets)
 
 
 def main(
@@ -45,17 +45,11 @@ def main(
     for kind in ("image", "audio", "both", "video", "text"):
         for _ in range(items * (4 if kind == "text" else 2 if kind == "audio" else 1)):
             item = source.item(kind)
-            length = LONG_ROW if kind == "video" else 2 * ROW
-            one = source.passage(item, length)
-            if len(one) > length:
-                continue
-            hits = right_answers(model, batch([[one]], length, PATCH, FRAME))
-            at = 0
-            for question, segment in zip(item.questions, one.segments, strict=False):
-                count = len(segment.ids) - segment.answer
+            for question in item.questions:
+                asks = source.passage(replace(item, questions=(question,)), LONG_ROW)
+                [one] = rows(source.processor, [asks], LONG_ROW)
                 asked[f"{kind}: {question.task}"] += 1
-                right[f"{kind}: {question.task}"] += int(hits[at : at + count].all())
-                at += count
+                right[f"{kind}: {question.task}"] += is_right(model, answers_alone(one))
     print(f"step {about['step']}")
     for name, count in sorted(asked.items()):
         print(f"{name:28} {right[name]:4} of {count:4}  {100 * right[name] / count:5.1f} %")

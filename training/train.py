@@ -5,29 +5,31 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import typer
-from mlx import nn
 from mlx.utils import tree_map_with_path
 
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor, load_processor
+from mlx_gemma4.tune.network import outputs
+from mlx_gemma4.tune.rows import Passage, Row
 from mlx_gemma4.tune.state import merge, save, trees_of
+from mlx_gemma4.tune.step import Processes, update
 from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
-from training.forward import loss
 from training.items import Item
 from training.material import Material, load_material
 from training.mixture import item
-from training.rows import Batch, Passage, batch, passage
+from training.rows import of_hints, passage, rows
 from training.start import initialise
 
 ROW, LONG_ROW = 256, 512  # tokens
@@ -35,11 +37,10 @@ LOOKING = 800  # first steps, in which media stand alone and their soft tokens a
 LOOKING_ROWS = {"image": 4, "audio": 2, "text": 4}  # rows of ROW tokens in a step of one process
 ROWS = {"image": 3, "audio": 1, "both": 2, "text": 4}  # and afterwards
 QUESTIONS = {"video": 4}  # about one medium, 2 about all others: what there is to see is learnt from many media
-PATCH, FRAME = 48, 640
 WARM_UP = 60  # steps
-MULTIPLE = 256  # of patches, frames and learnt tokens in a batch
+HINT_LAYERS = 4  # of six: what soft tokens say after these, the last two can still carry to where it is asked for
 BITS, GROUP = 4, 64  # of the checkpoint as shipped
-LONG_SHARE = 0.2  # of the films in the loss
+LONG_SHARE = 0.2  # of the films in the loss, against 1 of all others
 
 
 class Source:
@@ -74,12 +75,14 @@ class Source:
             if row and (room < 40 or misses == (4 if kind == "text" else 1)):  # a text may be shorter; media are not
                 return row
 
-    def step(self, number: int) -> tuple[Batch, Batch]:
+    def step(self, number: int) -> list[Row]:
         self.rng = random.Random(f"{self.seed} {number}")
         kinds = LOOKING_ROWS if number < LOOKING else ROWS
-        rows = [self.row(kind, ROW, number) for kind, count in kinds.items() for _ in range(count)]
-        long = [self.row("video", LONG_ROW, number)]
-        return batch(rows, ROW, PATCH, FRAME, MULTIPLE), batch(long, LONG_ROW, PATCH, FRAME, MULTIPLE)
+        members = [one for kind, count in kinds.items() for _ in range(count) for one in self.row(kind, ROW, number)]
+        short = rows(self.processor, members, LONG_ROW)
+        films = rows(self.processor, self.row("video", LONG_ROW, number), LONG_ROW)
+        share = LONG_SHARE * sum(one.weights.sum() for one in short) / sum(one.weights.sum() for one in films)
+        return [*short, *(replace(one, weights=one.weights * np.float32(share)) for one in films)]
 
 
 class Workers:
@@ -89,8 +92,8 @@ class Workers:
         self.pool = get_context("spawn").Pool(count, set_source, (folder, seed))
         self.ahead = 3 * count
 
-    def steps(self, start: int, end: int) -> Iterator[tuple[Batch, Batch]]:
-        waiting: deque[AsyncResult[tuple[Batch, Batch]]] = deque()
+    def steps(self, start: int, end: int) -> Iterator[list[Row]]:
+        waiting: deque[AsyncResult[list[Row]]] = deque()
         for number in range(start, end):
             waiting.append(self.pool.apply_async(step_of_source, (number,)))
             if len(waiting) == self.ahead:
@@ -107,16 +110,12 @@ def set_source(folder: Path, seed: str) -> None:
     source_here = make_source(folder, seed)
 
 
-def step_of_source(number: int) -> tuple[Batch, Batch]:
+def step_of_source(number: int) -> list[Row]:
     return source_here.step(number)
 
 
 def make_source(folder: Path, seed: str) -> Source:
     return Source(load_processor(folder, read_config(folder)), load_material(folder, False), seed)
-
-
-def arrays(one: Batch) -> dict[str, mx.array]:
-    return {name: mx.array(values) for name, values in vars(one).items()}
 
 
 def as_quantized(model: Model) -> None:
@@ -129,6 +128,15 @@ def as_quantized(model: Model) -> None:
         return weight + (mx.dequantize(*mx.quantize(fixed, GROUP, BITS), group_size=GROUP, bits=BITS) - fixed)
 
     model.update(tree_map_with_path(rounded, model.parameters()))
+
+
+def states(model: Model, quantized: bool, one: Row) -> mx.array:
+    """[N, D]: what an answer is told from, and hints after fewer layers."""
+    if quantized:
+        as_quantized(model)
+    found = [h for h, _, _ in outputs(model, one, checkpoint=False)]
+    late, soon = (model.language_model.norm(h)[0][mx.array(one.places)] for h in (found[-1], found[HINT_LAYERS - 1]))
+    return mx.where(mx.array(of_hints(one))[:, None], soon, late)
 
 
 PROJECTION_RATE = 0.5  # of the others': a row of pixels' weights leaves the waves it starts from within a few steps
@@ -159,14 +167,14 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes that make data; 0: none but this one.")] = 0,
     resume_from: Annotated[str | None, typer.Option(help="Start from another run's file.")] = None,
 ) -> None:
-    world = mx.distributed.init()
-    if world.rank() == 0 and not (folder / "config.json").exists():
+    processes = Processes(mx.distributed.init())
+    if processes.rank == 0 and not (folder / "config.json").exists():
         write_files(folder)
-    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    processes.sum([mx.array(1.0)])  # the others wait for the files
     config = read_config(folder)
     model = Model(config)
     initialise(model, seed)
-    model.vision_embedder.patch_ln1.freeze()  # its part is taken as the batches are made
+    model.vision_embedder.patch_ln1.freeze()  # its weights are 1 and 0
     optimise = optimizer(rate)
     optimise.init(model.trainable_parameters())
     start, path = 0, folder / f"{state}.safetensors"
@@ -176,46 +184,25 @@ def main(
         start = int(about["step"])
         model.update(trees["model"])
         optimise.state = merge(optimise.state, trees["optimizer"])
-    name = f"{seed} {world.rank()}"
+    name = f"{seed} {processes.rank}"
     batches = (
         Workers(workers, folder, name).steps(start, steps)
         if workers
         else map(make_source(folder, name).step, range(start, steps))
     )
 
-    def total(
-        weights: dict[str, Any], short: dict[str, Any], long: dict[str, Any]
-    ) -> tuple[mx.array, tuple[mx.array, mx.array, mx.array]]:
-        model.update(weights)
-        if quantized:
-            as_quantized(model)
-        first, right = loss(model, Batch(**short))
-        second, _ = loss(model, Batch(**long))
-        return first + LONG_SHARE * second, (first, second, right)
-
-    step_gradient = mx.compile(mx.value_and_grad(total))
-    began, seen = time.perf_counter(), np.zeros(3)
-    for step, parts in zip(range(start, steps), batches, strict=True):
+    began, seen, tokens = time.perf_counter(), 0.0, 0
+    for step, made in zip(range(start, steps), batches, strict=True):
         factor = min(1.0, (step + 1) / WARM_UP, (steps - step) / decay if decay else 1.0)
         for one, scale in zip(optimise.optimizers, (PROJECTION_RATE, 1.0), strict=True):
             one.learning_rate = rate * scale * factor
-        weights = model.trainable_parameters()
-        (_, seen_now), gradients = step_gradient(weights, *map(arrays, parts))
-        model.update(weights)
-        if world.size() > 1:
-            gradients = nn.average_gradients(gradients)
-        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
-        optimise.update(model, gradients)
-        mx.eval(model.parameters(), optimise.state, seen_now)
-        seen = seen + np.array([value.item() for value in seen_now])
-        if (step + 1) % 50 == 0 and world.rank() == 0:
-            mean = seen / 50
-            print(
-                f"{step + 1} short {mean[0]:.3f} long {mean[1]:.3f} right {mean[2]:.3f} "
-                f"{(time.perf_counter() - began) / 50:.2f} s/step", flush=True,
-            )  # fmt: skip
-            began, seen = time.perf_counter(), np.zeros(3)
-        if world.rank() == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
+        now = update(model, optimise, made, partial(states, model, quantized), processes)
+        seen, tokens = seen + now.loss / 50, tokens + now.tokens
+        if (step + 1) % 50 == 0 and processes.rank == 0:
+            taken = time.perf_counter() - began
+            print(f"{step + 1} loss {seen:.3f} {tokens / taken:.0f} tokens/s {taken / 50:.2f} s/step", flush=True)
+            began, seen, tokens = time.perf_counter(), 0.0, 0
+        if processes.rank == 0 and ((step + 1) % 250 == 0 or step + 1 == steps):
             save(path, {"model": parameters(model), "optimizer": optimise.state}, {"step": str(step + 1)})
 
 

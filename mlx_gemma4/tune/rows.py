@@ -219,7 +219,7 @@ def passage(where: str, found: Sequence[Branch], media: tuple[Part, ...]) -> Pas
     before = np.zeros((len(hangs), len(ids)), bool)
     for segment, path in enumerate(hangs):
         before[segment, path] = True
-    at, targets = np.array(list(learnt), np.int32).T
+    at, targets = np.array(list(learnt), np.int32).reshape(-1, 2).T
     own = [np.array(values, np.int32) for values in (ids, positions, segments)]
     return Passage(where, own[0], own[1], own[2], before, at, targets, tuple(runs), media)
 
