@@ -91,7 +91,7 @@ def reorder_rows(module: nn.Module, order: mx.array) -> None:
         if name in module:
             axis = -1 if name == "gain" else -2
             rows = mx.unflatten(module[name], axis, (-1, len(order)))
-            module[name] = mx.take(rows, order, axis).flatten(axis - 1, axis)
+            module[name] = taken(rows, order, axis).flatten(axis - 1, axis)
 
 
 def reorder_columns(module: nn.Module, order: mx.array, block: int) -> bool:
@@ -103,5 +103,10 @@ def reorder_columns(module: nn.Module, order: mx.array, block: int) -> bool:
         if name in module:
             columns = module[name]
             heads = mx.unflatten(columns, -1, (-1, len(blocks), columns.shape[-1] * block // total_columns(module)))
-            module[name] = heads[..., blocks, :].flatten(-3, -1)
+            module[name] = taken(heads, blocks, -2).flatten(-3, -1)
     return True
+
+
+def taken(array: mx.array, order: mx.array, axis: int) -> mx.array:
+    """As `mx.take` along an axis from the end, without its copy of the array."""
+    return array[(*[slice(None)] * (array.ndim + axis), order)]

@@ -87,8 +87,8 @@ def eager(planted: Loaded, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
     language = type(model.language_model)
     head = language.head
 
-    def call_soon(self: Any, hidden: Any) -> Any:
-        logits = head(self, hidden)
+    def call_soon(self: Any, hidden: Any, adapters: Any) -> Any:
+        logits = head(self, hidden, adapters)
         logits[..., 48] += 20
         return logits
 

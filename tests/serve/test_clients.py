@@ -1,5 +1,6 @@
 """What people use, at its everyday work against the server: the clients as they are, nothing patched."""
 
+import asyncio
 import base64
 import io
 import json
@@ -253,11 +254,15 @@ def test_openai_agents_run_a_tool(server: str) -> None:
         asked.append(city)
         return weather(city)
 
-    model = agents.OpenAIResponsesModel("demo", AsyncOpenAI(base_url=f"{server}/v1"))
-    settings = agents.ModelSettings(temperature=0)
-    agent = agents.Agent("a", model=model, tools=[get_weather], model_settings=settings)
-    told = agents.Runner.run_sync(agent, PARIS)
-    assert asked == ["Paris"] and told.final_output == "It is sunny and 21 degrees in Paris."
+    async def told() -> str:
+        async with AsyncOpenAI(base_url=f"{server}/v1") as client:
+            model = agents.OpenAIResponsesModel("demo", client)
+            settings = agents.ModelSettings(temperature=0)
+            agent = agents.Agent("a", model=model, tools=[get_weather], model_settings=settings)
+            return str((await agents.Runner.run(agent, PARIS)).final_output)
+
+    assert asyncio.run(told()) == "It is sunny and 21 degrees in Paris."
+    assert asked == ["Paris"]
 
 
 @pytest.mark.parametrize("responses", [False, True])
