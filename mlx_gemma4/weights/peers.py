@@ -36,8 +36,8 @@ FAILED = "failed"
 T = TypeVar("T")
 
 
-class Link:
-    """To another machine."""
+class Peer:
+    """Another machine, over a plain socket."""
 
     def __init__(self, own: socket.socket, name: object):
         self.socket, self.name = own, name
@@ -52,7 +52,7 @@ class Link:
 
 
 watched = False  # by this process
-links: list[Link] = []  # of the first machine to all others, of these to it
+links: list[Peer] = []  # of the first machine to all others, of these to it
 led = False  # the first machine decides, the others follow, and none goes on without the others
 at_loss: list[Callable[[], object]] = []  # what is done when a machine is gone, before this process ends
 
@@ -128,20 +128,20 @@ def first_address() -> str:
 
 
 def start(own: socket.socket, name: object) -> None:
-    link = Link(own, name)
+    link = Peer(own, name)
     links.append(link)
     atexit.register(link.send, FAREWELL)
     threading.Thread(target=tell_life, args=(link,), daemon=True).start()
     threading.Thread(target=listen, args=(link,), daemon=True).start()
 
 
-def tell_life(link: Link) -> None:
+def tell_life(link: Peer) -> None:
     while True:
         link.send(ALIVE)
         time.sleep(BEAT)
 
 
-def listen(link: Link) -> None:
+def listen(link: Peer) -> None:
     global led
     with suppress(OSError), link.socket.makefile("rb") as file:
         while kind := file.read(1):
