@@ -47,14 +47,7 @@ from mlx_gemma4.terminal import (
     run,
     whole_above_0,
 )
-from mlx_gemma4.weights.load import (
-    DEFAULT_MODEL,
-    check_split,
-    find_adapter,
-    find_drafter,
-    find_folder,
-    open_checkpoint,
-)
+from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -115,9 +108,8 @@ def loaded(
     model: str, drafter: str, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
     split: str | None, max_batch: int, store: Path | None, adapter: list[str],
 ) -> Engine:  # fmt: skip
-    folder, own = find_folder(model), find_adapter(adapters_of(adapter))
-    choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, dtype, kv_bits, own, group, split)
+    drafter_ = None if drafter == "none" else drafter
+    checkpoint = find_checkpoint(model, drafter_, dtype, kv_bits, adapters_of(adapter), group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store)

@@ -61,15 +61,7 @@ from mlx_gemma4.terminal import (
     run,
     show_warning,
 )
-from mlx_gemma4.weights.load import (
-    DEFAULT_MODEL,
-    check_split,
-    find_adapter,
-    find_drafter,
-    find_folder,
-    footprint_of,
-    open_checkpoint,
-)
+from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint, footprint_of
 from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -129,9 +121,8 @@ def chat(
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
     split = same(group, saved.split if split is None and saved is not None else split)
     terminal = Terminal() if is_first and is_terminal() else None
-    path, own = find_folder(model), find_adapter(adapter)
-    choice = find_drafter(path, path, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(path, choice, computing, kv_bits, own, group, split)
+    drafter_ = None if drafter == "none" else drafter
+    checkpoint = find_checkpoint(model, drafter_, computing, kv_bits, adapter, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)

@@ -51,16 +51,7 @@ from mlx_gemma4.terminal import (
     show_warning,
     without_controls,
 )
-from mlx_gemma4.weights.load import (
-    DEFAULT_MODEL,
-    Checkpoint,
-    check_split,
-    find_adapter,
-    find_drafter,
-    find_folder,
-    load_values,
-    open_checkpoint,
-)
+from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, check_split, find_checkpoint, load_values
 from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -123,10 +114,8 @@ def generate(
         split = saved.split if split is None and saved is not None else split
     split = same(group, split)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
-    folder = find_folder(model)
-    own = find_adapter(adapter)
-    choice = find_drafter(model, folder, None if drafter == "none" else drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, computing, kv_bits, own, group, split)
+    drafter_ = None if drafter == "none" else drafter
+    checkpoint = find_checkpoint(model, drafter_, computing, kv_bits, adapter, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if not is_first:
         load_shown(checkpoint)

@@ -281,6 +281,22 @@ class Headers:
     drafter_config: DrafterConfig | None
 
 
+def find_checkpoint(
+    path_or_hub_id: str | Path,
+    drafter: str | Path | None = "auto",
+    dtype: mx.Dtype | None = None,
+    kv_bits: int | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+    group: mx.distributed.Group | None = None,
+    split: str | None = None,
+) -> Checkpoint:
+    """`open_checkpoint` of what is called so, fetched where it has to be. ConnectionError if the hub cannot be
+    reached."""
+    folder, own = find_folder(path_or_hub_id), find_adapter(adapter)
+    choice = find_drafter(path_or_hub_id, folder, drafter, adapter=own)
+    return open_checkpoint(folder, choice, dtype, kv_bits, own, group, split)
+
+
 def open_checkpoint(
     folder: Path,
     drafter: DrafterChoice | None,
@@ -688,10 +704,7 @@ def load(
     check_split(split)
     if group is not None and group.size() > 1:
         watch(group)
-    folder = find_folder(path_or_hub_id)
-    own = find_adapter(adapter)
-    choice = find_drafter(path_or_hub_id, folder, drafter, adapter=own)
-    checkpoint = open_checkpoint(folder, choice, asked, kv_bits, own, group, split)
+    checkpoint = find_checkpoint(path_or_hub_id, drafter, asked, kv_bits, adapter, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     for _ in load_values(checkpoint):
         pass

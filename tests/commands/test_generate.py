@@ -434,7 +434,7 @@ def test_a_wrong_request_is_refused_before_anything_is_loaded(
     ask = ("--model", tiny_folder, "--prompt", "a")
     check_refused(run(*ask, "--image", __file__), 2, "is no image known here")
     check_refused(run("--model", tiny_folder, "--prompt", "a" * 5000), 2, "the context holds 4096")
-    monkeypatch.setattr("mlx_gemma4.commands.generate.find_folder", never)  # nor downloaded
+    monkeypatch.setattr("mlx_gemma4.weights.load.find_folder", never)  # nor downloaded
     check_refused(run(*ask, "--image", "/no/such.png"), 2, "image '/no/such.png' does not exist")
     check_refused(run(*ask, "--image-budget", 1), 2, "image_budget is 1; expected one of")
     check_refused(run(*ask, "--max-tokens", 0), 2)
