@@ -3,20 +3,24 @@
     python benchmarks/conversation.py --model FOLDER --turns 30 --first-tokens 3000 --tokens 300 --output RESULTS
 
 Three series say the same: without a store, with one, and with one on disk where each turn is a process of its own. The
-texts are random, the replies greedy. RESULTS/chart.png shows the series; the last line of standard output is JSON.
+texts are random, the replies greedy. With `--server NAME=URL`, once or more, servers that speak OpenAI's protocol are
+asked the same, in turns. RESULTS/chart.png shows the series; the last line of standard output is JSON.
 """
 
+import http.client
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import typer
-from decode import load_endless, machine, machine_line
+from decode import load_endless, machine, machine_line, run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,11 +41,13 @@ def main(
     first_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the first message, about.")] = 3000,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each later message, about.")] = 100,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 50,
+    server: Annotated[list[str] | None, typer.Option(help="NAME=http://HOST:PORT; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="A folder for chart.png; needs the extra benchmark.")] = None,
 ) -> None:
-    """One conversation, three times."""
+    """One conversation, three times, and once more with each server."""
     if output is not None and find_spec("matplotlib") is None:
         raise ImportError('matplotlib is not installed; expected pip install "mlx_gemma4[benchmark]"')
+    hosts = dict(server_of(named) for named in server or [])
     loaded, processor = load_endless(model)
     texts = [text_of(processor, first_tokens if turn == 0 else tokens, turn) for turn in range(turns)]
     session = Session(loaded, processor)
@@ -62,6 +68,7 @@ def main(
         "store": measure(with_store, texts, "store"),
         "disk, a process each turn": restarted(model, texts, max_tokens),
     }
+    series |= served(hosts, model, texts, max_tokens)
     report(model, series, max_tokens)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -103,6 +110,51 @@ def one_turn(model: str, folder: str, text: str, max_tokens: int) -> Turn:
     return figures(reply)
 
 
+def server_of(named: str) -> tuple[str, str]:
+    """Name and host."""
+    name, _, url = named.partition("=")
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.netloc or parts.path:
+        raise ValueError(f"server is {named!r}; expected NAME=http://HOST:PORT")
+    return name, parts.netloc
+
+
+def served(hosts: dict[str, str], model: str, texts: list[str], max_tokens: int) -> dict[str, list[Turn]]:
+    """The same of servers by name, which take turns."""
+    messages: dict[str, list[dict[str, str]]] = {name: [] for name in hosts}
+    series: dict[str, list[Turn]] = {name: [] for name in hosts}
+    for text in texts:
+        for name, host in hosts.items():
+            messages[name].append({"role": "user", "content": text})
+            turn, reply = ask_server(host, model, messages[name], max_tokens)
+            messages[name].append({"role": "assistant", "content": reply})
+            series[name].append(turn)
+    return series
+
+
+def ask_server(host: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> tuple[Turn, str]:
+    """One streamed reply; ConnectionError if the server does not answer with one."""
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    started, first, text, usage = time.perf_counter(), 0.0, "", dict[str, Any]()
+    connection = http.client.HTTPConnection(host)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise ConnectionError(f"{host} answered {answer.status}: {answer.read().decode()[:200]}; expected a reply")
+    for line in answer:
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line.removeprefix(b"data: "))
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content") or ""
+            if text:
+                first = first or time.perf_counter() - started
+    connection.close()
+    read = usage["prompt_tokens"] - (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    return {"prompt_tokens": usage["prompt_tokens"], "read_tokens": read, "time_to_first_token": first}, text
+
+
 def report(model: str, series: dict[str, list[Turn]], max_tokens: int) -> None:
     console = Console()
     console.print(machine_line(machine()))
@@ -130,4 +182,4 @@ def draw(series: dict[str, list[Turn]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -31,7 +31,7 @@ PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0
 
 # What a template, which is somebody's code, can raise in the sandbox.
 TEMPLATE_FAILURES = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
 )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def render(
 ) -> str:
     """The text that the template makes of checked messages and tools; ValueError in one line if it fails."""
     try:
-        return template.render(
+        text = template.render(
             messages=messages,
             tools=tools or None,
             enable_thinking=thinking,
@@ -105,6 +105,8 @@ def render(
             bos_token=bos_token,
             add_generation_prompt=add_generation_prompt,
         )
+        text.encode()  # it may hold halves of surrogate pairs, which no tokenizer can encode
+        return text
     except TEMPLATE_FAILURES as error:
         raise ValueError(
             f"the chat template fails on this request: {unbroken(error) or type(error).__name__}"

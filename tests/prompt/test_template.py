@@ -82,6 +82,8 @@ def test_published_renders_come_out_to_the_letter(case: dict[str, Any]) -> None:
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ lipsum(n=100000) }}", "'lipsum' is undefined"),
+        ("{{ cycler() }}", "at least one item"),
+        (r"{{ '\ud83d' }}", "surrogates not allowed"),
     ],
 )
 def test_a_template_that_fails_is_a_value_error_of_one_line(source: str, reason: str) -> None:

@@ -1,0 +1,43 @@
+"""A conversation is read once where there is a store, in this process, from disk, and by a server."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from benchmarks.test_many_scripts import benchmark
+
+SIZES = ["--turns", 3, "--first-tokens", 40, "--tokens", 5, "--max-tokens", 4]
+
+
+@pytest.fixture
+def server(tiny_folder: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "mlx_gemma4.serve", "--model", str(tiny_folder), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        yield next(found[1] for line in process.stderr if (found := re.match(r"(http://\S+) serves", line)))
+        process.terminate()
+        process.stderr.read()
+
+
+def test_what_was_read_is_not_read_again(tiny_folder: Path, server: str) -> None:
+    done = benchmark("conversation.py", "--model", tiny_folder, *SIZES, "--server", f"over HTTP={server}")
+    assert done.returncode == 0, done.stderr
+    series = json.loads(done.stdout.splitlines()[-1])["series"]
+    assert [*series] == ["no store", "store", "disk, a process each turn", "over HTTP"]
+    for name, turns in series.items():
+        shares = [turn["read_tokens"] / turn["prompt_tokens"] for turn in turns]
+        assert shares[0] == 1 and all(turn["time_to_first_token"] > 0 for turn in turns)
+        assert all(share == 1 if name == "no store" else share < 0.7 for share in shares[1:])
+
+
+def test_a_server_that_is_none_is_one_line(tiny_folder: Path, server: str) -> None:
+    for url, said in (
+        (server + "/nowhere", "expected NAME=http://HOST:PORT"),
+        ("here", "expected NAME=http://HOST:PORT"),
+    ):
+        done = benchmark("conversation.py", "--model", tiny_folder, *SIZES, "--server", f"x={url}")
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
