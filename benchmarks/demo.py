@@ -3,7 +3,9 @@
     python benchmarks/demo.py --model demo --material RUN
 
 RUN is the folder that `python -m training.material RUN` filled: fonts and voices never trained on. Replies are greedy
-and go the whole way, from files or arrays through the processor to text. The last line of standard output is JSON.
+and go the whole way, from files or arrays through the processor to text. With `--kv-bits` each is asked twice, with
+caches as they are and quantized, and how many replies are the same is told; with `--before` so many tokens of other text
+stand before each. The last line of standard output is JSON.
 """
 
 import json
@@ -16,12 +18,13 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from conversation import text_of
 from decode import machine, machine_line, run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mlx_gemma4 import Sampling, generate, load
+from mlx_gemma4 import PromptStore, Sampling, generate, load
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.reply.reply import Reply
@@ -83,9 +86,15 @@ def main(
     items: Annotated[int, typer.Option(min=1, help="Items of each group.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the items.")] = 0,
     wrong: Annotated[int, typer.Option(help="Wrong replies to show of each group.")] = 0,
+    kv_bits: Annotated[int | None, typer.Option(help="Ask with caches of so many bits too.")] = None,
+    before: Annotated[int, typer.Option(min=0, help="Tokens of other text before each item, about.")] = 0,
 ) -> None:
     """Parts right by group and task; acceptance at three drafts; stories with and without drafts."""
     loaded, processor = load(model)
+    other = load(model, kv_bits=kv_bits)[0] if kv_bits is not None else None
+    turns = [{"role": "user", "content": text_of(processor, before, 0)}, {"role": "assistant", "content": "Yes."}]
+    start = turns if before else []
+    stores = PromptStore(), PromptStore()
     held_out = load_material(material, held_out=True)
     results: list[dict[str, Any]] = []
     drafted = accepted = 0
@@ -93,9 +102,12 @@ def main(
         rng = random.Random(f"{seed} {group.name}")
         asked = [item_of_one(rng, group.make(rng, held_out)) for _ in range(items)]
         tasks: dict[str, list[bool]] = {}
+        same: list[bool] = []
         for item in track(asked, group.name, console=Console(stderr=True), transient=True):
             question = item.questions[0]
-            reply = ask(loaded, processor, item, draft_length=3)
+            reply = ask(loaded, processor, item, 3, start, stores[0])
+            if other is not None:
+                same.append(ask(other, processor, item, 3, start, stores[1]).token_ids == reply.token_ids)
             right = is_right(question, reply)
             tasks.setdefault(question.task, []).append(right)
             if group.name in ("text", "story"):
@@ -105,8 +117,10 @@ def main(
                 print(f"{group.name}: {question.text!r} -> {reply.text or reply.tool_calls!r}; "
                       f"right: {question.call or question.answer!r}", file=sys.stderr)  # fmt: skip
         results.append(summary(group.name, group.goal, tasks))
+        if other is not None:
+            results[-1]["same"] = round(sum(same) / len(same), 4)
     unknown = [Item("unknown", (Question("unknown", text, DONT_KNOW),)) for text in HELD_OUT_QUESTIONS]
-    answers = [is_right(item.questions[0], ask(loaded, processor, item, 3)) for item in unknown]
+    answers = [is_right(item.questions[0], ask(loaded, processor, item, 3, start, stores[0])) for item in unknown]
     results.append(summary("unknown", 0.80, {"unknown": answers}))
     speed = story_speeds(loaded, processor, seed) if loaded.drafter is not None else {}
     speed["acceptance"] = round(accepted / drafted, 3) if drafted else None
@@ -119,15 +133,20 @@ def item_of_one(rng: random.Random, item: Item) -> Item:
     return Item(item.group, (choose(rng, [q for q in item.questions if q.task == task]),), item.media)
 
 
-def ask(model: Model, processor: Processor, item: Item, draft_length: int | str) -> Reply:
+def ask(
+    model: Model, processor: Processor, item: Item, draft_length: int | str, start: list[dict[str, Any]],
+    store: PromptStore | None,
+) -> Reply:  # fmt: skip
+    """start: messages that stand before the item's."""
     question = item.questions[0]
     messages = messages_of(question)
     if item.media:
         messages[0]["content"] = [*item.media, {"type": "text", "text": question.text}]
+    messages = start + messages
     length = draft_length if model.drafter is not None else 0
     return generate(
         model, processor, messages, tools=list(question.tools), max_tokens=MAX_TOKENS, sampling=GREEDY,
-        draft_length=length,
+        draft_length=length, store=store,
     )  # fmt: skip
 
 
@@ -154,7 +173,7 @@ def story_speeds(model: Model, processor: Processor, seed: int) -> dict[str, Any
     for turn in range(10):
         item = story_item(rng, True)
         for name, length in (("plain", 0), ("auto", "auto")):
-            reply = ask(model, processor, item, length)
+            reply = ask(model, processor, item, length, [], None)
             if turn > 1:  # the first ones compile
                 speeds[name].append(reply.stats.generation_tps)
     found = {f"{name}_tps": round(median(values), 1) for name, values in speeds.items()}
@@ -167,6 +186,8 @@ def report(model: str, items: int, results: list[dict[str, Any]], speed: dict[st
         table.add_column(heading, justify="left" if heading in ("group", "by task") else "right")
     for row in results:
         by_task = ", ".join(f"{task} {100 * part:.0f}" for task, part in row["tasks"].items())
+        if "same" in row:
+            by_task += f"; {100 * row['same']:.1f} % the same reply with quantized caches"
         table.add_row(
             row["group"], str(row["items"]), f"{100 * row['right']:.1f} %", f"{100 * row['goal']:.0f} %", by_task
         )

@@ -43,13 +43,18 @@ def one_line(error: Exception) -> str:
     """What an error of a library says, without the number and the file name of the operating system's."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = unbroken(error) or type(error).__name__
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    return clipped(error, LONGEST) or type(error).__name__
 
 
 def unbroken(text: object) -> str:
     """A text in one line."""
     return " ".join(str(text).split())
+
+
+def clipped(text: object, most: int) -> str:
+    """A text in one line, without what is beyond `most` characters."""
+    line = unbroken(text)
+    return line if len(line) <= most else line[:most] + "…"
 
 
 class Short(reprlib.Repr):
@@ -69,8 +74,7 @@ SHORT = Short()
 
 def shown(value: object) -> str:
     """A value for a message of one line."""
-    text = unbroken(SHORT.repr(value))
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+    return clipped(SHORT.repr(value), LONGEST_SHOWN)
 
 
 def a(value: object) -> str:

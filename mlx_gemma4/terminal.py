@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 
 import mlx_gemma4
 from mlx_gemma4.entry import if_stopped
-from mlx_gemma4.errors import Kind, kind, shown, unbroken
+from mlx_gemma4.errors import LONGEST, Kind, clipped, kind, shown, unbroken
 from mlx_gemma4.weights.load import logger
 from mlx_gemma4.weights.peers import leave_word
 
@@ -88,7 +88,8 @@ def run(app: typer.Typer) -> int:
         leave_word(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        text = error.format_message() if isinstance(error, TyperException) else str(error)
+        # of its own errors all is shown; Typer's quote what they got, however long
+        text = clipped(error.format_message(), 2 * LONGEST) if isinstance(error, TyperException) else str(error)
         if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
             text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
         print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)
@@ -201,6 +202,11 @@ def whole_above_0(text: str) -> int:
     return value
 
 
+def drafter_name(text: str) -> str | None:
+    """As `load` takes it."""
+    return None if text == "none" else text
+
+
 # Options that commands share.
 
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")]
@@ -222,7 +228,9 @@ Seed = Annotated[int | None, typer.Option(parser=whole_number, metavar="N", help
 ImageBudget = Annotated[
     int | None, typer.Option(parser=whole_number, metavar="N", help="Tokens an image: 70, 140, 280, 560 or 1120.")
 ]
-DrafterName = Annotated[str, typer.Option(metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")]
+DrafterName = Annotated[
+    str | None, typer.Option(parser=drafter_name, metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
+]
 DraftLength = Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")]
 Split = Annotated[
     str | None,

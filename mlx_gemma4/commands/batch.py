@@ -105,11 +105,10 @@ def batch(
 
 
 def loaded(
-    model: str, drafter: str, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
+    model: str, drafter: str | None, dtype: mx.Dtype | None, kv_bits: int | None, group: mx.distributed.Group | None,
     split: str | None, max_batch: int, store: Path | None, adapter: list[str],
 ) -> Engine:  # fmt: skip
-    drafter_ = None if drafter == "none" else drafter
-    checkpoint = find_checkpoint(model, drafter_, dtype, kv_bits, adapters_of(adapter), group, split)
+    checkpoint = find_checkpoint(model, drafter, dtype, kv_bits, adapters_of(adapter), group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store)

@@ -121,8 +121,7 @@ def chat(
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
     split = same(group, saved.split if split is None and saved is not None else split)
     terminal = Terminal() if is_first and is_terminal() else None
-    drafter_ = None if drafter == "none" else drafter
-    checkpoint = find_checkpoint(model, drafter_, computing, kv_bits, adapter, group, split)
+    checkpoint = find_checkpoint(model, drafter, computing, kv_bits, adapter, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)

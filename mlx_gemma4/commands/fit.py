@@ -92,7 +92,7 @@ def fit(
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     computing = computing_type(dtype)
     if tune:
-        drafter = "none"  # it is not there while the model is trained
+        drafter = None  # it is not there while the model is trained
     if memory is not None and hosts is not None:
         raise ValueError(f"memory is {memory!r} and hosts {str(hosts)!r}; expected one of them")
     rooms = [] if memory is None else [mac_room(parse_memory(each)) for each in memory.split(",")]
@@ -100,7 +100,7 @@ def fit(
         rooms = rooms_of(read_hosts(hosts))
     if tune and len(rooms) > 1:
         raise ValueError(f"{len(rooms)} machines and tune; expected one")
-    headers = headers_anywhere(model, None if drafter == "none" else drafter, computing, kv_bits)
+    headers = headers_anywhere(model, drafter, computing, kv_bits)
     most = headers.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:

@@ -23,7 +23,7 @@ from mlx_gemma4.convert.job import (
     open_target,
 )
 from mlx_gemma4.convert.recipes import Recipe, named_recipe
-from mlx_gemma4.terminal import Debug, SizeBar, Version, run
+from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, run
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
 from mlx_gemma4.weights.tensors import element_count
 
@@ -48,9 +48,7 @@ def fuse(
     gguf: Annotated[
         bool, typer.Option("--gguf", help="llama.cpp's files too: Q4_0, Q8_0 or BF16, as the bits are.")
     ] = False,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="The drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     version: Version = False,
     debug: Debug = False,
 ) -> None:
@@ -68,7 +66,7 @@ def fuse(
     fused = with_adapter(original, adapter)
     job, outcome = how_to_write(fused, base, chosen, dequantize)
     jobs, outcomes = {"": job}, {"": outcome}
-    choice = find_drafter(model, base.folder, None if drafter == "none" else drafter, adapter=adapter)
+    choice = find_drafter(model, base.folder, drafter, adapter=adapter)
     assert isinstance(base.parsed, ModelConfig)
     if choice is not None:
         own = open_drafter(choice.folder, base.parsed)

@@ -114,8 +114,7 @@ def generate(
         split = saved.split if split is None and saved is not None else split
     split = same(group, split)
     # All that can be wrong with the request is found before gigabytes are downloaded or loaded for it.
-    drafter_ = None if drafter == "none" else drafter
-    checkpoint = find_checkpoint(model, drafter_, computing, kv_bits, adapter, group, split)
+    checkpoint = find_checkpoint(model, drafter, computing, kv_bits, adapter, group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if not is_first:
         load_shown(checkpoint)

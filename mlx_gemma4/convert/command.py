@@ -29,7 +29,7 @@ from mlx_gemma4.convert.job import (
 )
 from mlx_gemma4.convert.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.errors import CheckpointError
-from mlx_gemma4.terminal import Debug, SizeBar, Version, check_name, run, whole_number
+from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, check_name, run, whole_number
 from mlx_gemma4.weights.load import DEMO, find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -77,9 +77,7 @@ def convert(
         str | None, typer.Option(metavar="NAME", help="Of --recipe qat: bfloat16, or float32, which is always exact.")
     ] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Back to full precision.")] = False,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="The drafter's folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Convert the model alone.")] = False,
     drafter_bits: Annotated[
         int, typer.Option(parser=whole_number, metavar="N", help="Bits a weight of the drafter.")
@@ -98,7 +96,7 @@ def convert(
         recipe=choose_recipe(recipe, q_bits, q_group_size, q_mode, dequantize, files is not None),
         dtype=computing_type(dtype),
         float32_scales=choose_scales(scales, recipe, files is not None),
-        drafter=None if no_drafter or drafter == "none" else drafter,
+        drafter=None if no_drafter else drafter,
         drafter_bits=drafter_bits,
     )
     if drafter_bits not in BITS["affine"]:

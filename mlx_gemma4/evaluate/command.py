@@ -31,7 +31,7 @@ from mlx_gemma4.evaluate.quality import (
 )
 from mlx_gemma4.prompt.messages import json_lines
 from mlx_gemma4.prompt.processor import load_processor
-from mlx_gemma4.terminal import Adapter, Bar, Debug, DType, KvBits, Version, check_name, run, whole_above_0
+from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
 from mlx_gemma4.weights.tensors import list_tensors
@@ -60,9 +60,7 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(parser=whole_above_0, metavar="N", help="Of each answer, count the first N tokens.")
     ] = None,
-    drafter: Annotated[
-        str, typer.Option(metavar="MODEL", help="The candidates' drafter: a folder or hub id, auto, or none.")
-    ] = "auto",
+    drafter: DrafterName = "auto",
     write_card: Annotated[
         bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
     ] = False,
@@ -91,10 +89,7 @@ def evaluate(
     lines = read_lines(data or BUILT_IN)
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing, group)
-    subjects = [
-        open_subject(name, None if drafter == "none" else drafter, lines, max_tokens, computing, kv_bits, added, group)
-        for name in names
-    ]
+    subjects = [open_subject(name, drafter, lines, max_tokens, computing, kv_bits, added, group) for name in names]
     for subject in subjects:
         check_same(subject, reference_of)
     known = reference_of if isinstance(reference_of, Distributions) else read_reference(reference_of)

@@ -96,7 +96,7 @@ def serve(
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
     allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
     settings = Settings(
-        model=model, drafter=None if drafter == "none" else drafter, dtype=dtype, kv_bits=kv_bits, split=split,
+        model=model, drafter=drafter, dtype=dtype, kv_bits=kv_bits, split=split,
         adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
         unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
