@@ -49,6 +49,7 @@ def main(
         model, processor = load(str(write_planted(Path(folder) / "model", Shape(context=8192), 1, 2.2)))
         store = PromptStore(max_bytes=30_000_000)
         lock, sizes, wrong = Lock(), list[tuple[float, int]](), list[str]()
+        samples: list[tuple[int, str, dict[str, Any], list[int]]] = []
         counts = {"whole": 0, "left": 0, "failed": 0, "compared": 0}
         with Engine(model, processor, THREADS, store) as engine, ThreadPoolExecutor(THREADS) as pool:
 
@@ -71,19 +72,23 @@ def main(
                 with lock:
                     counts[ended if ended in counts else "failed"] += 1
                     if ended == "whole" and number % 20 == 0 and asked["sampling"].temperature == 0:
-                        counts["compared"] += 1
-                        if collect(pieces).token_ids != generate(model, processor, words, **asked).token_ids:
-                            wrong.append(f"request {number}")
+                        samples.append((number, words, asked, collect(pieces).token_ids))
 
             done = 0
             for part in range(PARTS):
                 upto = requests * (part + 1) // PARTS
                 started = time.perf_counter()
                 list(pool.map(one, range(done, upto)))
+                seconds = time.perf_counter() - started
+                counts["compared"] += len(samples)
+                for number, words, asked, ids in samples:  # here: each thread that generates keeps rounds of its own
+                    if generate(model, processor, words, **asked).token_ids != ids:
+                        wrong.append(f"request {number}")
+                samples.clear()
                 gc.collect()
                 sizes.append((resident(), len(os.listdir("/proc/self/fd"))))
                 print(
-                    f"{upto} of {requests}: {(upto - done) / (time.perf_counter() - started):.1f} a second, "
+                    f"{upto} of {requests}: {(upto - done) / seconds:.1f} a second, "
                     f"{sizes[-1][0]:.0f} MB resident, {mx.get_active_memory() / 1e6:.0f} MB of arrays, "
                     f"{sizes[-1][1]} open files, {counts}", flush=True,
                 )  # fmt: skip

@@ -158,8 +158,9 @@ class Request:
                 "images, audios, videos and system go with a request that is a string; put them in the messages"
             )
         if isinstance(content, Prompt):
-            given = (self.tools, self.thinking is not False, self.preserve_thinking, self.continue_final_message)
-            if any(given) or self.image_budget is not None:
+            flags = (self.thinking, self.preserve_thinking, self.continue_final_message)
+            no_tools = self.tools is None or (isinstance(self.tools, (list, tuple)) and not self.tools)
+            if not no_tools or any(flag is not False for flag in flags) or self.image_budget is not None:
                 raise ValueError(
                     "tools, thinking, preserve_thinking, continue_final_message and image_budget go with messages; a "
                     "Prompt is taken as it stands"

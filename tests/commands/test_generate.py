@@ -410,7 +410,7 @@ OPTIONS: list[tuple[list[str], str]] = [
     (["--image"], "'--image' requires an argument"),
     (["--colour", "red"], "No such option: --colour"),
     (["more"], "unexpected extra argument"),
-    (["9" * 5000], "unexpected extra argument (9999"),
+    (["9" * 5000], "unexpected extra argument(s) (9999"),
     (["--thinking=yes"], "'--thinking' does not take a value"),
     (["--prompt", "\udcff"], "half of a surrogate pair"),  # as Python reads a byte that is no UTF-8
 ]

@@ -569,6 +569,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "videos": (Prompt(IDS), {"videos": ["a.mp4"]}, "put them in the messages"),
     "system": (MESSAGES, {"system": "be brief"}, "put them in the messages"),
     "tools": (Prompt(IDS), {"tools": [{"name": "weather"}]}, "a Prompt is taken as it stands"),
+    "tools array": (Prompt(IDS), {"tools": np.zeros(3)}, "a Prompt is taken as it stands"),
     "thinking": (Prompt(IDS), {"thinking": True}, "a Prompt is taken as it stands"),
     "image_budget": (Prompt(IDS), {"image_budget": 70}, "a Prompt is taken as it stands"),
 }
