@@ -4,8 +4,8 @@
 
 RUN is the folder that `python -m training.material RUN` filled: fonts and voices never trained on. Replies are greedy
 and go the whole way, from files or arrays through the processor to text. With `--kv-bits` each is asked twice, with
-caches as they are and quantized, and how many replies are the same is told; with `--before` so many tokens of other text
-stand before each. The last line of standard output is JSON.
+caches as they are and quantized, and how many replies are the same is told; with `--before` so many tokens of other
+text stand before each. The last line of standard output is JSON.
 """
 
 import json
