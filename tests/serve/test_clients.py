@@ -220,6 +220,17 @@ def test_responses_see_images(gpt: Any) -> None:
 # --- others
 
 
+@pytest.fixture
+def event_loop() -> Iterator[None]:
+    """One for this thread: litellm would make it, and leave it open for another test to be blamed."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.mark.usefixtures("event_loop")
 def test_litellm_speaks_both(server: str) -> None:
     litellm = pytest.importorskip("litellm")
     ask: dict[str, Any] = {"messages": [{"role": "user", "content": "Spell the word cat."}], "temperature": 0}
