@@ -816,7 +816,7 @@ def test_a_phone_shows_all_within_its_width(page: Page, server: Scripted) -> Non
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.evaluate("document.querySelector('#scroll').scrollWidth <= 360")
     expect(page.locator("#send")).to_be_in_viewport()
-    assert not page.locator("#search").is_visible()
+    expect(page.locator("#search")).not_to_be_visible()
     page.click("#open")
     expect(page.locator("#list button")).to_be_in_viewport()
     page.mouse.click(350, 300)
