@@ -7,7 +7,6 @@ texts are random, the replies greedy. With `--server NAME=URL`, once or more, se
 asked the same, in turns. RESULTS/chart.png shows the series; the last line of standard output is JSON.
 """
 
-import http.client
 import json
 import tempfile
 import time
@@ -24,6 +23,7 @@ from decode import load_endless, machine, machine_line, run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from serve import chunks
 
 from mlx_gemma4 import Sampling, Session, generate
 from mlx_gemma4.engine.session import ABOUT
@@ -133,24 +133,13 @@ def served(hosts: dict[str, str], model: str, texts: list[str], max_tokens: int)
 
 
 def ask_server(host: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> tuple[Turn, str]:
-    """One streamed reply; ConnectionError if the server does not answer with one."""
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    asked = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
     started, first, text, usage = time.perf_counter(), 0.0, "", dict[str, Any]()
-    connection = http.client.HTTPConnection(host)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise ConnectionError(f"{host} answered {answer.status}: {answer.read().decode()[:200]}; expected a reply")
-    for line in answer:
-        if line.startswith(b"data: {"):
-            chunk = json.loads(line.removeprefix(b"data: "))
-            usage = chunk.get("usage") or usage
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-            if text:
-                first = first or time.perf_counter() - started
-    connection.close()
+    for chunk in chunks(host, asked):
+        usage = chunk.get("usage") or usage
+        text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+        if text:
+            first = first or time.perf_counter() - started
     read = usage["prompt_tokens"] - (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     return {"prompt_tokens": usage["prompt_tokens"], "read_tokens": read, "time_to_first_token": first}, text
 

@@ -92,9 +92,12 @@ def main(
     """Parts right by group and task; acceptance at three drafts; stories with and without drafts."""
     loaded, processor = load(model)
     other = load(model, kv_bits=kv_bits)[0] if kv_bits is not None else None
-    turns = [{"role": "user", "content": text_of(processor, before, 0)}, {"role": "assistant", "content": "Yes."}]
-    start = turns if before else []
-    stores = PromptStore(), PromptStore()
+    start: list[dict[str, Any]] = []
+    stores: tuple[PromptStore | None, PromptStore | None] = None, None
+    if before:  # which is read once
+        text = text_of(processor, before, 0)
+        start = [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
+        stores = PromptStore(), PromptStore()
     held_out = load_material(material, held_out=True)
     results: list[dict[str, Any]] = []
     drafted = accepted = 0
@@ -116,12 +119,10 @@ def main(
             if not right and sum(not r for rs in tasks.values() for r in rs) <= wrong:
                 print(f"{group.name}: {question.text!r} -> {reply.text or reply.tool_calls!r}; "
                       f"right: {question.call or question.answer!r}", file=sys.stderr)  # fmt: skip
-        results.append(summary(group.name, group.goal, tasks))
-        if other is not None:
-            results[-1]["same"] = round(sum(same) / len(same), 4)
+        results.append(summary(group.name, group.goal, tasks, same))
     unknown = [Item("unknown", (Question("unknown", text, DONT_KNOW),)) for text in HELD_OUT_QUESTIONS]
     answers = [is_right(item.questions[0], ask(loaded, processor, item, 3, start, stores[0])) for item in unknown]
-    results.append(summary("unknown", 0.80, {"unknown": answers}))
+    results.append(summary("unknown", 0.80, {"unknown": answers}, []))
     speed = story_speeds(loaded, processor, seed) if loaded.drafter is not None else {}
     speed["acceptance"] = round(accepted / drafted, 3) if drafted else None
     report(model, items, results, speed)
@@ -159,11 +160,13 @@ def is_right(question: Question, reply: Reply) -> bool:
     return reply.text == question.answer
 
 
-def summary(group: str, goal: float, tasks: dict[str, list[bool]]) -> dict[str, Any]:
+def summary(group: str, goal: float, tasks: dict[str, list[bool]], same: list[bool]) -> dict[str, Any]:
+    """same: of replies with quantized caches, whether they are those without; may be empty."""
     answers = [right for rights in tasks.values() for right in rights]
     by_task = {task: round(sum(rights) / len(rights), 3) for task, rights in sorted(tasks.items())}
     right = round(sum(answers) / len(answers), 4)
-    return {"group": group, "items": len(answers), "right": right, "goal": goal, "tasks": by_task}
+    found = {"group": group, "items": len(answers), "right": right, "goal": goal, "tasks": by_task}
+    return found | {"same": round(sum(same) / len(same), 4)} if same else found
 
 
 def story_speeds(model: Model, processor: Processor, seed: int) -> dict[str, Any]:

@@ -114,19 +114,26 @@ def streamed(stream: Stream, started: float) -> tuple[Told, Stats]:
 
 def from_server(port: int, asked: Asked) -> Told:
     started, first, count = time.perf_counter(), 0.0, 0
-    connection = http.client.HTTPConnection("127.0.0.1", port)
+    for chunk in chunks(f"127.0.0.1:{port}", asked):
+        if any(choice["delta"].get("content") for choice in chunk["choices"]):
+            first = first or time.perf_counter() - started
+        if chunk.get("usage"):
+            count = chunk["usage"]["completion_tokens"]
+    return first, time.perf_counter() - started, count
+
+
+def chunks(host: str, asked: Asked) -> Iterator[dict[str, Any]]:
+    """Of one streamed reply, usage in the last; RuntimeError if the server at host:port does not answer with one."""
     body = asked | {"stream": True, "stream_options": {"include_usage": True}}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection = http.client.HTTPConnection(host)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     if answer.status != 200:
-        raise RuntimeError(f"the server answered {answer.status}: {answer.read().decode()[:200]}")
+        raise RuntimeError(f"{host} answered {answer.status}: {answer.read().decode()[:200]}; expected a reply")
     for line in answer:
-        if b'"content":' in line and b'"role"' not in line:
-            first = first or time.perf_counter() - started
-        if b'"usage"' in line:
-            count = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
+        if line.startswith(b"data: {"):
+            yield json.loads(line.removeprefix(b"data: "))
     connection.close()
-    return first, time.perf_counter() - started, count
 
 
 @contextmanager
