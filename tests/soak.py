@@ -1,6 +1,6 @@
 """Many requests of all kinds at one engine for as long as it takes: nothing grows, hangs or is answered wrongly.
 
-    PYTHONPATH=tests python -m tests.soak --requests 3000
+    python -m tests.soak --requests 3000
 
 Eight threads ask a toy model: short and long prompts, pictures and sounds, forms, tools, stops, seeds and logprobs; a
 third of the replies are left before their end. Of those that came whole each twentieth is compared with what `generate`
@@ -13,9 +13,10 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Annotated, Any
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from mlx_gemma4.reply.reply import Piece
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_planted
+from fuzz.harness import resident
 from toy_checkpoint import Shape
 
 WORDS = ("the", "a", "fox", "bear", "runs", "home", "and", "or", "red", "blue", "sees", "sky", "tree", "one", "two")
@@ -48,55 +50,63 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model, processor = load(str(write_planted(Path(folder) / "model", Shape(context=8192), 1, 2.2)))
         store = PromptStore(max_bytes=30_000_000)
-        lock, sizes, wrong = Lock(), list[tuple[float, int]](), list[str]()
-        samples: list[tuple[int, str, dict[str, Any], list[int]]] = []
-        counts = {"whole": 0, "left": 0, "failed": 0, "compared": 0}
+        sizes: list[tuple[int, int]] = []
+        counts: Counter[str] = Counter()
+        wrong: list[str] = []
         with Engine(model, processor, THREADS, store) as engine, ThreadPoolExecutor(THREADS) as pool:
-
-            def one(number: int) -> None:
-                rng = random.Random(f"{seed} {number}")
-                words, asked = some_words(rng), some_options(rng)
-                leaves = rng.random() < 1 / 3
-                stream = engine.submit(words, **asked)
-                pieces: list[Piece] = []
-                try:
-                    for piece in stream:
-                        pieces.append(piece)
-                        if leaves and rng.random() < 0.2:
-                            stream.close()
-                            break
-                except (ValueError, RuntimeError) as error:  # a form that ends in a dead end says so
-                    ended = str(error)
-                else:
-                    ended = "left" if leaves and pieces[-1].finish_reason is None else "whole"
-                with lock:
-                    counts[ended if ended in counts else "failed"] += 1
-                    if ended == "whole" and number % 20 == 0 and asked["sampling"].temperature == 0:
-                        samples.append((number, words, asked, collect(pieces).token_ids))
-
-            done = 0
             for part in range(PARTS):
-                upto = requests * (part + 1) // PARTS
+                numbers = range(requests * part // PARTS, requests * (part + 1) // PARTS)
                 started = time.perf_counter()
-                list(pool.map(one, range(done, upto)))
+                answers = list(pool.map(lambda number: answered(engine, random.Random(f"{seed} {number}")), numbers))
                 seconds = time.perf_counter() - started
-                counts["compared"] += len(samples)
-                for number, words, asked, ids in samples:  # here: each thread that generates keeps rounds of its own
-                    if generate(model, processor, words, **asked).token_ids != ids:
-                        wrong.append(f"request {number}")
-                samples.clear()
+                counts.update(answer.ended for answer in answers)
+                for number, answer in zip(numbers, answers, strict=True):
+                    if answer.ended == "failed":
+                        wrong.append(f"request {number}: {answer.error}")
+                    elif answer.ended == "whole" and number % 20 == 0 and answer.asked["sampling"].temperature == 0:
+                        counts["compared"] += 1  # here: each thread that generates keeps rounds of its own
+                        if generate(model, processor, answer.words, **answer.asked).token_ids != answer.token_ids:
+                            wrong.append(f"request {number}: another reply than alone")
                 gc.collect()
-                sizes.append((resident(), len(os.listdir("/proc/self/fd"))))
+                sizes.append((resident(os.getpid()), len(os.listdir("/proc/self/fd"))))
                 print(
-                    f"{upto} of {requests}: {(upto - done) / seconds:.1f} a second, "
-                    f"{sizes[-1][0]:.0f} MB resident, {mx.get_active_memory() / 1e6:.0f} MB of arrays, "
-                    f"{sizes[-1][1]} open files, {counts}", flush=True,
+                    f"{numbers.stop} of {requests}: {len(numbers) / seconds:.1f} a second, "
+                    f"{sizes[-1][0] / 1e6:.0f} MB resident, {mx.get_active_memory() / 1e6:.0f} MB of arrays, "
+                    f"{sizes[-1][1]} open files, {dict(counts)}", flush=True,
                 )  # fmt: skip
-                done = upto
     # what is compiled comes and goes: the most of the second half beside the most of the first three parts
     grown = max(size for size, _ in sizes[PARTS // 2 :]) / max(size for size, _ in sizes[:3])
     print(f"{len(wrong)} wrong {wrong[:5]}; resident memory {grown:.2f} times what it was")
     sys.exit(int(bool(wrong) or grown > 1.1 or sizes[-1][1] > sizes[0][1] + 2))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was asked and what came: "whole", "left" or "failed"."""
+
+    words: str
+    asked: dict[str, Any]
+    ended: str
+    token_ids: list[int] = field(default_factory=list)
+    error: str = ""
+
+
+def answered(engine: Engine, rng: random.Random) -> Answer:
+    words, asked = some_words(rng), some_options(rng)
+    leaves = rng.random() < 1 / 3
+    stream = engine.submit(words, **asked)
+    pieces: list[Piece] = []
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            if leaves and rng.random() < 0.2:
+                stream.close()
+                break
+    except (ValueError, RuntimeError) as error:
+        return Answer(words, asked, "failed", error=str(error))
+    if pieces[-1].finish_reason is None:
+        return Answer(words, asked, "left")
+    return Answer(words, asked, "whole", collect(pieces).token_ids)
 
 
 def some_words(rng: random.Random) -> str:
@@ -125,12 +135,6 @@ def some_options(rng: random.Random) -> dict[str, Any]:
     elif kind == 5:
         asked["thinking"] = True
     return asked
-
-
-def resident() -> float:
-    """MB of this process."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 if __name__ == "__main__":
