@@ -88,7 +88,7 @@ def run(app: typer.Typer) -> int:
         leave_word(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        # of its own errors all is shown; Typer's quote what they got, however long
+        # Typer's own quote what they got, however long
         text = clipped(error.format_message(), 2 * LONGEST) if isinstance(error, TyperException) else str(error)
         if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
             text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"

@@ -103,7 +103,9 @@ def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
     if not is_pair or not isinstance(source[1], Real) or isinstance(source[1], bool):
         kinds = ", ".join(type(item).__name__ for item in source)
         raise MediaError(f"audio is a tuple of ({kinds}); expected (numpy array, sampling rate)")
-    samples, rate = source[0], source[1].item() if isinstance(source[1], np.generic) else source[1]
+    samples, rate = source
+    if isinstance(rate, np.generic):  # or NumPy compares and shows it in its own type
+        rate = rate.item()
     if not SLOWEST <= rate <= FASTEST:  # before it becomes a float, which an integer may be too large for; also NaN
         text = f"{rate:g}" if abs(rate) < 1e300 else shown(rate)
         raise MediaError(f"the sampling rate of audio is {text} Hz; expected from {SLOWEST} to {FASTEST}")
