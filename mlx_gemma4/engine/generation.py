@@ -145,7 +145,7 @@ def stream_generate(
     )  # fmt: skip
     prompt, prepared = request_.timed_prompt(processor)
     events = generation_events(model, processor, prompt, options, prepared, store)
-    check_memory(footprint_of(model), len(prompt), max_tokens)
+    check_memory(footprint_of(model), len(prompt), options.max_tokens)
     return (event for event in events if isinstance(event, Piece))
 
 
@@ -280,7 +280,7 @@ def row_of(
     model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float,
     constraint: "Constraint | None",
 ) -> Row:  # fmt: skip
-    limit = min(int(options.max_tokens), model.config.text.max_position_embeddings - len(prompt))
+    limit = min(options.max_tokens, model.config.text.max_position_embeddings - len(prompt))
     return Row(processor, prompt, model.config.generation.eos_token_ids, limit, options, prepared, constraint)
 
 

@@ -44,6 +44,7 @@ class Options:
     def __post_init__(self) -> None:
         if not is_whole(self.max_tokens) or not 1 <= self.max_tokens < 2**63:
             raise ValueError(f"max_tokens is {shown(self.max_tokens)}; expected a whole number, 1 or more")
+        object.__setattr__(self, "max_tokens", int(self.max_tokens))  # NumPy's would overflow when it is added to
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling is {shown(self.sampling)}; expected Sampling(…)")
         check_draft_length(self.draft_length)

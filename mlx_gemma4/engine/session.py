@@ -138,7 +138,7 @@ class Session:
         )
         prompt, prepared = self.prompt(turn, options, continue_final_message)
         events = self.events(turn, prompt, prepared, options, continue_final_message)
-        check_memory(footprint_of(self.model), len(prompt), max_tokens)
+        check_memory(footprint_of(self.model), len(prompt), options.max_tokens)
         return (event for event in events if isinstance(event, Piece))
 
     def prompt(

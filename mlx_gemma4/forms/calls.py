@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from llguidance import LLMatcher, regex_to_lark
 
+from mlx_gemma4.errors import LONGEST_SHOWN, clipped
 from mlx_gemma4.forms.lark import (
     NOTHING,
     ImpossibleError,
@@ -77,7 +78,9 @@ def cached_grammar(tools: str, quote: int, close: int) -> str:
         text, notes = function_rules(function, f"t{place}", quote, close)
         if notes:
             told = ", ".join(notes[:10]) + (f" and {len(notes) - 10} more" if len(notes) > 10 else "")
-            logger.warning("calls of %s are not held to all of its schema: %s", function["name"][:80], told)
+            logger.warning(
+                "calls of %s are not held to all of its schema: %s", function["name"][:80], clipped(told, LONGEST_SHOWN)
+            )
         rules.append(text)
     grammar: str = LLMatcher.grammar_from_lark("\n".join(rules))
     return grammar

@@ -9,7 +9,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
-from mlx_gemma4.errors import a, shown, unbroken
+from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
 from mlx_gemma4.forms.lark import validation
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
@@ -160,7 +160,10 @@ def cached_schema_grammar(text: str) -> str:
     except RecursionError:
         raise ValueError("response_format: its schema is nested too deep") from None
     if dropped:
-        logger.warning("response_format: strings are not held to the formats %s", ", ".join(sorted(dropped)))
+        logger.warning(
+            "response_format: strings are not held to the formats %s",
+            clipped(", ".join(sorted(dropped)), LONGEST_SHOWN),
+        )
     return grammar
 
 

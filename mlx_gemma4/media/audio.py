@@ -107,7 +107,7 @@ def check_samples(source: tuple[np.ndarray, int]) -> tuple[np.ndarray, float]:
     if isinstance(rate, np.generic):  # or NumPy compares and shows it in its own type
         rate = rate.item()
     if not SLOWEST <= rate <= FASTEST:  # before it becomes a float, which an integer may be too large for; also NaN
-        text = f"{rate:g}" if abs(rate) < 1e300 else shown(rate)
+        text = f"{float(rate):g}" if abs(rate) < 1e300 else shown(rate)
         raise MediaError(f"the sampling rate of audio is {text} Hz; expected from {SLOWEST} to {FASTEST}")
     if samples.ndim not in (1, 2):
         raise MediaError(f"audio has the shape {samples.shape}; expected [n], [n, channels] or [channels, n]")

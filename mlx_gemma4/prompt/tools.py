@@ -13,6 +13,8 @@ from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
+from mlx_gemma4.errors import LONGEST_SHOWN, clipped
+
 logger = logging.getLogger("mlx_gemma4")
 
 Schema = dict[str, Any]
@@ -53,7 +55,11 @@ def template_tools(tools: list[Schema]) -> list[Schema]:
         written.append({"type": "function", "function": function})
         if lost:
             names = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-            logger.warning("the chat template cannot write all of %s, left out: %s", function["name"][:80], names)
+            logger.warning(
+                "the chat template cannot write all of %s, left out: %s",
+                function["name"][:80],
+                clipped(names, LONGEST_SHOWN),
+            )
     return written
 
 

@@ -83,6 +83,10 @@ def test_nothing_behind_a_stop_token_is_shown_or_counted(endless: Loaded, config
         assert "".join(piece.text for piece in pieces) == texts[end]
 
 
+def test_a_number_of_numpy_s_is_a_number(endless: Loaded) -> None:
+    assert reply_of(endless, np.int64(2), np.int64(5)).token_ids == reply_of(endless, 2, 5).token_ids
+
+
 class Foresight:
     """A drafter that knows what will be said: every draft of its rounds is accepted."""
 

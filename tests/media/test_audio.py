@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
@@ -162,6 +163,7 @@ def test_a_clip_beyond_30_seconds_is_kept_whole_with_a_note() -> None:
         ((np.zeros((2, 3, 4)), 16000), r"^audio has the shape \(2, 3, 4\); expected"),
         ((np.zeros(5), 0), r"^the sampling rate of audio is 0 Hz; expected from 1000 to 1000000$"),
         ((np.zeros(5), np.float32(1)), r"^the sampling rate of audio is 1 Hz; expected from 1000 to 1000000$"),
+        ((np.zeros(5), Fraction(1, 2)), r"^the sampling rate of audio is 0.5 Hz; expected from 1000 to 1000000$"),
         ((np.zeros(5), 1e15), r"^the sampling rate of audio is 1e\+15 Hz; expected from 1000 to 1000000$"),
         ((np.zeros(5), float("nan")), r"^the sampling rate of audio is nan Hz; expected from 1000 to 1000000$"),
         ((np.zeros(5), True), r"^audio is a tuple of \(ndarray, bool\); expected \(numpy array, sampling rate\)$"),

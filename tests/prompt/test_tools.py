@@ -127,6 +127,9 @@ def test_nothing_vanishes_without_a_logged_line(caplog: pytest.LogCaptureFixture
         "the description of its parameters"
     ]
     caplog.clear()
+    declared({"broken\nkey": None})
+    assert caplog.messages == ["the chat template cannot write all of f, left out: broken key of parameters"]
+    caplog.clear()
     declared({"type": "object", "title": "T", "properties": {"a": {"type": "string"}}, "additionalProperties": False})
     assert caplog.messages == []
 
