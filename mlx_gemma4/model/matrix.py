@@ -13,7 +13,11 @@ BLOCK = 2**22  # numbers that are looked at at once
 STORED = ("weight", "scales", "biases")  # of a matrix, by rows
 
 
-class Adapted(nn.Module):
+class Choosing(nn.Module):
+    """What is called with the adapters that rows have: what may be an adapted matrix, or a part of one."""
+
+
+class Adapted(Choosing):
     """x Wᵀ + (x Aᵀ) Bᵀ, B with the adapter's scale in it; of DoRA the rows of W + B A have lengths of their own.
 
     Of several adapters, which requests choose from, each array has one axis more in front, and the first adds nothing.
@@ -54,7 +58,7 @@ def adapt(module: nn.Module, lora_a: mx.array, lora_b: mx.array, gain: mx.array 
 
 def product(module: nn.Module, x: mx.array, adapters: mx.array | None) -> mx.array:
     """x times a matrix that may be adapted; adapters as `Adapted` takes them."""
-    return module(x, adapters) if isinstance(module, Adapted) else module(x)
+    return module(x, adapters) if isinstance(module, Choosing) else module(x)
 
 
 def settle_gains(root: nn.Module) -> None:

@@ -26,6 +26,7 @@ from mlx_gemma4.config import FULL, SLIDING, WHOLE, TextConfig
 from mlx_gemma4.model.cache import LayerCache, Offset
 from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.mask import Mask
+from mlx_gemma4.model.matrix import STORED, Choosing, product
 from mlx_gemma4.model.model import Model
 
 SPLITS = ("tensors", "layers")
@@ -101,18 +102,18 @@ def borders(count: int, weights: Sequence[int]) -> list[int]:
     return found
 
 
-class Summed(nn.Module):
+class Summed(Choosing):
     """A matrix of which each machine has some columns."""
 
     def __init__(self, module: nn.Module, group: mx.distributed.Group):
         super().__init__()
         self.own, self._group = module, group
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.distributed.all_sum(self.own(x), group=self._group)
+    def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
+        return mx.distributed.all_sum(product(self.own, x, adapters), group=self._group)
 
 
-class Gathered(nn.Module):
+class Gathered(Choosing):
     """The head by rows, of which all machines have as many: of a table that is whole on every machine."""
 
     def __init__(self, table: nn.Module, group: mx.distributed.Group):
@@ -122,16 +123,17 @@ class Gathered(nn.Module):
         each = -(-self._rows // group.size())
         first = group.rank() * each
         self._part = copy(table)
-        for name in ("weight", "scales", "biases"):
+        for name in (*STORED, "lora_b", "gain"):
             if name in table:
-                self._part[name] = table[name][first : first + each]  # a view
+                rows = (..., slice(first, first + each), *[slice(None)] * (name != "gain"))
+                self._part[name] = table[name][rows]  # a view
                 mx.eval(self._part[name])  # in this thread: others have not its stream
         self._missing = each - len(self._part.weight)
 
-    def __call__(self, hidden: mx.array) -> mx.array:
+    def __call__(self, hidden: mx.array, adapters: mx.array | None = None) -> mx.array:
         """[B, L, hidden] -> [B, L, vocab]."""
         part = self._part
-        logits = part.as_linear(hidden) if isinstance(part, nn.Embedding) else part(hidden)
+        logits = part.as_linear(hidden) if isinstance(part, nn.Embedding) else product(part, hidden, adapters)
         if self._missing:
             logits = mx.pad(logits, [(0, 0), (0, 0), (0, self._missing)])
         whole = mx.distributed.all_gather(logits[None], group=self._group)  # [machines, B, L, rows of each]

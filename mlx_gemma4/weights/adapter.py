@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -73,8 +73,24 @@ class AdapterTensor(Tensor):
     def is_gain(self) -> bool:
         return len(self.shape) == 1
 
+    @property
+    def stored(self) -> Tensor:
+        """As the file has it."""
+        shape = self.shape[::-1] if self.turned else self.shape
+        return Tensor(self.name, self.file, shape, self.dtype, self.offset, pitch=self.pitch)
+
+    def part_of_rows(self, start: int, stop: int) -> "AdapterTensor":
+        return self.part((Tensor.part_of_columns if self.turned else Tensor.part_of_rows)(self.stored, start, stop))
+
+    def part_of_columns(self, start: int, stop: int) -> "AdapterTensor":
+        return self.part((Tensor.part_of_rows if self.turned else Tensor.part_of_columns)(self.stored, start, stop))
+
+    def part(self, stored: Tensor) -> "AdapterTensor":
+        shape = stored.shape[::-1] if self.turned else stored.shape
+        return replace(self, shape=shape, offset=stored.offset, pitch=stored.pitch)
+
     def read(self) -> mx.array:
-        value = self.values(0, self.shape[0], self.shape[::-1] if self.turned else self.shape).astype(mx.float32)
+        value = self.stored.read().astype(mx.float32)
         return (value.T if self.turned else value) * self.scale
 
 
@@ -133,7 +149,7 @@ def matrices_of(model: Model) -> dict[str, Shape]:
 
 
 def attach(model: Model, tensors: Mapping[str, AdapterTensor]) -> None:
-    """Make room in an empty model for what `read_adapter` or `read_adapters` has found."""
+    """Make room in an empty model for what `read_adapter` or `choosable` gives."""
     modules = dict(model.named_modules())
     for path in sorted({path.rpartition(".")[0] for path in tensors}):
         gain = tensors.get(f"{path}.gain")
@@ -185,9 +201,8 @@ def read_adapter(folder: Path, matrices: Mapping[str, Shape]) -> dict[str, Adapt
     return found
 
 
-def read_adapters(folders: Sequence[Path], matrices: Mapping[str, Shape]) -> dict[str, AdapterTensor]:
-    """The same of several, that none adds among them: ….lora_a [n + 1, r, columns], r being the largest rank."""
-    each = [read_adapter(folder, matrices) for folder in folders]
+def choosable(each: Sequence[Mapping[str, AdapterTensor]]) -> dict[str, AdapterTensor]:
+    """What `read_adapter` has found of several, as one: ….lora_a [n + 1, r, columns], r being the largest rank."""
     found: dict[str, AdapterTensor] = {}
     for path in sorted({path for own in each for path in own}):
         parts = tuple(own.get(path) for own in each)

@@ -35,7 +35,7 @@ from mlx_gemma4.model.model import Model, check_process, remember_process
 from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines
 from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
-from mlx_gemma4.weights.adapter import AdapterTensor, attach, matrices_of, read_adapter, read_adapters
+from mlx_gemma4.weights.adapter import AdapterTensor, attach, choosable, matrices_of, read_adapter
 from mlx_gemma4.weights.link import Link, time_link, time_reading, token_seconds
 from mlx_gemma4.weights.peers import check_alike, watch
 from mlx_gemma4.weights.sharing import here, read_a_token, shared, shares_by
@@ -279,6 +279,7 @@ class Headers:
     quantization: dict[str, Quantization]
     drafter: DrafterChoice | None
     drafter_config: DrafterConfig | None
+    added: Sequence[Mapping[str, AdapterTensor]] = ()  # by adapters, of the whole model
 
 
 def find_checkpoint(
@@ -331,14 +332,16 @@ def look_through(
     is_shared = group is not None and group.size() > 1
     if split is not None and not is_shared:
         raise ValueError(f"split is {split!r} on one machine; expected several, started by mlx.launch")
-    headers = read_headers(folder, drafter, tensors_of, dtype, kv_bits, is_shared)
+    headers = read_headers(folder, drafter, tensors_of, dtype, kv_bits, adapter, is_shared)
     if group is None or not is_shared:
-        return fitted(headers, adapter)
-    if adapter is not None:
-        raise ValueError(f"adapter is {adapter} and {group.size()} machines share the model; expected a fused one")
+        return fitted(headers)
     if headers.config.dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
         raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
-    described = [(path, tensor.shape, str(tensor.dtype)) for path, tensor in sorted(headers.tensors.items())]
+    described = [
+        (path, tensor.shape, str(tensor.dtype), tensor.scale if isinstance(tensor, AdapterTensor) else None)
+        for tensors in (headers.tensors, *headers.added)
+        for path, tensor in sorted(tensors.items())
+    ]
     check_alike(group, repr((__version__, split, headers.config, headers.drafter_config, described)))
     room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
     found = shared_checkpoints(headers, cast(list[int], room.tolist()), group.rank(), split)
@@ -352,6 +355,7 @@ def read_headers(
     tensors_of: Callable[[Path], dict[str, Tensor]],
     dtype: mx.Dtype | None,
     kv_bits: int | None,
+    adapter: Adapters = None,
     is_shared: bool = False,
 ) -> Headers:
     """As `look_through`; of the whole model, also if several machines will share it."""
@@ -368,18 +372,24 @@ def read_headers(
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
-    return Headers(folder, config, tensors, quantization, drafter, own)
+    if adapter is None:
+        return Headers(folder, config, tensors, quantization, drafter, own)
+    matrices = matrices_of(Model(config))
+    if isinstance(adapter, dict):
+        config = replace(config, adapters=tuple(adapter))
+    folders = [*adapter.values()] if isinstance(adapter, dict) else [adapter]
+    added = [read_adapter(each, matrices) for each in folders]
+    return Headers(folder, config, tensors, quantization, drafter, own, added)
 
 
-def fitted(headers: Headers, adapter: Adapters = None, share: Share | LayerShare | None = None) -> Checkpoint:
+def fitted(headers: Headers, share: Share | LayerShare | None = None) -> Checkpoint:
     """The model, or what one of several machines holds of it, and that it is whole."""
-    config, tensors, quantization = headers.config, headers.tensors, headers.quantization
+    config, tensors, quantization, added = headers.config, headers.tensors, headers.quantization, headers.added
     drafter, own = headers.drafter, headers.drafter_config
     if share is not None:
         tensors = shared(tensors, share, config.text)
+        added = [shared(each, share, config.text) for each in added]
         config = replace(config, text=share.of(config.text))
-    if isinstance(adapter, dict):
-        config = replace(config, adapters=tuple(adapter))
     model = Model(config)
     if own is not None:
         model.drafter = Drafter(own)
@@ -387,14 +397,10 @@ def fitted(headers: Headers, adapter: Adapters = None, share: Share | LayerShare
         share.leave_out(model)
         quantization = here(quantization, share)
     quantize_empty(model, tensors, quantization)
-    if adapter is not None:
-        matrices = matrices_of(model)
-        if isinstance(adapter, dict):
-            own_tensors = read_adapters([*adapter.values()], matrices)
-        else:
-            own_tensors = read_adapter(adapter, matrices)
-        attach(model, own_tensors)
-        tensors |= own_tensors
+    if added:
+        parts = choosable(added) if config.adapters else added[0]
+        attach(model, parts)
+        tensors = {**tensors, **parts}
     check_tensors(model, tensors)
     loaded = {path: as_loaded(path, tensors, config) for path in parameters(model)}
     size = footprint(config, loaded)
@@ -412,10 +418,9 @@ def shared_checkpoints(
     for name in SPLITS if split is None else [split]:
         try:
             own = shares_by(name, headers.config.text, headers.tensors, memories)[rank]
+            found[name] = fitted(headers, own)
         except ValueError as error:
             refused.append(error)
-        else:
-            found[name] = fitted(headers, share=own)
     if not found:
         raise refused[0]
     return found

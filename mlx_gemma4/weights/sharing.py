@@ -7,10 +7,10 @@ from typing import TypeVar
 from mlx_gemma4.config import FULL, SLIDING, TextConfig
 from mlx_gemma4.model.split import LAYER as ANY_LAYER
 from mlx_gemma4.model.split import MEDIA, LayerShare, Share, last_of, layer_shares, shares
-from mlx_gemma4.weights.tensors import EMBEDDING, HEAD, Tensor
+from mlx_gemma4.weights.tensors import EMBEDDING, HEAD, Own, Tensor
 
 Known = TypeVar("Known")
-LAYER = re.compile(r"language_model\.layers\.(\d+)\.\w+\.(\w+_proj)\.\w+")
+LAYER = re.compile(r"language_model\.layers\.(\d+)\.\w+\.(\w+_proj)\.(\w+)")
 DOWN = re.compile(r"language_model\.layers\.\d+\.mlp\.down_proj\.scales")
 
 
@@ -41,8 +41,8 @@ def sizes_of(tensors: Mapping[str, Tensor], text: TextConfig) -> tuple[list[int]
     return sizes, (first, last)
 
 
-def shared(tensors: Mapping[str, Tensor], share: Share | LayerShare, text: TextConfig) -> dict[str, Tensor]:
-    """What one machine reads, by the paths there. text: the whole decoder's."""
+def shared(tensors: Mapping[str, Own], share: Share | LayerShare, text: TextConfig) -> dict[str, Own]:
+    """What one machine reads of a model or an adapter, by the paths there. text: the whole decoder's."""
     if isinstance(share, LayerShare):
         return here(tensors, share)
     return {path: part_of(path, tensor, share, text) for path, tensor in tensors.items()}
@@ -61,11 +61,17 @@ def here(by_path: Mapping[str, Known], share: LayerShare) -> dict[str, Known]:
     return {own: found for path, found in by_path.items() if (own := share.path_here(path)) is not None}
 
 
-def part_of(path: str, tensor: Tensor, share: Share, text: TextConfig) -> Tensor:
+def part_of(path: str, tensor: Own, share: Share, text: TextConfig) -> Own:
     match = LAYER.fullmatch(path)
     if match is None:
         return tensor
-    layer, matrix = int(match[1]), match[2]
+    layer, matrix, name = int(match[1]), match[2], match[3]
+    if name == ("lora_b" if matrix in ("o_proj", "down_proj") else "lora_a"):  # which has not what is shared
+        return tensor
+    if name == "gain" and matrix in ("o_proj", "down_proj"):
+        raise ValueError(
+            f"the adapter is DoRA's, and no machine has whole rows of {matrix}; expected it fused, or LoRA"
+        )
     kind = text.layer_types[layer]
     dims = text.attention[kind].head_dim
     first, last = share.queries(text)
@@ -82,7 +88,7 @@ def part_of(path: str, tensor: Tensor, share: Share, text: TextConfig) -> Tensor
     return tensor.part_of_rows(share.heads[0] * dims, share.heads[1] * dims)
 
 
-def part_of_columns(tensor: Tensor, first: int, last: int, total: int) -> Tensor:
+def part_of_columns(tensor: Own, first: int, last: int, total: int) -> Own:
     """Of a matrix with `total` columns, packed or not, or of its scales."""
     stored = tensor.shape[1]
     return tensor.part_of_columns(first * stored // total, last * stored // total)

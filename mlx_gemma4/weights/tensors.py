@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -76,6 +76,9 @@ def have_same_values(one: Rows, other: Rows) -> bool:
     )
 
 
+Own = TypeVar("Own", bound="Tensor")
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One tensor on disk, or on the hub, where it cannot be read."""
@@ -88,10 +91,10 @@ class Tensor:
     # bytes from row to row in the file, of a part of the columns; None: rows lie together
     pitch: int | None = field(default=None, kw_only=True)
 
-    def part_of_rows(self, start: int, stop: int) -> "Tensor":
+    def part_of_rows(self: Own, start: int, stop: int) -> Own:
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self.row_bytes)
 
-    def part_of_columns(self, start: int, stop: int) -> "Tensor":
+    def part_of_columns(self: Own, start: int, stop: int) -> Own:
         """Of a matrix."""
         offset = self.offset + start * self.dtype.size
         return replace(self, shape=(self.shape[0], stop - start), offset=offset, pitch=self.row_bytes)

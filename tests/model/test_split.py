@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import random_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import started
@@ -19,6 +20,7 @@ from mlx_gemma4 import Prompt, PromptStore, Sampling, generate, load
 from mlx_gemma4.config import read_config
 from mlx_gemma4.model.split import SPLITS, borders, layer_shares, shares
 from mlx_gemma4.weights import load as loading
+from mlx_gemma4.weights.adapter import write_adapter
 from mlx_gemma4.weights.link import Link, even_latency, time_link, time_reading, token_seconds
 from mlx_gemma4.weights.load import DEMO, Headers, choose, find_drafter, read_headers, shared_checkpoints
 from mlx_gemma4.weights.sharing import LAYER
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason=
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
 TWICE = replace(SHAPE, periods=2)  # so that of two machines that share layers the first has a full one too
 LAYERS = 6
+ADAPTERS = ("one", "two")
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 QUESTION = [{"role": "user", "content": [
     {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
@@ -56,6 +59,15 @@ model, processor = load(folder, group=group, split=split)
 held = sum(array.nbytes for array in parameters(model).values()), mx.get_active_memory()
 logits, replies = answers(model, processor)
 np.savez(f"{out}/{group.rank()}.npz", **logits, **replies, held=held, **exchanged(model, processor))
+"""
+ADAPTED = """
+import sys
+import mlx.core as mx
+import numpy as np
+from test_split import adapted_answers
+group = mx.distributed.init(strict=True, backend="ring")
+folder, out, split, adapters = sys.argv[1:]
+np.savez(f"{out}/{group.rank()}.npz", **adapted_answers(folder, adapters, group=group, split=split))
 """
 WAITING = """
 import sys
@@ -86,6 +98,20 @@ def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str
     replies["form"] = reply(prompts["long"], response_format={"type": "json_object"}, **WAYS["drafted"]).token_ids
     replies["draft"] = model.draft(prompts["long"], 3)
     return {f"{kind}_logits": np.array(model.logits(prompt)) for kind, prompt in prompts.items()}, replies
+
+
+def adapted_answers(folder: Path | str, adapters: Path | str, **where: Any) -> dict[str, np.ndarray]:
+    """Of the logits with one adapter, and replies with each of two by name."""
+    model, processor = load(folder, adapter=Path(adapters) / "one", **where)
+    media = processor(QUESTION, image_budget=70)
+    found = {"logits": np.array(model.logits(media))}
+    model, processor = load(folder, adapter={name: Path(adapters) / name for name in ADAPTERS}, **where)
+    for name in (None, *ADAPTERS):
+        way = {"adapter": name, "max_tokens": 6, "repetition_detection": "off", "logprobs": 0} | WAYS["drafted"]
+        replies = [generate(model, processor, prompt, **way) for prompt in (media, Prompt(IDS))]
+        found[f"{name}_ids"] = np.array([reply.token_ids for reply in replies])
+        found[str(name)] = np.array([[token["logprob"] for token in reply.logprobs] for reply in replies])
+    return found
 
 
 def exchanged(model: Any, processor: Any) -> dict[str, np.ndarray]:
@@ -120,8 +146,8 @@ def written(folder: Path, shape: Shape) -> Path:
     return write_checkpoint(folder, shape)
 
 
-def headers_of(folder: Path) -> Headers:
-    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, is_shared=True)
+def headers_of(folder: Path, adapter: Path | None = None) -> Headers:
+    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, adapter, is_shared=True)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +182,29 @@ def test_machines_give_together_what_one_gives(
         planned = shared_checkpoints(headers, memories, rank, split)[split].footprint
         held, active = found["held"]
         assert held == planned.weights + planned.drafter and active == pytest.approx(held, rel=0.03)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_machines_share_adapters_too(folder: Path, split: str, tmp_path: Path) -> None:
+    for rank, name in enumerate(ADAPTERS, 2):
+        write_adapter(tmp_path / name, random_adapter(SHAPE, rank=rank, seed=rank), "lora", rank, 0.4, -1)
+    machines = started(ADAPTED, 2, tmp_path / "hosts.json", folder, tmp_path, split, tmp_path)
+    ends = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ends
+    expected = adapted_answers(folder, tmp_path)
+    assert np.abs(np.diff([expected[name] for name in ("None", *ADAPTERS)], axis=0)).max(axis=2).min() > 0.01
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        for name, own in expected.items():
+            assert np.abs(found[name] - own).max() <= 1e-5 * np.abs(own).max() * (not name.endswith("_ids"))
+
+
+def test_rows_of_no_whole_length_take_no_dora(folder: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path, random_adapter(SHAPE, rank=2, dora=True), "dora", 2, 0.4, -1)
+    headers = headers_of(folder, tmp_path)
+    with pytest.raises(ValueError, match="the adapter is DoRA's, and no machine has whole rows of"):
+        shared_checkpoints(headers, (16, 16), 0, "tensors")
+    assert shared_checkpoints(headers, (16, 16), 0, None).keys() == {"layers"}
 
 
 def check_exchanges(split: str, machines: int, found: Any) -> None:
