@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_
 
 from mlx_gemma4 import load
 from mlx_gemma4.decoding.warmup import Warmup
+from mlx_gemma4.model import matrix
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 
@@ -20,6 +21,14 @@ def pytest_configure() -> None:
     """Signals do what they do in a terminal, though a job in the background (&, nohup) inherits them ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def joined_matrices() -> Iterator[None]:
+    """As on a GPU, in whatever type. Commands, which are processes of their own, leave those of float32 apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix, "joins_float32", lambda: True)
+        yield
 
 
 @pytest.fixture(autouse=True)

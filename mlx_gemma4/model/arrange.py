@@ -1,8 +1,8 @@
 """The last step of loading: weights as the checkpoint has them -> as the passes want them.
 
-Matrices with one input are joined. In full layers the dimensions that turn are put in front of those that do not, and
-the keys' norm weight of the latter goes into the queries' norm (`cache.FullCache`). Nothing before this step sees
-either: the converter, adapters and names are the checkpoint's.
+Matrices with one input are joined, but on a CPU those of float32. In full layers the dimensions that turn are put in
+front of those that do not, and the keys' norm weight of the latter goes into the queries' norm (`cache.FullCache`).
+Nothing before this step sees either: the converter, adapters and names are the checkpoint's.
 """
 
 from math import gcd

@@ -118,9 +118,14 @@ def are_alike(one: nn.Module, other: nn.Module) -> bool:
     if one.weight.dtype != other.weight.dtype or is_packed != isinstance(other, nn.QuantizedLinear):
         return False
     if not is_packed:
-        return True
+        return one.weight.dtype != mx.float32 or joins_float32()
     settings = [(module.group_size, module.bits, module.mode, module.scales.dtype) for module in (one, other)]
     return settings[0] == settings[1]
+
+
+def joins_float32() -> bool:
+    """A CPU's BLAS copies a matrix above some size before each product: there joining costs more than it saves."""
+    return mx.default_device().type == mx.gpu
 
 
 def join(modules: Sequence[nn.Module]) -> nn.Module:

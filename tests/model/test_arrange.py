@@ -17,6 +17,7 @@ from toy_checkpoint import TINY, Shape, config, write_checkpoint
 
 from mlx_gemma4 import Prompt, load
 from mlx_gemma4.config import FULL, GenerationConfig, TextConfig, parse_config
+from mlx_gemma4.model import matrix
 from mlx_gemma4.model.arrange import arrange, arrange_layer
 from mlx_gemma4.model.attention import Projections, SelfAttention
 from mlx_gemma4.model.cache import Caches, empty_cache
@@ -253,6 +254,16 @@ def test_matrices_that_are_alike_are_joined_and_others_are_not(kinds: list[int],
     for one, own in zip(found, expected, strict=True):
         assert one.shape == own.shape and one.dtype == own.dtype
         assert mx.allclose(one, own, rtol=1e-5, atol=1e-5 if own.dtype == mx.float32 else 0.1)
+
+
+def test_a_cpu_leaves_those_of_float32_apart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = Prompt([2, *range(150, 190)])
+    joined, _ = load(tiny_folder)
+    monkeypatch.setattr(matrix, "joins_float32", lambda: False)
+    apart, _ = load(tiny_folder)
+    counts = [len(model.language_model.layers[0].mlp.inputs.joined) for model in (joined, apart)]
+    assert counts == [1, 2]
+    assert mx.allclose(joined.logits(prompt), apart.logits(prompt), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_of_mixed_recipes_is_what_it_is_unarranged(tmp_path: Path) -> None:
