@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from mlx_gemma4.config import computing_type
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.terminal import Bar, Debug, DType, SizeBar, Version, number, run, size_text, whole_above_0, whole_number
-from mlx_gemma4.tune.data import read_split
+from mlx_gemma4.tune.data import Example, read_split
 from mlx_gemma4.tune.plan import TuningPlan, check_plan
 from mlx_gemma4.weights.adapter import WEIGHTS, read_weights, write_peft
 from mlx_gemma4.weights.load import (
@@ -27,7 +28,7 @@ from mlx_gemma4.weights.load import (
 )
 
 if TYPE_CHECKING:
-    from mlx_gemma4.tune.run import News, Run
+    from mlx_gemma4.tune.run import Data, News, Run
 
 TEXT_RATE, MEDIA_RATE = 1e-4, 5e-5
 EPOCHS = 3
@@ -112,7 +113,7 @@ def tune(
     # here: mlx-lm takes two seconds, and what is wrong with the command can be said without
     from mlx_gemma4.tune.adapt import Adapter, attach, begin_with
     from mlx_gemma4.tune.answers import answers
-    from mlx_gemma4.tune.run import Data, Rows, Run, Settings, read_data
+    from mlx_gemma4.tune.run import Rows, Run, Settings
     from mlx_gemma4.tune.step import Processes, measure
 
     for name, value, least in (("warmup", warmup or 0, 0), ("patience", patience, 0), ("seed", seed, 0)):
@@ -132,14 +133,8 @@ def tune(
         raise ValueError("a text has no prompt that could be masked; expected prompt and completion, or messages")
     checkpoint, processor = open_to_train(model, dtype, train_drafter)
     adapter.check(len(checkpoint.model.language_model.layers))
-    sets: dict[str, Data] = {}
-    for split, examples in found.items():
-        if examples is not None and (split != "test" or test):
-            with Bar(f"Looking through {split}") as bar:
-                sets[split] = read_data(processor, examples, max_seq_length, drop_long, image_budget, bar.show)
-            if sets[split].dropped:
-                logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
-                               sets[split].dropped, len(examples), split, max_seq_length)  # fmt: skip
+    wanted = {split: own for split, own in found.items() if own is not None and (split != "test" or test)}
+    sets = read_sets(processor, wanted, max_seq_length, drop_long, image_budget)
     processes = Processes(mx.distributed.init())
     media = sets["train"].media
     each = batch_size * processes.size
@@ -190,14 +185,14 @@ def tune(
     if train_drafter and processes.rank == 0:
         begin_with(network, adapter_path / WEIGHTS)
         teach_drafter(checkpoint, own, adapter_path / "drafter")
-    if test and found["test"] is not None:
+    if test:
         begin_with(network, adapter_path / WEIGHTS)
         share = range(len(sets["test"].passages))[processes.rank :: processes.size]
         loss = measure(network, rows["test"].of(share), processes).loss
         del own, network, checkpoint  # room for the model as it is in use
         if processes.rank == 0:
             tuned, _ = load(model, adapter=adapter_path, dtype=dtype)
-            right = [same for _, same in answers(tuned, processor, found["test"], image_budget)]
+            right = [same for _, same in answers(tuned, processor, wanted["test"], image_budget)]
             print(f"test loss {loss:.4f}; {sum(right)} of {len(right)} replies are the expected ones")
 
 
@@ -220,6 +215,23 @@ def open_to_train(model: str, dtype: str | None, with_drafter: bool) -> tuple[Ch
     if checkpoint.config.dtype == mx.float16:
         checkpoint = open_checkpoint(folder, choice, mx.bfloat16)
     return checkpoint, load_processor(folder, checkpoint.config)
+
+
+def read_sets(
+    processor: Processor, found: Mapping[str, list[Example]], max_seq_length: int, drop_long: bool,
+    image_budget: int | None,
+) -> dict[str, "Data"]:  # fmt: skip
+    """Each split as tokens, and a line of those examples that are left out."""
+    from mlx_gemma4.tune.run import read_data
+
+    sets: dict[str, Data] = {}
+    for split, examples in found.items():
+        with Bar(f"Looking through {split}") as bar:
+            sets[split] = read_data(processor, examples, max_seq_length, drop_long, image_budget, bar.show)
+        if sets[split].dropped:
+            logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
+                           sets[split].dropped, len(examples), split, max_seq_length)  # fmt: skip
+    return sets
 
 
 def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
