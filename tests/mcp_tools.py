@@ -34,6 +34,17 @@ LENGTH = WHOLE | {"exclusiveMaximum": 1000000, "exclusiveMinimum": 0, "default":
 PATCH = {"allOf": [made({"name": TEXT | {"nullable": True}}, ["name"]), {"properties": {"n": {"multipleOf": 5}}}]}
 PARAMETER = {"type": ["string", "number", "boolean", "null"]}
 
+
+def openapi(schema: Any) -> Any:
+    """With null where it is nullable, which JSON Schema does not know."""
+    if isinstance(schema, list):
+        return [openapi(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: openapi(value) for key, value in schema.items() if key != "nullable"}
+    return {"anyOf": [inner, {"type": "null"}]} if schema.get("nullable") is True else inner
+
+
 TOOLS = [
     tool("read_file", {"path": TEXT, "head": NUMBER, "tail": NUMBER}, ["path"], **STRICT),
     tool("read_multiple_files", {"paths": listed(TEXT, minItems=1)}, ["paths"], **STRICT),

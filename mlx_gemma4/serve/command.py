@@ -183,6 +183,10 @@ class Server(uvicorn.Server):
             if not self.server_state.connections:
                 break
             await asyncio.sleep(0.05)
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+        if self.server_state.tasks:  # they learn that nobody is there; the loop's end would be a traceback of each
+            await asyncio.wait(self.server_state.tasks, timeout=LAST_BYTES)
 
 
 def main() -> int:

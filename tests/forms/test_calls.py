@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 from llguidance import LLMatcher
-from mcp_tools import TOOLS, tool
+from mcp_tools import TOOLS, openapi, tool
 from walks import Walker
 
 from mlx_gemma4 import Prompt
@@ -71,16 +71,6 @@ def test_calls_of_published_tools_fit_their_schemas(walker: Walker, number: int)
     for call in found:
         assert call["name"] == own["name"]
         jsonschema.validate(call["arguments"], openapi(own["parameters"]), jsonschema.Draft202012Validator)
-
-
-def openapi(schema: Any) -> Any:
-    """With null where it is nullable, which JSON Schema does not know."""
-    if isinstance(schema, list):
-        return [openapi(entry) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    inner = {key: openapi(value) for key, value in schema.items() if key != "nullable"}
-    return {"anyOf": [inner, {"type": "null"}]} if schema.get("nullable") is True else inner
 
 
 def test_thirty_tools_are_told_apart_by_name(walker: Walker) -> None:

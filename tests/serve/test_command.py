@@ -68,6 +68,7 @@ def test_an_unfinished_body_does_not_hold_the_end_up() -> None:
             time.sleep(1)
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
 
 
 def test_nothing_is_computed_when_nobody_asks() -> None:

@@ -1,0 +1,195 @@
+"""Replies of a random model with Gemma's own vocabulary, held to many schemas: what is finished fits.
+
+    python -m tests.schemas google/gemma-4-12B-it JSON-Schema-Test-Suite
+
+The first is a folder with the published tokenizer, template and configs, weights or not; the second a checkout of
+https://github.com/json-schema-org/JSON-Schema-Test-Suite, of which every schema of draft 2020-12 is asked for that is
+not refused. Beside them stand the schemas of thirty tools, as forms of the answer and as calls. Eight rows are drawn at
+once, at temperature 1, half of them with drafts. What closes a value is made likely, or no string would end, and so is
+what the schema's own examples say, right or wrong. Then it is told what a mask costs. The exit status is 1 if a
+finished reply does not fit, or if a reply fails.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jsonschema
+import numpy as np
+import typer
+
+from mlx_gemma4 import Engine, Prompt, Sampling, collect, load
+from mlx_gemma4.forms.response import response_grammar
+from mlx_gemma4.prompt.messages import check_tools
+from mlx_gemma4.reply.reply import Reply
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import write_planted
+from mcp_tools import TOOLS, openapi
+from toy_checkpoint import Shape
+from walks import STOPS, Walker
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+MARKS = ('"', '"}', "}", "]", '"]', ",", ":", '":', "{", "[", '{"', '["', '<|"|>', "<tool_call|>")
+LIKELY = 12.0  # added to the logits of a few tokens: half as likely as all the others together
+ROWS = 8
+ROUND = 30_000  # µs of a round of the 12B, of which masks are to cost 5 %
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    schema: Any
+    examples: str  # of what could be said
+    tools: tuple[Any, ...] = ()  # asked for as a call in place of an answer
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Keywords of `Engine.submit`."""
+        wrapped = {"type": "json_schema", "json_schema": {"name": "case", "schema": self.schema}}
+        return {"tool_choice": "required"} if self.tools else {"response_format": wrapped}
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt([2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107], tools=self.tools)
+
+    def fault(self, reply: Reply) -> str:
+        """What is wrong with a finished reply."""
+        try:
+            if not self.tools:
+                values = [json.loads(reply.text)]
+            elif reply.tool_calls:
+                values = [call["arguments"] for call in reply.tool_calls]
+            else:
+                return "no call"
+            for value in values:
+                jsonschema.validate(value, self.schema, jsonschema.Draft202012Validator)
+        except (ValueError, jsonschema.ValidationError) as error:
+            return str(error).splitlines()[0]
+        return ""
+
+
+def main(
+    gemma: Annotated[Path, typer.Argument(help="A folder with the published files.")],
+    suite: Annotated[Path, typer.Argument(help="A checkout of JSON Schema's test suite.")],
+    tries: Annotated[int, typer.Option(min=1, help="Replies to each schema.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 60,
+) -> None:
+    """Draw them all."""
+    refused: Counter[str] = Counter()
+    cases = [case for case in [*suite_cases(suite), *tool_cases()] if case.tools or is_taken(case, refused)]
+    print(f"{len(cases)} schemas; {refused.total()} refused: {refused.most_common(12)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model, processor = load(str(checkpoint(Path(folder) / "model", gemma)))
+    walker = Walker(processor)
+    marks = [*STOPS, *(own for text in MARKS for own in walker.ids(text))]
+    replies: dict[tuple[int, int], Reply | str] = {}
+    with Engine(model, processor, ROWS) as engine, ThreadPoolExecutor(ROWS) as pool:
+
+        def draw(place: tuple[int, int]) -> None:
+            number, again = place
+            case = cases[number]
+            stream = engine.submit(
+                case.prompt, max_tokens=max_tokens, draft_length=2 * (again % 2), **case.asked,
+                sampling=Sampling(temperature=1, top_k=0, top_p=1, seed=number * tries + again),
+                logit_bias=dict.fromkeys([*marks, *walker.ids(case.examples)], LIKELY),
+            )  # fmt: skip
+            try:
+                replies[place] = collect(stream)
+            except (ValueError, RuntimeError) as error:
+                replies[place] = str(error)
+
+        list(pool.map(draw, [(number, seed) for number in range(len(cases)) for seed in range(tries)]))
+    counts: Counter[str] = Counter()
+    fits: set[int] = set()
+    wrong: list[str] = []
+    microseconds: list[float] = []
+    for (number, _), reply in replies.items():
+        case = cases[number]
+        if isinstance(reply, str):
+            wrong.append(f"{case.name} failed: {reply}")
+            continue
+        counts[reply.finish_reason] += 1
+        counts["drafts accepted"] += reply.stats.accepted_tokens
+        microseconds += mask_costs(walker, case, reply)
+        if reply.finish_reason == "stop":
+            fits.add(number)
+            if fault := case.fault(reply):
+                wrong.append(
+                    f"{case.name} {json.dumps(case.schema)[:300]}: {reply.text[:200]!r} {reply.tool_calls}: {fault}"
+                )
+    print(f"{dict(counts)}; {len(fits)} of {len(cases)} schemas have a finished reply; {len(wrong)} replies are wrong")
+    for line in wrong[:40]:
+        print(line)
+    never = [cases[number].name for number in range(len(cases)) if number not in fits]
+    print(f"never finished: {never[:40]}")
+    middle, most, longest = np.percentile(microseconds, (50, 99, 100))
+    over = np.mean(np.array(microseconds) > 0.05 * ROUND)
+    print(
+        f"{len(microseconds)} masks: {middle:.0f} µs at the median, {most:.0f} for 99 %, {longest:.0f} at most; "
+        f"{100 * over:.2f} % over 5 % of a round of {ROUND / 1000:.0f} ms"
+    )
+    sys.exit(int(bool(wrong)))
+
+
+def suite_cases(suite: Path) -> Iterator[Case]:
+    """The schema of every group of draft 2020-12."""
+    root = suite / "tests" / "draft2020-12"
+    for file in sorted(root.rglob("*.json")):
+        for number, group in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+            examples = json.dumps([test["data"] for test in group["tests"]], ensure_ascii=False)
+            yield Case(f"{file.relative_to(root)} {number}", group["schema"], examples)
+
+
+def tool_cases() -> Iterator[Case]:
+    for own in TOOLS:
+        name, schema = own["function"]["name"], own["function"]["parameters"]
+        examples = json.dumps([*schema["properties"]], ensure_ascii=False)
+        yield Case(f"arguments of {name}", openapi(schema), examples)
+        yield Case(f"call of {name}", openapi(schema), examples, tuple(check_tools([own])))
+
+
+def is_taken(case: Case, refused: Counter[str]) -> bool:
+    try:
+        response_grammar(case.asked["response_format"])
+    except ValueError as error:
+        refused[str(error)[:100]] += 1
+        return False
+    return True
+
+
+def checkpoint(folder: Path, gemma: Path) -> Path:
+    """A small model and drafter of random weights, with everything that is published but the weights."""
+    write_planted(folder, Shape(vocab=262144), 1, 2.2)
+    for name in FILES:
+        shutil.copy(gemma / name, folder / name)
+    own = json.loads((folder / "config.json").read_text())
+    published = json.loads((gemma / "config.json").read_text(encoding="utf-8"))
+    own |= {key: value for key, value in published.items() if key.endswith(("_token_id", "_token_index"))}
+    (folder / "config.json").write_text(json.dumps(own))
+    return folder
+
+
+def mask_costs(walker: Walker, case: Case, reply: Reply) -> Iterator[float]:
+    """µs of the mask of each token of a reply."""
+    asked = case.asked
+    form = walker.form(case.prompt, asked.get("response_format"), asked.get("tool_choice", "auto"))
+    constraint = walker.constraint(form, case.prompt)
+    for token in reply.token_ids:
+        started = time.perf_counter()
+        constraint.mask()
+        yield 1e6 * (time.perf_counter() - started)
+        constraint.advance([token])
+
+
+if __name__ == "__main__":
+    typer.run(main)
