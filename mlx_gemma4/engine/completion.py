@@ -29,7 +29,8 @@ IDLE = (
 )  # fmt: skip
 # What is taken if it asks for nothing.
 NEUTRAL = {"n": 1, "modalities": ["text"], "functions": [], "logprobs": False, "top_logprobs": 0}
-EFFORTS = {"none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True}
+BUDGETS = {"low": 1024, "medium": 8192}  # tokens of a thought; more effort has no bound, less does not think
+EFFORTS = ("none", "minimal", *BUDGETS, "high", "xhigh", "max")
 TEMPLATE = {"enable_thinking": "thinking", "preserve_thinking": "preserve_thinking"}  # as vLLM has them
 
 
@@ -48,8 +49,10 @@ def asked(body: Any) -> tuple[Request, Options]:
             raise ValueError(f"{key} is {shown(given[key])}; expected {NEUTRAL[key]!r}, or none")
     if not isinstance(given.get("messages"), list):
         raise ValueError(f"messages is {a(given.get('messages'))}; expected a list of messages")
-    asks = thinking_of(given) | chosen(given, REQUEST)
-    options = chosen(given, OPTIONS) | {"tool_choice": tool_choice(given.get("tool_choice", "auto"))}
+    asks, budget = thinking_of(given)
+    asks |= chosen(given, REQUEST)
+    options = {"thinking_budget": budget, "tool_choice": tool_choice(given.get("tool_choice", "auto"))}
+    options |= chosen(given, OPTIONS)
     if isinstance(bias := given.get("logit_bias"), dict):  # JSON has no numbers as keys
         options["logit_bias"] = {int(key) if key.isdecimal() else key: value for key, value in bias.items()}
     elif bias is not None:
@@ -64,15 +67,23 @@ def chosen(given: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: given[name] for name in names if name in given}
 
 
-def thinking_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a Request in what others call thinking."""
-    effort, kwargs = given.get("reasoning_effort", "none"), given.get("chat_template_kwargs", {})
-    if not isinstance(effort, str) or effort not in EFFORTS:
-        raise ValueError(f"reasoning_effort is {shown(effort)}; expected one of {', '.join(EFFORTS)}")
+def thinking_of(given: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """The arguments of a Request in what others call thinking, and the bound of a thought."""
+    kwargs = given.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict) or not kwargs.keys() <= TEMPLATE.keys():
         raise ValueError(f"chat_template_kwargs is {shown(kwargs)}; expected {' and '.join(TEMPLATE)} alone")
-    found = {"thinking": given.get("thinking", EFFORTS[effort])}
-    return found | {TEMPLATE[key]: value for key, value in kwargs.items()}
+    thinks, budget = thought_of(given.get("reasoning_effort"), "reasoning_effort")
+    asks = {"thinking": given.get("thinking", bool(thinks))}
+    return asks | {TEMPLATE[key]: value for key, value in kwargs.items()}, budget
+
+
+def thought_of(effort: Any, field: str) -> tuple[bool | None, int | None]:
+    """Whether to think, None where nothing is said, and for how many tokens. ValueError if there is no such effort."""
+    if effort is None:
+        return None, None
+    if effort not in EFFORTS:
+        raise ValueError(f"{field} is {shown(effort)}; expected one of {', '.join(EFFORTS)}")
+    return effort not in ("none", "minimal"), BUDGETS.get(effort)
 
 
 def tool_choice(choice: Any) -> Any:

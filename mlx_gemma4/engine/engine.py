@@ -9,6 +9,7 @@ import pickle
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -457,10 +458,11 @@ class Engine:
         if work.row is None:
             work.row = row_of(self.model, self.processor, work.prompt, work.options, work.prepared, work.constraint)
         prompt, limit = work.grown, min(work.row.limit - work.row.count, FORESEEN)
-        needed = predict(self.footprint, len(prompt), limit).peak
+        needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
         store = self.store if work.parked is None else self.shelf
-        context = opened(store, self.model, self.processor, prompt, limit, needed, work.options.scope, work.adapter)
+        own, scope = self.processor, work.options.scope
+        context = opened(store, self.model, own, prompt, limit, needed.peak, scope, work.adapter)
         work.reading = work.stack.enter_context(context)
         if work.parked is None:
             work.row.cached = work.reading.caches.length
@@ -534,27 +536,32 @@ def generate_batch(
     """
     if isinstance(requests, (str, Prompt)) or not isinstance(requests, Sequence):
         raise ValueError(f"requests is {a(requests)}; expected a list of strings, lists of messages or Prompts")
-    streams: list[Stream] = []
-    replies: list[Reply] = []
-    with Engine(model, processor, max_batch, store) as engine:
+    check_max_batch(max_batch)
+
+    def ask(number: int) -> Reply:
+        request = requests[number]
+        try:
+            stream = engine.submit(
+                request, system=system if isinstance(request, str) else None, tools=tools, thinking=thinking,
+                image_budget=image_budget, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
+                preserve_thinking=preserve_thinking, repetition_detection=repetition_detection, stop=stop,
+                logprobs=logprobs, logit_bias=logit_bias,
+                thinking_budget=thinking_budget, continue_final_message=continue_final_message,
+                response_format=response_format, tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls, adapter=adapter,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"request {number}: {error}") from None
+        return collect(stream)
+
+    # the engine is closed before its askers are waited for: at an error they end with it
+    with ThreadPoolExecutor(AHEAD * max_batch) as pool, Engine(model, processor, max_batch, store) as engine:
         if follows(model.group):
             engine.follow()
             return []
-        for number, request in enumerate(requests):
-            while len(streams) - len(replies) >= AHEAD * max_batch:
-                replies.append(collect(streams[len(replies)]))
-            try:
-                stream = engine.submit(
-                    request, system=system if isinstance(request, str) else None, tools=tools, thinking=thinking,
-                    image_budget=image_budget, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
-                    preserve_thinking=preserve_thinking, repetition_detection=repetition_detection, stop=stop,
-                    logprobs=logprobs, logit_bias=logit_bias,
-                    thinking_budget=thinking_budget, continue_final_message=continue_final_message,
-                    response_format=response_format, tool_choice=tool_choice,
-                    parallel_tool_calls=parallel_tool_calls, adapter=adapter,
-                )  # fmt: skip
-            except ValueError as error:
-                raise ValueError(f"request {number}: {error}") from None
-            streams.append(stream)
-        replies += [collect(stream) for stream in streams[len(replies) :]]
-    return replies
+        replies = [pool.submit(ask, number) for number in range(len(requests))]
+        wait(replies, return_when=FIRST_EXCEPTION)
+        for reply in replies:
+            if reply.done():
+                reply.result()
+        return [reply.result() for reply in replies]

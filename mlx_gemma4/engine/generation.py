@@ -20,7 +20,7 @@ from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.model import Model, check_process
-from mlx_gemma4.planner import check_memory, predict
+from mlx_gemma4.planner import Prediction, check_memory, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece, Reply, collect
@@ -244,11 +244,11 @@ def run(
     limit = row.limit
     sampler = sampler_of(model, processor, options)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    needed, adapter = predict(footprint_of(model), length, limit).peak, adapter_of(model, options)
+    needed, adapter = predict(footprint_of(model), length, limit), adapter_of(model, options)
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),
-        opened(store, model, processor, prompt, limit, needed, options.scope, adapter) as reading,
+        opened(store, model, processor, prompt, limit, needed.peak, options.scope, adapter) as reading,
     ):
         caches = reading.caches
         row.cached = caches.length
@@ -326,25 +326,25 @@ class BoundedMemory:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self.peaks: list[int] = []  # of the requests in work
+        self.needed: list[Prediction] = []  # of the requests in work
         self.buffers, self.wired = 0, 0  # the limits before
 
     @contextmanager
-    def request(self, peak: int) -> Iterator[None]:
-        """peak: bytes that the model and the request's caches take at most; no more than these is wired."""
+    def request(self, needed: Prediction) -> Iterator[None]:
+        """needed: what the model and the request's caches take at most; no more than these is wired."""
         with self.lock:
-            if not self.peaks:
+            if not self.needed:
                 self.buffers = mx.set_cache_limit(BUFFER_CACHE_BYTES)
-            self.peaks.append(peak)
+            self.needed.append(needed)
             before = self.wire()
-            if len(self.peaks) == 1:
+            if len(self.needed) == 1:
                 self.wired = before
         try:
             yield
         finally:
             with self.lock:
-                self.peaks.remove(peak)
-                if not self.peaks:
+                self.needed.remove(needed)
+                if not self.needed:
                     mx.set_cache_limit(self.buffers)
                 if mx.metal.is_available():
                     mx.synchronize()
@@ -355,7 +355,9 @@ class BoundedMemory:
         if not mx.metal.is_available():
             return 0
         most = int(mx.device_info()["max_recommended_working_set_size"])
-        return mx.set_wired_limit(min(most, sum(self.peaks)) if self.peaks else self.wired)
+        models = {own.weights + own.drafter for own in self.needed}  # requests share their model's weights
+        needed = sum(models) + sum(own.peak - own.weights - own.drafter for own in self.needed)
+        return mx.set_wired_limit(min(most, needed) if self.needed else self.wired)
 
 
 bounded_memory = BoundedMemory()

@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.engine.completion import thought_of
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.messages import Part, decode_base64
 from mlx_gemma4.reply.reply import Piece, Reply, Stats
 from mlx_gemma4.serve.ask import Ask, Body, Refused, checked, event, new_id
-from mlx_gemma4.serve.turns import Turns, as_text, function_tool, sealed, text, thought_of, unsealed
+from mlx_gemma4.serve.turns import Turns, as_text, function_tool, sealed, text, unsealed
 
 BILLING = "x-anthropic-billing-header:"  # Claude Code's first line of the system turn, another at every request
 ERRORS = {

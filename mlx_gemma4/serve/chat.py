@@ -8,13 +8,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mlx_gemma4.decoding.sampling import Sampling
-from mlx_gemma4.engine.completion import finish_reason, tool_choice, usage
+from mlx_gemma4.engine.completion import finish_reason, thought_of, tool_choice, usage
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.messages import KIND_OF, Part
 from mlx_gemma4.reply.opening import as_json
 from mlx_gemma4.reply.reply import Piece, Reply, Stats
 from mlx_gemma4.serve.ask import Ask, Body, Refused, checked, event, new_id
-from mlx_gemma4.serve.turns import as_text, file_part, thought_of
+from mlx_gemma4.serve.turns import as_text, file_part
 
 ERRORS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 MOST_CHOICES = 16

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mlx_gemma4.decoding.sampling import Sampling
+from mlx_gemma4.engine.completion import thought_of
 from mlx_gemma4.errors import shown
 from mlx_gemma4.prompt.messages import Part, decode_base64
 from mlx_gemma4.prompt.template import strings
 from mlx_gemma4.reply.reply import Piece, Reply, Stats
 from mlx_gemma4.serve.ask import Ask, Body, Refused, checked, event, new_id
 from mlx_gemma4.serve.chat import error_body
-from mlx_gemma4.serve.turns import Turns, as_text, file_part, function_tool, sealed, text, thought_of, unsealed
+from mlx_gemma4.serve.turns import Turns, as_text, file_part, function_tool, sealed, text, unsealed
 
 Item = dict[str, Any]
 

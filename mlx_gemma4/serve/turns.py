@@ -11,8 +11,6 @@ from mlx_gemma4.prompt.messages import Message, Part, decode_base64
 from mlx_gemma4.reply.reply import whole_thought
 from mlx_gemma4.serve.ask import Refused
 
-BUDGETS = {"low": 1024, "medium": 8192}  # tokens of a thought; more effort has no bound, less does not think
-EFFORTS = ("none", "minimal", *BUDGETS, "high", "xhigh", "max")
 SEAL = b"mlx_gemma4:"  # so that another server's seal is known for none of ours
 
 
@@ -76,15 +74,6 @@ def file_part(name: str | None, data: str, where: str) -> Part:
     if comma and head.startswith("data:text/"):
         return text("\n".join(filter(None, [name, content.decode(errors="replace")])))
     return {"type": "pdf", "pdf": content}
-
-
-def thought_of(effort: str | None, field: str) -> tuple[bool | None, int | None]:
-    """Whether to think, None where nothing is said, and for how many tokens."""
-    if effort is None:
-        return None, None
-    if effort not in EFFORTS:
-        raise Refused(f"{field} is {shown(effort)}; expected one of {', '.join(EFFORTS)}", field=field)
-    return effort not in ("none", "minimal"), BUDGETS.get(effort)
 
 
 def joined(parts: list[Part]) -> str | list[Part]:

@@ -43,6 +43,8 @@ def test_names_of_this_project_and_of_other_servers_are_taken() -> None:
     assert request == Request(content=MESSAGES, image_budget=70, thinking=True, preserve_thinking=True)
     assert (options.sampling.top_k, options.draft_length) == (5, 0)
     assert asked({"messages": MESSAGES, "thinking": True})[0].thinking is True
+    request, options = asked({"messages": MESSAGES, "reasoning_effort": "low"})  # as the server takes it
+    assert (request.thinking, options.thinking_budget) == (True, 1024)
     request, options = asked({"messages": MESSAGES, "thinking": True, "thinking_budget": 0, "stop": "\n"})
     assert (request.thinking, options.stop) == (False, "\n")
 

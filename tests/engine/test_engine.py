@@ -59,6 +59,31 @@ def test_replies_come_in_the_order_of_the_requests(endless: Loaded) -> None:
     assert [reply.token_ids for reply in replies] == expected
 
 
+def test_a_long_reply_does_not_hold_up_those_behind_it(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+    submit, end = Engine.submit, Engine.end
+
+    def submit_some(self: Engine, request: Any, **options: Any) -> Any:
+        return submit(self, request, **options | {"max_tokens": 150 if request is asked[0] else 2})
+
+    def note(self: Engine, work: Work, error: BaseException | None = None) -> None:
+        limits.append(work.options.max_tokens)
+        end(self, work, error)
+
+    monkeypatch.setattr(Engine, "submit", submit_some)
+    monkeypatch.setattr(Engine, "end", note)
+    asked, _ = prompts(12)
+    replies = generate_batch(*endless, asked, max_batch=2, sampling=GREEDY)
+    assert [len(reply.token_ids) for reply in replies] == [150] + [2] * 11
+    assert limits[:8] == [2] * 8  # more than are prepared ahead
+
+
+def test_one_wrong_request_ends_a_batch_at_once(endless: Loaded) -> None:
+    asked: list[Any] = [*prompts(6)[0], 5]
+    with pytest.raises(ValueError, match="request 6: request is an int"):
+        generate_batch(*endless, asked, max_batch=2, max_tokens=100_000)
+
+
 def test_a_closed_engine_says_so_in_one_line(endless: Loaded) -> None:
     engine = Engine(*endless)
     stream = engine.submit("hello", max_tokens=100_000)

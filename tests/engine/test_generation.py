@@ -28,6 +28,7 @@ from mlx_gemma4.decoding.sampling import Sampler
 from mlx_gemma4.engine import generation, reading
 from mlx_gemma4.model import cache as cache_module
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.planner import Prediction
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.reply.reply import Reply
 
@@ -601,7 +602,8 @@ def test_without_a_drafter_it_decodes_plainly(tiny: Loaded) -> None:
 
 
 def test_no_more_is_wired_than_requests_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that overlap add up, to the machine's working set at most; the last sets the limit back."""
+    """Requests that overlap add up, their model counted once, to the machine's working set at most; the last sets the
+    limit back."""
     limits = [5]  # as it was before
 
     def set_limit(limit: int) -> int:
@@ -612,8 +614,14 @@ def test_no_more_is_wired_than_requests_take(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 100})
     monkeypatch.setattr(mx, "set_wired_limit", set_limit)
     bounded = generation.BoundedMemory()
-    with bounded.request(40):
-        with bounded.request(30), pytest.raises(RuntimeError), bounded.request(90):
+
+    def needed(caches: int, drafter: int = 3) -> Prediction:
+        return Prediction(weights=20, drafter=drafter, sliding=0, full=caches, workspace=2)
+
+    with bounded.request(needed(15)):
+        with bounded.request(needed(5)), pytest.raises(RuntimeError), bounded.request(needed(90)):
             raise RuntimeError
-        assert limits == [5, 40, 70, 100, 70, 40]
+        with bounded.request(needed(5, drafter=0)):  # another model
+            pass
+        assert limits == [5, 40, 47, 100, 47, 40, 67, 40]
     assert limits[-1] == 5
