@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +24,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def joined_matrices() -> Iterator[None]:
-    """As on a GPU, in whatever type. Commands, which are processes of their own, leave those of float32 apart."""
+@contextmanager
+def joining() -> Iterator[None]:
+    """While this lasts matrices are joined as on a GPU: a CPU leaves those of float32 apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix, "joins_float32", lambda: True)
         yield

@@ -9,6 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import joining
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx import nn
@@ -17,7 +18,6 @@ from toy_checkpoint import TINY, Shape, config, write_checkpoint
 
 from mlx_gemma4 import Prompt, load
 from mlx_gemma4.config import FULL, GenerationConfig, TextConfig, parse_config
-from mlx_gemma4.model import matrix
 from mlx_gemma4.model.arrange import arrange, arrange_layer
 from mlx_gemma4.model.attention import Projections, SelfAttention
 from mlx_gemma4.model.cache import Caches, empty_cache
@@ -248,7 +248,8 @@ def test_matrices_that_are_alike_are_joined_and_others_are_not(kinds: list[int],
     modules = [KINDS[kind](count, seed) for seed, (kind, count) in enumerate(zip(kinds, rows, strict=False))]
     x = mx.random.normal((2, 3, 64), key=mx.random.key(9))
     expected = [module(x) for module in modules]
-    joined = Projections(modules)
+    with joining():
+        joined = Projections(modules)
     found = joined(x)
     assert len(joined.joined) == 1 + sum(one != other for one, other in pairwise(kinds))
     for one, own in zip(found, expected, strict=True):
@@ -256,14 +257,9 @@ def test_matrices_that_are_alike_are_joined_and_others_are_not(kinds: list[int],
         assert mx.allclose(one, own, rtol=1e-5, atol=1e-5 if own.dtype == mx.float32 else 0.1)
 
 
-def test_a_cpu_leaves_those_of_float32_apart(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = Prompt([2, *range(150, 190)])
-    joined, _ = load(tiny_folder)
-    monkeypatch.setattr(matrix, "joins_float32", lambda: False)
-    apart, _ = load(tiny_folder)
-    counts = [len(model.language_model.layers[0].mlp.inputs.joined) for model in (joined, apart)]
-    assert counts == [1, 2]
-    assert mx.allclose(joined.logits(prompt), apart.logits(prompt), rtol=1e-5, atol=1e-5)
+@pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="joins them")
+def test_a_cpu_leaves_those_of_float32_apart(tiny: tuple[Model, Any]) -> None:
+    assert len(tiny[0].language_model.layers[0].mlp.inputs.joined) == 2
 
 
 def test_a_model_of_mixed_recipes_is_what_it_is_unarranged(tmp_path: Path) -> None:
@@ -286,7 +282,8 @@ def test_a_model_of_mixed_recipes_is_what_it_is_unarranged(tmp_path: Path) -> No
             for name in names:
                 part[name].weight = mx.array(plain(own[name]).astype(np.float32))
     arrange(model)
-    arrange(rounded)
+    with joining():
+        arrange(rounded)
     assert [len(layer.self_attn.inputs.joined) for layer in model.language_model.layers][:1] == [3]
     assert {len(layer.mlp.inputs.joined) for layer in model.language_model.layers} == {2}
     assert {len(layer.mlp.inputs.joined) for layer in rounded.language_model.layers} == {1}

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import joining
 from golden_cases import CHECKPOINTS, EVERY, GOLDEN, IMAGE_BUDGET, LAYOUTS, chats, generator, lay_out, layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,9 +38,15 @@ def golden() -> dict[str, np.ndarray]:
         return dict(file)
 
 
-@pytest.fixture(scope="session")
-def models(tiny: Loaded, other: Loaded) -> dict[str, Loaded]:
-    return {"tiny": tiny, "other": other}
+@pytest.fixture(scope="session", params=["apart", "joined"])
+def models(
+    request: pytest.FixtureRequest, tiny: Loaded, other: Loaded, tiny_folder: Path, other_folder: Path
+) -> dict[str, Loaded]:
+    """With matrices as a CPU has those of float32, and as a GPU has all."""
+    if request.param == "apart":
+        return {"tiny": tiny, "other": other}
+    with joining():
+        return {"tiny": load(tiny_folder), "other": load(other_folder)}
 
 
 @pytest.fixture
