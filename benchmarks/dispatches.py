@@ -21,6 +21,7 @@ import typer
 from mlx_gemma4 import Sampling, load
 from mlx_gemma4.decoding.round import State, make_round
 from mlx_gemma4.decoding.sampling import Sampler
+from mlx_gemma4.model import matrix
 from mlx_gemma4.model.model import Model
 
 VIEWS = {
@@ -138,6 +139,7 @@ def main(
     model: Annotated[str, typer.Option(help="Folder or hub id.")],
     length: Annotated[list[int] | None, typer.Option(help="Drafts a round; repeatable.")] = None,
 ) -> None:
+    matrix.joins_float32 = lambda: True  # as on a GPU
     loaded, _ = load(model)
     layers = len(loaded.language_model.layers)
     results = []

@@ -26,6 +26,7 @@ from mlx_gemma4.weights.load import (
     open_checkpoint,
     read_values,
 )
+from mlx_gemma4.weights.peers import together
 
 if TYPE_CHECKING:
     from mlx_gemma4.tune.run import Data, News, Run
@@ -135,7 +136,7 @@ def tune(
     adapter.check(len(checkpoint.model.language_model.layers))
     wanted = {split: own for split, own in found.items() if own is not None and (split != "test" or test)}
     sets = read_sets(processor, wanted, max_seq_length, drop_long, image_budget)
-    processes = Processes(mx.distributed.init())
+    processes = Processes(together())
     media = sets["train"].media
     each = batch_size * processes.size
     iters = iters or -(-EPOCHS * len(sets["train"].passages) // each)

@@ -13,6 +13,7 @@ import os
 import pickle
 import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,15 @@ from mlx_gemma4.errors import CheckpointError, one_line
 
 BEAT, SILENCE = 1.0, 15.0  # seconds between signs of life, and without one until a machine counts as gone
 ALIVE, FAREWELL, WORD, DONE = b".", b"q", b"w", b"d"
+GATHERING = 60  # seconds until all machines must be there: MLX's ring itself looks for the next one for 30
+END_IF_ALONE = """
+import os, select, signal, sys
+process, seconds = map(int, sys.argv[1:])
+if not select.select([0], [], [], seconds)[0]:
+    expected = "expected those of the hostfile, by mlx.launch"
+    print(f"error: not all machines came within {seconds} s; {expected}", file=sys.stderr)
+    os.kill(process, signal.SIGKILL)
+"""
 LENGTH = 8  # bytes that say how long a word is
 FAILED = "failed"
 
@@ -104,9 +114,26 @@ def watch(group: mx.distributed.Group) -> None:
     server.close()
 
 
+def together() -> mx.distributed.Group:
+    """The machines on which `mlx.launch` has started this command, once all are there; ValueError if some have one
+    address. MLX would wait for those that never come, and meanwhile hears no signal and lets no thread of Python run:
+    a process beside this one ends it."""
+    if "MLX_RANK" not in os.environ:
+        return mx.distributed.init()
+    addresses = [address for own in hosts() for address in own]
+    if twice := next((address for address in addresses if addresses.count(address) > 1), None):
+        raise ValueError(f"the hostfile has {twice} twice; expected an address for each machine")
+    arguments = [sys.executable, "-c", END_IF_ALONE, str(os.getpid()), str(GATHERING)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE):  # which ends with its input
+        try:
+            return mx.distributed.init()
+        except RuntimeError as error:
+            raise RuntimeError(f"{one_line(error)}; expected all machines of the hostfile, by mlx.launch") from None
+
+
 def launched() -> mx.distributed.Group | None:
     """The machines on which `mlx.launch` has started this command, watched; None: it runs on one."""
-    group = mx.distributed.init()
+    group = together()
     if group.size() == 1:
         return None
     watch(group)
@@ -121,10 +148,14 @@ def leave_word(error: BaseException) -> None:
         time.sleep(2 * BEAT)
 
 
+def hosts() -> list[list[str]]:
+    """The addresses of each machine, as `mlx.launch` tells them to the ring."""
+    return json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text()) if "MLX_HOSTFILE" in os.environ else []
+
+
 def first_address() -> str:
-    """Of the first machine, as `mlx.launch` tells it to the ring."""
-    hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text()) if "MLX_HOSTFILE" in os.environ else []
-    return str(hosts[0][0]).rpartition(":")[0] if hosts else "127.0.0.1"
+    found = hosts()
+    return found[0][0].rpartition(":")[0] if found else "127.0.0.1"
 
 
 def start(own: socket.socket, name: object) -> None:

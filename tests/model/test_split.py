@@ -1,5 +1,6 @@
 """One model on several machines gives what one gives; here they are processes."""
 
+import json
 import signal
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from mlx_gemma4.weights import load as loading
 from mlx_gemma4.weights.adapter import write_adapter
 from mlx_gemma4.weights.link import Link, even_latency, time_link, time_reading, token_seconds
 from mlx_gemma4.weights.load import DEMO, Headers, choose, find_drafter, read_headers, shared_checkpoints
+from mlx_gemma4.weights.peers import together
 from mlx_gemma4.weights.sharing import LAYER
 from mlx_gemma4.weights.tensors import EMBEDDING, list_tensors
 
@@ -68,6 +70,11 @@ from test_split import adapted_answers
 group = mx.distributed.init(strict=True, backend="ring")
 folder, out, split, adapters = sys.argv[1:]
 np.savez(f"{out}/{group.rank()}.npz", **adapted_answers(folder, adapters, group=group, split=split))
+"""
+ALONE = """
+from mlx_gemma4.weights import peers
+peers.GATHERING = 2
+peers.launched()
 """
 WAITING = """
 import sys
@@ -233,6 +240,24 @@ def test_a_machine_that_is_gone_ends_the_others(folder: Path, number: int, tmp_p
         for machine in (first, second):
             machine.kill()
             machine.communicate()
+
+
+def test_a_machine_whose_peers_never_come_ends(tmp_path: Path) -> None:
+    first, second = started(ALONE, 2, tmp_path / "hosts.json")
+    second.kill()
+    second.communicate()
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == -signal.SIGKILL
+    expected = "error: not all machines came within 2 s; expected those of the hostfile, by mlx.launch"
+    assert error.strip().splitlines()[-1] == expected
+
+
+def test_an_address_is_one_machine_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hosts.json").write_text(json.dumps([["10.0.0.1:5000"], ["10.0.0.1:5000"]]))
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    with pytest.raises(ValueError, match=r"^the hostfile has 10\.0\.0\.1:5000 twice; expected an address for each"):
+        together()
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
