@@ -72,7 +72,7 @@ class Case:
             else:
                 return "no call"
             for value in values:
-                jsonschema.validate(value, self.schema, jsonschema.Draft202012Validator)
+                jsonschema.Draft202012Validator(self.schema).validate(value)
         except (ValueError, jsonschema.ValidationError) as error:
             return str(error).splitlines()[0]
         return ""
@@ -92,44 +92,42 @@ def main(
         model, processor = load(str(checkpoint(Path(folder) / "model", gemma)))
     walker = Walker(processor)
     marks = [*STOPS, *(own for text in MARKS for own in walker.ids(text))]
-    replies: dict[tuple[int, int], Reply | str] = {}
+    drawn: list[tuple[int, Reply]] = []
+    wrong: list[str] = []
     with Engine(model, processor, ROWS) as engine, ThreadPoolExecutor(ROWS) as pool:
 
-        def draw(place: tuple[int, int]) -> None:
-            number, again = place
+        def draw(number: int, again: int) -> None:
             case = cases[number]
             stream = engine.submit(
-                case.prompt, max_tokens=max_tokens, draft_length=2 * (again % 2), **case.asked,
+                case.prompt, max_tokens=max_tokens, draft_length=2 * ((number + again) % 2), **case.asked,
                 sampling=Sampling(temperature=1, top_k=0, top_p=1, seed=number * tries + again),
                 logit_bias=dict.fromkeys([*marks, *walker.ids(case.examples)], LIKELY),
             )  # fmt: skip
             try:
-                replies[place] = collect(stream)
+                reply = collect(stream)
             except (ValueError, RuntimeError) as error:
-                replies[place] = str(error)
+                wrong.append(f"{case.name} failed: {error}")
+                return
+            drawn.append((number, reply))
+            fault = case.fault(reply) if reply.finish_reason == "stop" else ""
+            if fault:
+                said = reply.tool_calls if case.tools else reply.text
+                wrong.append(f"{case.name} {json.dumps(case.schema)[:300]}: {str(said)[:300]!r}: {fault}")
+            if not len(drawn) % 50:
+                print(f"{len(drawn)} of {tries * len(cases)} replies, {len(wrong)} wrong", flush=True)
 
-        list(pool.map(draw, [(number, seed) for number in range(len(cases)) for seed in range(tries)]))
-    counts: Counter[str] = Counter()
-    fits: set[int] = set()
-    wrong: list[str] = []
-    microseconds: list[float] = []
-    for (number, _), reply in replies.items():
-        case = cases[number]
-        if isinstance(reply, str):
-            wrong.append(f"{case.name} failed: {reply}")
-            continue
-        counts[reply.finish_reason] += 1
-        counts["drafts accepted"] += reply.stats.accepted_tokens
-        microseconds += mask_costs(walker, case, reply)
-        if reply.finish_reason == "stop":
-            fits.add(number)
-            if fault := case.fault(reply):
-                wrong.append(
-                    f"{case.name} {json.dumps(case.schema)[:300]}: {reply.text[:200]!r} {reply.tool_calls}: {fault}"
-                )
-    print(f"{dict(counts)}; {len(fits)} of {len(cases)} schemas have a finished reply; {len(wrong)} replies are wrong")
+        for asked in [pool.submit(draw, number, again) for again in range(tries) for number in range(len(cases))]:
+            asked.result()
+    counts = Counter(reply.finish_reason for _, reply in drawn)
+    accepted = sum(reply.stats.accepted_tokens for _, reply in drawn)
+    fits = {number for number, reply in drawn if reply.finish_reason == "stop"}
+    print(
+        f"{dict(counts)}, {accepted} drafts accepted; {len(fits)} of {len(cases)} schemas have a finished reply; "
+        f"{len(wrong)} replies are wrong"
+    )
     for line in wrong[:40]:
         print(line)
+    microseconds = [own for number, reply in drawn for own in mask_costs(walker, cases[number], reply)]
     never = [cases[number].name for number in range(len(cases)) if number not in fits]
     print(f"never finished: {never[:40]}")
     middle, most, longest = np.percentile(microseconds, (50, 99, 100))
@@ -161,8 +159,12 @@ def tool_cases() -> Iterator[Case]:
 def is_taken(case: Case, refused: Counter[str]) -> bool:
     try:
         response_grammar(case.asked["response_format"])
+        jsonschema.Draft202012Validator.check_schema(case.schema)
     except ValueError as error:
         refused[str(error)[:100]] += 1
+        return False
+    except jsonschema.SchemaError:  # patterns that Python does not read
+        refused["jsonschema does not read it"] += 1
         return False
     return True
 
