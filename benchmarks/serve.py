@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py --model demo --clients 8 --requests 64 --rate 4 --tokens 500
 
-Both get the same requests with the same seeds, each from so many threads: `Engine` in this process, the server, one of
-its own, over HTTP. With a rate, requests arrive by chance, so many a second; without, each client asks again when it
-has been answered. The last line of standard output is JSON.
+Both get the same requests with the same seeds, each from so many threads, in turns: `Engine` in this process, the
+server, one of its own, over HTTP. With a rate, requests arrive by chance, so many a second; without, each client asks
+again when it has been answered. Then one asks alone for what has been read before. Figures are medians of the turns;
+the last line of standard output is JSON.
 """
 
 import http.client
@@ -27,6 +28,8 @@ from mlx_gemma4 import Engine, PromptStore, Sampling, load
 from mlx_gemma4.engine.engine import Stream
 from mlx_gemma4.reply.reply import Stats
 
+AGAIN = 20  # times that a known prompt is asked
+
 T = TypeVar("T")
 Asked = dict[str, Any]
 Told = tuple[float, float, int]  # seconds to the first token, seconds in all, tokens
@@ -41,21 +44,36 @@ def main(
     turns: Annotated[int, typer.Option(min=1, help="Questions of a conversation: they begin alike.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a reply.")] = 100,
     max_batch: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 3,
 ) -> None:
-    """Engine, then the server."""
-    asked = [request(number // turns, number % turns, tokens, max_tokens) for number in range(requests)]
+    """Engine and server, turn by turn."""
     arrivals = np.random.default_rng(0).exponential(1 / rate, requests).cumsum() if rate else np.zeros(requests)
     loaded, processor = load(model)
-    with Engine(loaded, processor, max_batch, PromptStore()) as engine:
-        alone = measured(asked, arrivals, clients, lambda own: from_engine(engine, own))
-    with server(model, max_batch) as port:
-        served = measured(asked, arrivals, clients, lambda own: from_server(port, own))
-    for name, own in (("engine", alone), ("server", served)):
+    told: dict[str, list[dict[str, float]]] = {"engine": [], "server": []}
+    with Engine(loaded, processor, max_batch, PromptStore()) as engine, server(model, max_batch) as port:
+        ask = {"engine": lambda own: from_engine(engine, own), "server": lambda own: from_server(port, own)}
+        for repeat in range(repeats):
+            numbers = range(repeat * requests, (repeat + 1) * requests)  # others: none has been read
+            asked = [request(number // turns, number % turns, tokens, max_tokens) for number in numbers]
+            for name, own in told.items():
+                own.append((timed if repeat else measured)(asked, arrivals, clients, ask[name]))
+        again = [request(0, 0, tokens, 2)] * AGAIN
+        cached = {name: [ask[name](one)[0] for one in again] for name in told}
+    found = {
+        name: {key: float(np.median([turn[key] for turn in own])) for key in own[0]}
+        | {"first_cached": float(np.median(cached[name]))}
+        for name, own in told.items()
+    }
+    for name, figure in found.items():
         print(
-            f"{name}: {own['tokens_per_second']:.1f} tokens/s; first token after {own['first_p50']:.3f} s, "
-            f"{own['first_p99']:.3f} s for 99 %; {own['rate_p50']:.1f} tokens/s a reply"
+            f"{name}: {figure['tokens_per_second']:.1f} tokens/s; first token after {figure['first_p50']:.3f} s, "
+            f"{figure['first_p99']:.3f} s for 99 %, {figure['first_cached']:.3f} s where the prompt is known; "
+            f"{figure['rate_p50']:.1f} tokens/s a reply"
         )
-    print(json.dumps({"machine": machine(), "engine": alone, "server": served}))
+    ratios = [turn["tokens_per_second"] / own["tokens_per_second"] for own, turn in zip(*told.values(), strict=True)]
+    later = found["server"]["first_cached"] - found["engine"]["first_cached"]
+    print(f"server: {np.median(ratios):.3f} of the engine's tokens/s, {1000 * later:.1f} ms later where it is known")
+    print(json.dumps({"machine": machine(), **found, "ratio": float(np.median(ratios)), "ratios": ratios}))
 
 
 def request(conversation: int, turn: int, tokens: int, max_tokens: int) -> Asked:

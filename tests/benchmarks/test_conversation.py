@@ -36,3 +36,12 @@ def test_a_server_that_is_none_is_one_line(tiny_folder: Path, server: str) -> No
         done = benchmark("conversation.py", "--model", tiny_folder, *SIZES, "--server", f"x={url}")
         assert done.returncode == 1 and "expected NAME=http://HOST:PORT" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_engine_and_server_say_as_much_in_turns(tiny_folder: Path) -> None:
+    sizes = ["--clients", 2, "--requests", 3, "--repeats", 2, "--tokens", 2, "--max-tokens", 5]
+    done = benchmark("serve.py", "--model", tiny_folder, *sizes)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["engine"]["tokens"] == found["server"]["tokens"] > 0 and len(found["ratios"]) == 2
+    assert found["engine"]["first_cached"] > 0 and found["server"]["first_cached"] > 0
