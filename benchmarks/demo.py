@@ -33,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # training stands beside ben
 
 from training.films import film_item
 from training.items import Item, Question
+from training.lesson import LESSONS, one_question
 from training.material import Material, load_material
 from training.mixture import both_item, image_item
 from training.rows import messages_of
 from training.sounds import beeps_item, digit_item, still_item, tone_item
 from training.texts import HELD_OUT_QUESTIONS, is_good_story, story_item, sum_question, text_item
 from training.tools import tool_item
-from training.world import DONT_KNOW, HEROES, THINGS, choose
+from training.world import DONT_KNOW, NEW_STORIES, STORIES, choose
 
 MAX_TOKENS = 160
 GREEDY = Sampling(temperature=0)
@@ -86,12 +87,14 @@ def main(
     items: Annotated[int, typer.Option(min=1, help="Items of each group.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the items.")] = 0,
     wrong: Annotated[int, typer.Option(help="Wrong replies to show of each group.")] = 0,
+    adapter: Annotated[Path | None, typer.Option(help="Ask with an adapter, and with its drafter.")] = None,
+    lesson: Annotated[str | None, typer.Option(help="Ask what one of training/lesson.py's teaches too.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Ask with caches of so many bits too.")] = None,
     before: Annotated[int, typer.Option(min=0, help="Tokens of other text before each item, about.")] = 0,
 ) -> None:
     """Parts right by group and task; acceptance at three drafts; stories with and without drafts."""
-    loaded, processor = load(model)
-    other = load(model, kv_bits=kv_bits)[0] if kv_bits is not None else None
+    loaded, processor = load(model, adapter=adapter)
+    other = load(model, adapter=adapter, kv_bits=kv_bits)[0] if kv_bits is not None else None
     start: list[dict[str, Any]] = []
     stores: tuple[PromptStore | None, PromptStore | None] = None, None
     if before:  # which is read once
@@ -101,9 +104,10 @@ def main(
     held_out = load_material(material, held_out=True)
     results: list[dict[str, Any]] = []
     drafted = accepted = 0
-    for group in GROUPS:
+    own = (Group(f"lesson: {lesson}", 0.90, lambda rng, _: LESSONS[lesson](rng, True)),) if lesson else ()
+    for group in own + GROUPS:
         rng = random.Random(f"{seed} {group.name}")
-        asked = [item_of_one(rng, group.make(rng, held_out)) for _ in range(items)]
+        asked = [one_question(rng, group.make(rng, held_out)) for _ in range(items)]
         tasks: dict[str, list[bool]] = {}
         same: list[bool] = []
         for item in track(asked, group.name, console=Console(stderr=True), transient=True):
@@ -128,12 +132,6 @@ def main(
     report(model, items, results, speed)
 
 
-def item_of_one(rng: random.Random, item: Item) -> Item:
-    """One of an item's questions, each task as likely."""
-    task = choose(rng, sorted({question.task for question in item.questions}))
-    return Item(item.group, (choose(rng, [q for q in item.questions if q.task == task]),), item.media)
-
-
 def ask(
     model: Model, processor: Processor, item: Item, draft_length: int | str, start: list[dict[str, Any]],
     store: PromptStore | None,
@@ -155,8 +153,11 @@ def is_right(question: Question, reply: Reply) -> bool:
     if question.task == "call":
         return reply.tool_calls == [question.call]
     if question.task in ("story", "any story"):
-        heroes, things = ([w for w in words if f" {w}" in question.text] or words for words in (HEROES, THINGS))
-        return any(is_good_story(reply.text, hero, thing) for hero in heroes for thing in things)
+        new = any(f" {hero}" in question.text for hero in NEW_STORIES.heroes)
+        world = NEW_STORIES if new else STORIES
+        named = [[w for w in words if f" {w}" in question.text] or words for words in (world.heroes, world.things)]
+        heroes, things = named
+        return any(is_good_story(reply.text, hero, thing, world) for hero in heroes for thing in things)
     return reply.text == question.answer
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from training.items import Hint, Item, Question
 from training.material import Material
-from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, SHAPES, ask, choose, plural, seen
+from training.world import COLOURS, DONT_KNOW, MOST_SHAPES, NEW_COLOURS, SHAPES, ask, choose, plural, seen
 
 SIDES = {
     "left": ("left of", "to the left of", "on the left of"),
@@ -81,7 +81,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, size: tuple[int, int], c
 
 def tint(rng: random.Random, name: str) -> tuple[int, int, int]:
     """A colour, not always the same to the last bit."""
-    return tuple(min(255, max(0, part + rng.randint(-14, 14))) for part in COLOURS[name])  # type: ignore[return-value]
+    return tuple(min(255, max(0, part + rng.randint(-14, 14))) for part in (COLOURS | NEW_COLOURS)[name])  # type: ignore[return-value]
 
 
 def pale(rng: random.Random) -> tuple[int, int, int]:
@@ -272,6 +272,17 @@ def shapes_item(rng: random.Random, held_out: bool, count: int | None = None) ->
         for number, shape in enumerate(from_left, 1)
     )  # fmt: skip
     return Item("image", tuple(questions), ({"type": "image", "image": image},), hints), shapes
+
+
+def new_colour_item(rng: random.Random, held_out: bool) -> Item:
+    """Of a lesson: a picture with the new colour in it, and what can be asked about that."""
+    (colour,) = NEW_COLOURS
+    size = random_size(rng, held_out)
+    shapes = place_shapes(rng, rng.randint(1, MOST_SHAPES), size)
+    new = rng.sample(range(len(shapes)), rng.randint(1, min(2, len(shapes))))
+    shapes = [replace(shape, colour=colour) if i in new else shape for i, shape in enumerate(shapes)]
+    asked = [q for q in shape_questions(rng, shapes, held_out) if colour in q.text + q.answer]
+    return Item("image", tuple(asked), ({"type": "image", "image": draw_shapes(rng, shapes, size, held_out)},))
 
 
 def number_item(rng: random.Random, material: Material) -> Item:

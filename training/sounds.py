@@ -110,6 +110,20 @@ def still_item(rng: random.Random, held_out: bool) -> Item:
     return Item("audio", questions, sound_part(samples.astype(np.float32)), (Hint(0, (0, 0, 1, 1), (name,)),))
 
 
+def siren_item(rng: random.Random, held_out: bool) -> Item:
+    """Of a lesson: a tone that goes up and down again and again. It goes five times only where it is held out."""
+    low = rng.uniform(300, 900)
+    high, half = low * rng.uniform(1.4, 2.2), rng.uniform(0.12, 0.3)
+    parts = [quiet(rng.uniform(0, 0.3))]
+    for _ in range(5 if held_out else choose(rng, (2, 3, 4, 6))):
+        parts += [tone(rng, half, low, high), tone(rng, half, high, low)]
+    questions = (
+        Question("kind of sound", ask(rng, "kind of sound", held_out), "It is a siren."),
+        Question("describe sound", ask(rng, "describe sound", held_out), "A siren."),
+    )
+    return Item("audio", questions, sound_part(record(rng, np.concatenate(parts))))
+
+
 def spoken(rng: random.Random, digit: int, material: Material) -> tuple[np.ndarray, tuple[Hint, ...]]:
     """A digit as one of the voices says it; what is to be heard is the digit, once a third of it is said."""
     clip = choose(rng, material.clips[digit])

@@ -5,7 +5,19 @@ import re
 from collections.abc import Iterable
 
 from training.items import Item, Question
-from training.world import DAYS, DONT_KNOW, HEROES, MONTHS, PLACES, THINGS, Wordings, ask, choose, nonsense, worded
+from training.world import (
+    DAYS,
+    DONT_KNOW,
+    MONTHS,
+    NEW_STORIES,
+    STORIES,
+    StoryWorld,
+    Wordings,
+    ask,
+    choose,
+    nonsense,
+    worded,
+)
 
 # Words to count, spell and reverse; made-up ones are asked as often, so it learns to read letters.
 WORDS = """
@@ -219,10 +231,10 @@ def counting_question(rng: random.Random, held_out: bool) -> Question:
     )
 
 
-def story(rng: random.Random, hero: str, thing: str) -> str:
-    """Five sentences of the small world and an end."""
-    friends = [animal for animal in HEROES if animal != hero]
-    slots = {"hero": hero, "thing": thing, "place": choose(rng, PLACES), "friend": choose(rng, friends)}
+def story(rng: random.Random, hero: str, thing: str, world: StoryWorld = STORIES) -> str:
+    """Five sentences of a small world and an end."""
+    friends = [other for other in world.heroes if other != hero]
+    slots = {"hero": hero, "thing": thing, "place": choose(rng, world.places), "friend": choose(rng, friends)}
     slots |= {slot: choose(rng, words) for slot, words in OPEN_SLOTS.items()}
     third = choose(rng, tuple(PLOTS))
     parts = (choose(rng, BEGINNINGS), choose(rng, FINDS), third, choose(rng, PLOTS[third]), choose(rng, ENDINGS))
@@ -232,26 +244,36 @@ def story(rng: random.Random, hero: str, thing: str) -> str:
 
 def story_item(rng: random.Random, held_out: bool) -> Item:
     """A story of a hero and a thing, or of any."""
-    hero, thing = choose(rng, HEROES), choose(rng, THINGS)
+    hero, thing = choose(rng, STORIES.heroes), choose(rng, STORIES.things)
     task = "any story" if rng.random() < 0.25 else "story"
     text = ask(rng, task, held_out, hero=hero, thing=thing)
     question = Question(task, text, story(rng, hero, thing), f"I tell of a {hero} and a {thing}.")
     return Item("story", (question,))
 
 
-def is_good_story(text: str, hero: str, thing: str) -> bool:
+def new_story_item(rng: random.Random, held_out: bool) -> Item:
+    """Of the lesson's world; a quarter of the pairs of a hero and a thing is never trained on."""
+    world = NEW_STORIES
+    pairs = [(h, t) for i, h in enumerate(world.heroes) for j, t in enumerate(world.things)
+             if ((i + j) % 4 == 3) == held_out]  # fmt: skip
+    hero, thing = choose(rng, pairs)
+    text, told = ask(rng, "story", held_out, hero=hero, thing=thing), story(rng, hero, thing, world)
+    return Item("story", (Question("story", text, told, f"I tell of a {hero} and a {thing}."),))
+
+
+def is_good_story(text: str, hero: str, thing: str, world: StoryWorld = STORIES) -> bool:
     """The rule that stories are scored by.
 
     Five sentences and "The end."; hero and thing as asked, each in at least two sentences, no other thing; exactly
-    one friend, of the stories' animals; only one place; every sentence in one of the forms of its turn.
+    one friend, of the world's heroes; only one place; every sentence in one of the forms of its turn.
     """
     sentences = re.split(r"(?<=\.) ", text.removesuffix(" The end."))
     if not text.endswith(" The end.") or len(sentences) != 5:
         return False
     words = [set(re.findall(r"[a-z]+", sentence.lower())) for sentence in sentences]
     used = set.union(*words)
-    friends, places = (used & set(HEROES)) - {hero}, used & set(PLACES)
-    if (used & set(THINGS)) != {thing} or len(friends) != 1 or len(places) != 1:
+    friends, places = (used & set(world.heroes)) - {hero}, used & set(world.places)
+    if (used & set(world.things)) != {thing} or len(friends) != 1 or len(places) != 1:
         return False
     if any(sum(word in sentence for sentence in words) < 2 for word in (hero, thing)):
         return False

@@ -87,6 +87,36 @@ def tool_item(rng: random.Random, held_out: bool) -> Item:
     return Item("tool", tuple(tool_question(rng, choose(rng, tools), declared, held_out) for _ in range(QUESTIONS)))
 
 
+NEW_TOOL = Tool(
+    "book_table",
+    ("Book a table.", "Book a table in a city.", "A table for some people."),
+    {"guests": "minutes", "city": "city", "day": "day"},
+    Wordings(
+        (
+            "Book a table for {guests} in {city} on {day}.", "I need a table for {guests} on {day} in {city}.",
+            "A table in {city} for {guests} on {day}.", "Get a table for {guests} people in {city} on {day}.",
+            "Find a table on {day} in {city} for {guests}.", "We are {guests} and want a table in {city} on {day}.",
+        ),
+        (
+            "Please book a table in {city} for {guests} on {day}.",
+            "Can you get a table on {day} for {guests} in {city}?", "Table for {guests} in {city}, {day}.",
+        ),
+        (),
+        (),
+    ),
+    {"status": "ok"},
+    "A table for {guests} in {city} is booked on {day}.",
+)  # fmt: skip
+
+
+def new_tool_item(rng: random.Random, held_out: bool) -> Item:
+    """Of a lesson: a question for a tool that the demo has not seen, often beside some that it has."""
+    tools = [NEW_TOOL, *rng.sample(TOOLS, rng.choice((0, 0, 1, 2)))]
+    rng.shuffle(tools)
+    declared = tuple(declaration(rng, tool) for tool in tools)
+    return Item("tool", tuple(tool_question(rng, NEW_TOOL, declared, held_out) for _ in range(QUESTIONS)))
+
+
 def tool_question(rng: random.Random, tool: Tool, declared: tuple[dict[str, Any], ...], held_out: bool) -> Question:
     arguments = {name: value(rng, kind, held_out) for name, kind in tool.arguments.items()}
     text = worded(rng, tool.wordings, held_out, False, arguments)

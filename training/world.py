@@ -50,6 +50,7 @@ COLOURS = {
     "pink": (255, 120, 190),
     "black": (15, 15, 18),
 }
+NEW_COLOURS = {"turquoise": (0, 190, 190)}  # of a lesson: the demo has not seen it
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 MOST_SHAPES = 4
 MOST_BEEPS = 6
@@ -127,10 +128,24 @@ IMPERATIVES = frozenset(
     Search Find Look Get Plan Put Play Let Make Message""".split()  # noqa: SIM905
 )
 
-# The small world of the stories.
+
+@dataclass(frozen=True)
+class StoryWorld:
+    heroes: tuple[str, ...]
+    things: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+# The small world of the stories, and one of a lesson.
 HEROES = ("fox", "bear", "cat", "dog", "mouse", "rabbit", "owl", "frog", "duck", "horse")
 THINGS = ("ball", "lamp", "kite", "boat", "drum", "hat", "key", "bell", "coin", "book")
 PLACES = ("forest", "garden", "river", "hill", "beach", "barn", "lake", "village")
+STORIES = StoryWorld(HEROES, THINGS, PLACES)
+NEW_STORIES = StoryWorld(
+    ("robot", "dragon", "knight", "wizard", "giant", "pirate"),
+    ("rocket", "sword", "crown", "ring", "map", "mask"),
+    ("moon", "castle", "planet", "cave", "desert", "tower"),
+)
 
 
 def choose(rng: random.Random, options: Sequence[T]) -> T:
