@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -57,6 +58,10 @@ def sound_item(rng: random.Random, material: Material) -> Item:
     return choose(rng, (beeps_item, tone_item, still_item))(rng, material.held_out)
 
 
+def lesson_item(lesson: str, rng: random.Random, material: Material) -> Item:
+    return LESSONS[lesson](rng, material.held_out)
+
+
 def sum_item(rng: random.Random, material: Material) -> Item:
     return Item("text", (sum_question(rng, material.held_out),))
 
@@ -88,7 +93,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the items.")] = 0,
     wrong: Annotated[int, typer.Option(help="Wrong replies to show of each group.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="Ask with an adapter, and with its drafter.")] = None,
-    lesson: Annotated[str | None, typer.Option(help="Ask what one of training/lesson.py's teaches too.")] = None,
+    lesson: Annotated[list[str] | None, typer.Option(help="Ask what one of training/lesson.py's teaches too.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Ask with caches of so many bits too.")] = None,
     before: Annotated[int, typer.Option(min=0, help="Tokens of other text before each item, about.")] = 0,
 ) -> None:
@@ -104,8 +109,8 @@ def main(
     held_out = load_material(material, held_out=True)
     results: list[dict[str, Any]] = []
     drafted = accepted = 0
-    own = (Group(f"lesson: {lesson}", 0.90, lambda rng, _: LESSONS[lesson](rng, True)),) if lesson else ()
-    for group in own + GROUPS:
+    lessons = [Group(f"lesson: {name}", 0.90, partial(lesson_item, name)) for name in lesson or ()]
+    for group in (*lessons, *GROUPS):
         rng = random.Random(f"{seed} {group.name}")
         asked = [one_question(rng, group.make(rng, held_out)) for _ in range(items)]
         tasks: dict[str, list[bool]] = {}

@@ -51,8 +51,8 @@ class Agent:
     tools: functions with annotations and a docstring. mcp: a file with `mcpServers` as other programs have it, or the
     same as a dict. skills: a folder of folders with a SKILL.md. The caller's functions and skills run unasked; a
     server's tool runs if its name, or a pattern such as "git_*", is in `allow`, or if who takes the events of `stream`
-    sets `allowed` of its `Call`. max_steps: replies to one request; the last one is written without tools. Timeouts in
-    seconds. `close` ends the servers, and so does the end of a `with` block.
+    sets `allowed` of its `Call`. max_steps: replies to one request; the last one is written without tools. adapter: as
+    `Session` takes it. Timeouts in seconds. `close` ends the servers, and so does the end of a `with` block.
 
     ValueError if any of it is wrong; OSError if a server does not start.
     """
@@ -72,6 +72,7 @@ class Agent:
         max_steps: int = MAX_STEPS,
         start_timeout: float = 30,
         call_timeout: float = 120,
+        adapter: str | None = None,
     ) -> None:
         if (tools or mcp is not None or skills is not None) and not all(map(find_spec, ("mcp", "yaml"))):
             raise ValueError('tools need what the extra agent brings; expected pip install "mlx_gemma4[agent]"')
@@ -95,7 +96,7 @@ class Agent:
             self.close()
             raise
         declared = [tool.declaration for tool in found] or None
-        self.session = Session(model, processor, system, declared, thinking, image_budget, store)
+        self.session = Session(model, processor, system, declared, thinking, image_budget, store, adapter)
 
     def check(self, found: list[Tool]) -> None:
         names = [tool.name for tool in found]

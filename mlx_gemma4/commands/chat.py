@@ -25,9 +25,9 @@ from mlx_gemma4.commands.typed import Medium, read_argument, read_typed
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading, follow
+from mlx_gemma4.engine.generation import Reading, adapter_of, follow
 from mlx_gemma4.engine.request import Options
-from mlx_gemma4.engine.session import STORE_FOLDER, is_session, read_saved
+from mlx_gemma4.engine.session import STORE_FOLDER, Session, is_session, read_saved
 from mlx_gemma4.entry import if_stopped, leave
 from mlx_gemma4.errors import TooLongError, shown, unbroken
 from mlx_gemma4.media.source import local_path
@@ -36,7 +36,7 @@ from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
 from mlx_gemma4.terminal import (
-    Adapter,
+    Adapters,
     Debug,
     DrafterName,
     DraftLength,
@@ -56,6 +56,7 @@ from mlx_gemma4.terminal import (
     TopK,
     TopP,
     Version,
+    adapters_of,
     check_name,
     is_screen,
     run,
@@ -100,7 +101,7 @@ def chat(
     image_budget: ImageBudget = None,
     drafter: DrafterName = "auto",
     draft_length: DraftLength = "auto",
-    adapter: Adapter = None,
+    adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,
     kv_bits: KvBits = None,
     split: Split = None,
@@ -121,7 +122,7 @@ def chat(
     saved = read_saved(folder) if is_first and folder is not None and is_session(folder) else None
     split = same(group, saved.split if split is None and saved is not None else split)
     terminal = Terminal() if is_first and is_terminal() else None
-    checkpoint = find_checkpoint(model, drafter, computing, kv_bits, adapter, group, split)
+    checkpoint = find_checkpoint(model, drafter, computing, kv_bits, adapters_of(adapter), group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
     kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)
@@ -136,6 +137,8 @@ def chat(
             saved.check_model(checkpoint.model)
             go_on(agent.session, saved, system, thinking, image_budget)
             agent.session.settings = replace(agent.session.settings, tools=tools)
+        elif checkpoint.config.adapters:
+            switch(agent.session, checkpoint.config.adapters[0])
         conversation = Chat(agent, options, folder, terminal)
         if terminal is not None:
             conversation.greet(model)
@@ -497,6 +500,18 @@ def fork(chat: Chat, rest: str) -> None:
     save(chat, rest)
 
 
+def switch(session: Session, name: str | None) -> None:
+    """ValueError unless it is an adapter's name, or None."""
+    adapter_of(session.model, Options(adapter=name))
+    session.settings = replace(session.settings, adapter=name)
+
+
+def choose_adapter(chat: Chat, rest: str) -> None:
+    switch(chat.session, rest or None)
+    chat.say(f"the next reply is with {rest or 'no adapter'}")
+    chat.keep()
+
+
 def undo(chat: Chat, rest: str) -> None:
     system, turns = turns_of(chat.session.messages)
     if not turns:
@@ -538,6 +553,7 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
         for kind, a_kind in (("image", "an image"), ("audio", "a sound"), ("video", "a video"))
     },
     "/think": (think, "[on|off]", "let the model think before it answers"),
+    "/adapter": (choose_adapter, "[NAME]", "which of those given by name the next replies are with"),
     "/undo": (undo, "", "take the last turn back, to say it in another way"),
     "/clear": (clear, "", "forget all that was said"),
     "/save": (save, "[NAME]", "keep the conversation; --session NAME goes on with it"),

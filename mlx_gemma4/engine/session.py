@@ -5,13 +5,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading, generation_events
+from mlx_gemma4.engine.generation import Reading, adapter_of, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of, space_of
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.entry import if_stopped
@@ -38,13 +38,15 @@ class Settings:
     tools: list[dict[str, Any]] | None = None
     thinking: bool = False
     image_budget: int | None = None
+    adapter: str | None = None  # of the model's, by name
 
 
 class Session:
     """A conversation with a model.
 
     `messages` is a plain list: edit it, and what is unchanged at its beginning is not read again. store: what has been
-    read, shared with whoever has the same; None: one of its own.
+    read, shared with whoever has the same; None: one of its own. adapter: which of the model's, by name, it talks with;
+    None: none of them.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class Session:
         thinking: bool = False,
         image_budget: int | None = None,
         store: PromptStore | None = None,
+        adapter: str | None = None,
     ) -> None:
+        adapter_of(model, Options(adapter=adapter))
         self.model, self.processor = model, processor
-        self.settings = Settings(tools, thinking, image_budget)
+        self.settings = Settings(tools, thinking, image_budget, adapter)
         self.store = PromptStore() if store is None else store
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
@@ -164,6 +168,7 @@ class Session:
         continue_final_message: bool = False,
     ) -> Iterator[Reading | Piece]:
         """What happens when these messages are added: how far their prompt is read, then the pieces of the reply."""
+        options = replace(options, adapter=self.settings.adapter)
         events = generation_events(self.model, self.processor, prompt, options, prepared, self.store)
         return self.recorded(turn, events, continue_final_message)
 
@@ -197,7 +202,8 @@ class Session:
         folder = Path(folder).expanduser()
         self.save_messages(folder)
         # of a store that conversations share, no more than this one's
-        own = (space_of(self.model), self.prompt([])[0]) if self.messages else None
+        adapter = adapter_of(self.model, Options(adapter=self.settings.adapter))
+        own = (space_of(self.model, adapter=adapter), self.prompt([])[0]) if self.messages else None
         self.store.save(folder / STORE_FOLDER, own)
 
     def save_messages(self, folder: Path) -> None:
@@ -250,6 +256,9 @@ class Saved:
     def check_model(self, model: Model) -> None:
         if self.weights != fingerprint_of(model).hex():
             raise ValueError(f"{str(self.folder)!r} holds a session with other weights; expected those it began with")
+        if (name := self.settings.adapter) is not None and name not in model.config.adapters:
+            there = ", ".join(model.config.adapters) or "it to be loaded by name"
+            raise ValueError(f"{str(self.folder)!r} holds a session with the adapter {shown(name)}; expected {there}")
 
 
 def is_session(folder: Path) -> bool:
@@ -271,12 +280,17 @@ def read_saved(folder: str | Path) -> Saved:
     folder = Path(folder).expanduser()
     about, messages = (read_part(folder, name) for name in (ABOUT, MESSAGES))
     found = about.get("settings") if isinstance(about, dict) and about.get("format") == FORMAT else None
+    if isinstance(found, dict):
+        found = {"adapter": None} | found  # which sessions before there were any do not say
     if not isinstance(found, dict) or set(found) != set(asdict(Settings())) or not isinstance(about["weights"], str):
         raise ValueError(f"{str(folder / ABOUT)!r} is not of this version; expected what Session.save writes")
     if not isinstance(messages, list):
         raise ValueError(f"{str(folder / MESSAGES)!r} holds {a(messages)}; expected a list of messages")
     settings = Settings(**found)
-    right = {"tools": (list, type(None)), "thinking": (bool,), "image_budget": (int, type(None))}
+    right = {
+        "tools": (list, type(None)), "thinking": (bool,), "image_budget": (int, type(None)),
+        "adapter": (str, type(None)),
+    }  # fmt: skip
     for name, types in right.items():
         if not isinstance(found[name], types):
             raise ValueError(

@@ -21,8 +21,9 @@ import pytest
 
 pytest.importorskip("prompt_toolkit", reason="comes with the extra chat")
 
+from adapters import random_adapter
 from rounds import GREEDY
-from toy_checkpoint import Shape, write_checkpoint
+from toy_checkpoint import TINY, Shape, write_checkpoint
 
 from mlx_gemma4 import Agent, load
 from mlx_gemma4.commands.chat import SUMMARIZE, Chat, Stop, Terminal, session_folder, turns_of
@@ -31,6 +32,7 @@ from mlx_gemma4.engine.session import read_saved
 from mlx_gemma4.errors import TooLongError
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.weights.adapter import write_adapter
 from mlx_gemma4.weights.load import DEMO
 
 Loaded = tuple[Model, Processor]
@@ -375,6 +377,23 @@ def test_turns_are_what_a_person_said_and_all_that_followed() -> None:
     system, turns = turns_of([{"role": role} for role in roles])
     assert [len(system), *map(len, turns)] == [1, 4, 1, 2]
     assert turns_of([]) == ([], [])
+
+
+def test_an_adapter_is_chosen_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("law", "garden")):
+        write_adapter(tmp_path / name, random_adapter(TINY, seed=seed), "lora", 3, 0.4, -1)
+    chat, _ = chat_of(load(tiny_folder, adapter={name: tmp_path / name for name in ("law", "garden")}))
+    with pytest.raises(ValueError, match="adapter is 'sea'; expected None, or one of law, garden"):
+        chat.take("/adapter sea")
+    for line, adapter in (("/adapter garden", "garden"), ("/adapter", None)):
+        chat.take(line)
+        assert chat.session.settings.adapter == adapter
+    given = [word for name in ("law", "garden") for word in ("--adapter", f"{name}={tmp_path / name}")]
+    argv = words("--model", tiny_folder, *given, "--session", tmp_path / "kept", "--max-tokens", "3")
+    for line in (b"/adapter garden\nhello\n", b"hello\n"):
+        ended = subprocess.run(argv, input=line, capture_output=True, env=environment(tmp_path))
+        assert ended.returncode == 0, ended.stderr
+        assert read_saved(tmp_path / "kept").settings.adapter == "garden"
 
 
 def test_an_adapter_goes_with_the_model(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Of several adapters each row has its own, and gives what it gives where that adapter is the only one."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from adapters import random_adapter
 from rounds import GREEDY
 from toy_checkpoint import TINY
 
-from mlx_gemma4 import Engine, Prompt, PromptStore, collect, generate, load
+from mlx_gemma4 import Engine, Prompt, PromptStore, Session, collect, generate, load
+from mlx_gemma4.agent.agent import Agent
 from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.matrix import Adapted
@@ -94,6 +96,29 @@ def test_without_an_adapter_nothing_of_them_is_computed(
     assert given and all(own is None for own in given)
     assert generate(*several, ASKED[1], max_tokens=20, sampling=GREEDY, adapter="one").token_ids == alone["one", 1]
     assert any(own is not None for own in given)
+
+
+def test_a_session_keeps_its_adapter(several: Loaded, planted: Loaded, tmp_path: Path) -> None:
+    expected = {name: generate(*several, "hello", max_tokens=12, sampling=GREEDY, adapter=name).token_ids
+                for name in (None, "one", "two")}  # fmt: skip
+    for name, ids in expected.items():
+        session = Session(*several, adapter=name)
+        assert session.send("hello", max_tokens=12, sampling=GREEDY).token_ids == ids
+    assert Agent(*several, adapter="one").send("hello", max_tokens=12, sampling=GREEDY).token_ids == expected["one"]
+    session.save(tmp_path)
+    again = Session.load(tmp_path, *several)
+    assert again.settings.adapter == again.fork().settings.adapter == "two"
+    reply = again.send("again", max_tokens=12, sampling=GREEDY)
+    assert reply.stats is not None and reply.stats.cached_tokens > 0
+    assert reply.token_ids == session.send("again", max_tokens=12, sampling=GREEDY).token_ids
+    about = json.loads((tmp_path / "session.json").read_text())
+    (tmp_path / "session.json").write_text(json.dumps(about | {"settings": about["settings"] | {"adapter": "three"}}))
+    with pytest.raises(ValueError, match="holds a session with the adapter 'three'; expected one, two"):
+        Session.load(tmp_path, *several)
+    with pytest.raises(ValueError, match="adapter is 'three'; expected None, or one of one, two"):
+        Session(*several, adapter="three")
+    with pytest.raises(ValueError, match="adapter is 'one'; expected None: no adapter was loaded by name"):
+        Agent(*planted, adapter="one")
 
 
 def test_a_name_that_is_none_is_refused(several: Loaded, planted: Loaded, planted_folder: Path, tmp_path: Path) -> None:
