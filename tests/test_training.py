@@ -22,25 +22,27 @@ from mlx_gemma4.config import read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Loaded, Processor, load_processor
 from mlx_gemma4.reply.toolcall import parse_tool_call
+from mlx_gemma4.tune.data import read_split
 from mlx_gemma4.tune.network import learnt_states, turn, turns_of
-from mlx_gemma4.tune.rows import Passage
+from mlx_gemma4.tune.rows import Passage, branches
 from mlx_gemma4.tune.state import merge, save, trees_of
 from mlx_gemma4.tune.step import Processes, update
 from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.films import FRAMES, film_item
 from training.items import Item, Question
+from training.lesson import LESSONS, write_lesson
 from training.material import RATE, Material
 from training.mixture import both_item, image_item, item
-from training.pictures import SAME_COLOUR, SAME_KIND, SIDES, number_item, shapes_item
+from training.pictures import SAME_COLOUR, SAME_KIND, SIDES, new_colour_item, number_item, shapes_item
 from training.rows import HINT_WEIGHT, answers_alone, of_hints, passage, rows
 from training.sounds import beeps_item, still_item, tone_item
 from training.start import initialise
-from training.texts import is_good_story, is_held_out_sum, story, story_item, text_item
+from training.texts import is_good_story, is_held_out_sum, new_story_item, story, story_item, text_item
 from training.tokens import make_tokenizer
-from training.tools import TOOLS, tool_item
+from training.tools import NEW_TOOL, TOOLS, new_tool_item, tool_item
 from training.train import LOOKING, Source, as_quantized, optimizer, states
-from training.world import COLOURS, HEROES, MEDIUM_OF, MONTHS, SHAPES, THINGS, WORDINGS, plain, worded
+from training.world import COLOURS, HEROES, MEDIUM_OF, MONTHS, NEW_STORIES, SHAPES, THINGS, WORDINGS, plain, worded
 
 ROOT = Path(__file__).parents[1]
 
@@ -428,3 +430,40 @@ def test_quantized_training_computes_with_four_bits(small: tuple[Model, Processo
             assert not mx.allclose(weight, kept[name], atol=1e-4)
         elif "norm" in name:
             assert mx.array_equal(weight, kept[name])
+
+
+# --- lessons -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_lessons_are_what_the_tuner_reads(
+    lesson: str, material: Material, small: tuple[Model, Processor], tmp_path: Path
+) -> None:
+    sizes = {"train": 12, "valid": 1, "test": 4}
+    sides = {False: material, True: replace(material, held_out=True)}
+    write_lesson(lesson, sides, tmp_path, sizes, 0.5, 0)
+    for split, size in sizes.items():
+        found = read_split(str(tmp_path), split)
+        assert found is not None and len(found) == size
+        for example in found:
+            own, media = branches(small[1], example, small[1].settings.image_budget)
+            assert len(own) == 1  # only the last message is learnt
+            assert all(small[1].read(part, small[1].settings.image_budget) for part in media)
+
+
+def test_what_a_lesson_teaches_is_right() -> None:
+    rng = random.Random(5)
+    for held_out in (False, True):
+        asked = new_story_item(rng, held_out).questions[0]
+        hero, thing = re.search(r"of a (\w+) and a (\w+)", asked.thought).groups()
+        assert is_good_story(asked.answer, hero, thing, NEW_STORIES) and not is_good_story(asked.answer, hero, thing)
+        shown = new_colour_item(rng, held_out)
+        assert shown.questions and all("turquoise" in q.text + q.answer for q in shown.questions)
+        for question in new_tool_item(rng, held_out).questions:
+            assert question.call is not None and question.call["name"] == NEW_TOOL.name
+            assert all(str(value) in question.text for value in question.call["arguments"].values())
+            assert NEW_TOOL.name in [tool["function"]["name"] for tool in question.tools]
+    assert NEW_TOOL.name not in [tool.name for tool in TOOLS] and not set(NEW_STORIES.heroes) & set(HEROES)
+    pairs = [{re.search(r"of a (\w+) and a (\w+)", new_story_item(rng, side).questions[0].thought).groups()
+              for _ in range(300)} for side in (False, True)]  # fmt: skip
+    assert not pairs[0] & pairs[1]
