@@ -19,13 +19,13 @@ import typer
 
 from training.items import Item
 from training.material import Material, load_material
-from training.mixture import drawn, item
+from training.mixture import audio_item, drawn, image_item, item
 from training.pictures import new_colour_item
 from training.rows import THINKING, example
 from training.samples import save_medium
 from training.sounds import siren_item
-from training.texts import new_story_item
-from training.tools import new_tool_item
+from training.texts import new_story_item, story_item
+from training.tools import new_tool_item, tool_item
 from training.world import choose
 
 LESSONS: dict[str, Callable[[random.Random, bool], Item]] = {
@@ -34,7 +34,14 @@ LESSONS: dict[str, Callable[[random.Random, bool], Item]] = {
     "sound": siren_item,
     "colour": new_colour_item,
 }
-REHEARSED = (("text", 0.4), ("image", 0.2), ("audio", 0.2), ("both", 0.1), ("video", 0.1))  # as examples, not tokens
+# What is rehearsed, as examples and not tokens: half is the new thing's neighbours, which are lost first.
+NEIGHBOURS: dict[str, Callable[[random.Random, Material], Item]] = {
+    "tool": lambda rng, material: tool_item(rng, material.held_out),
+    "story": lambda rng, material: story_item(rng, material.held_out),
+    "sound": audio_item,
+    "colour": image_item,
+}
+REHEARSED = (("neighbour", 0.5), ("text", 0.2), ("image", 0.1), ("audio", 0.1), ("both", 0.05), ("video", 0.05))
 
 
 def one_question(rng: random.Random, item: Item) -> Item:
@@ -66,7 +73,8 @@ def write_lesson(
             if held_out or rng.random() >= rehearsal:
                 found = LESSONS[lesson](rng, held_out)
             else:
-                found = item(rng, drawn(rng, REHEARSED), materials[held_out])
+                kind, material = drawn(rng, REHEARSED), materials[held_out]
+                found = NEIGHBOURS[lesson](rng, material) if kind == "neighbour" else item(rng, kind, material)
             thinking = not held_out and rng.random() < THINKING[bool(found.media)]
             lines.append(write_example(rng, one_question(rng, found), thinking, folder, f"{split}-{number:05}"))
         text = "".join(json.dumps(line) + "\n" for line in lines)
