@@ -51,6 +51,13 @@ def patience(machines: list[Machine]) -> Iterator[None]:
         timer.cancel()
 
 
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        port: int = own.getsockname()[1]
+        return port
+
+
 def started(code: str, count: int, hosts: Path, *arguments: object) -> list[Machine]:
     """Python processes that find each other as those of `mlx.launch` do."""
     return run_on(["-c", code, *map(str, arguments)], count, hosts)

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from machines import free_port
 from mlx import nn
 from toy_checkpoint import TINY, Shape, config, write_checkpoint
 
@@ -325,15 +326,6 @@ def test_accumulated_batches_are_a_larger_one(tiny_folder: Path, data: Path, tmp
     assert run(one) == run(two) == 0
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=1e-6) for name in mine | theirs)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        port: int = own.getsockname()[1]
-        return port
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
