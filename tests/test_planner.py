@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import WIDE
+from conftest import WIDE, joining
 from toy_checkpoint import Shape, config, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, generate, load, planner, stream_generate
@@ -84,7 +84,8 @@ def test_the_peak_is_predicted_within_a_twentieth(
     predicted = footprint_of(folder, case.drafter)
     gc.collect()  # models of other tests, which would go while this one is measured
     others = mx.get_active_memory()
-    model, processor = load(folder, case.drafter)
+    with joining():
+        model, processor = load(folder, case.drafter)
     model.config = replace(model.config, generation=replace(model.config.generation, eos_token_ids=()))
     assert mx.get_active_memory() - others == pytest.approx(predicted.weights + predicted.drafter, rel=0.01)
     prompt = Prompt([200 + i % 100 for i in range(case.prompt_tokens)])

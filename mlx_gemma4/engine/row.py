@@ -65,6 +65,7 @@ class Row:
         self.count = 0
         self.cached = 0  # tokens of the prompt that need not be read
         self.finish_reason: str | None = None
+        self.end: dict[str, Any] | None = None  # how likely the stop token was, if that is asked for
         self.tally = Tally()
         self.started = self.first_at = self.last_at = time.perf_counter()
 
@@ -79,6 +80,8 @@ class Row:
         if drafted is not None:
             self.tally.add(drafted, len(tokens) - 1)
         ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
+        if self.finish_reason == "stop" and told is not None:
+            self.end = self.entry(tokens[len(ids)], told[len(ids)])
         if len(ids) == len(tokens) and self.constraint is not None and self.constraint.is_finished:
             self.finish_reason = "stop"  # nothing may follow
         repeated = None if self.repetition is None else self.repetition.feed(ids)
@@ -122,7 +125,7 @@ class Row:
             notes.append("the reply ended at a call that it had made before")
         return Piece(
             *rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message, parser.take_calls(),
-            stop=parser.stopped,
+            stop=parser.stopped, end=self.end,
         )  # fmt: skip
 
     def stats(self) -> Stats:

@@ -56,6 +56,7 @@ class Piece:
     calls: list[CallPart] = field(default_factory=list)  # in the order in which they are written
     logprobs: list[dict[str, Any]] | None = None  # if asked for, as Reply has them, of these token_ids
     stop: str = ""  # that of the texts to stop at which ended the reply
+    end: dict[str, Any] | None = None  # of the stop token, which is in no piece, what `logprobs` would say
 
 
 @dataclass(frozen=True)

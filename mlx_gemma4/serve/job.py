@@ -143,6 +143,8 @@ class Job:
             for piece in stream:
                 if self.ask.max_tokens == 0:  # the prompt alone is asked for, but no reply has no token
                     piece = replace(piece, text="", token_ids=[], logprobs=None)
+                elif self.ask.echo and piece.end is not None:  # who scores texts counts all tokens, and drops the last
+                    piece = replace(piece, logprobs=[piece.end])
                 if piece.stats is not None:
                     self.metrics.count(piece.stats)
                     piece = without_cut_call(piece)

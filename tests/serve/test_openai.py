@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 for library in ("starlette", "uvicorn", "prometheus_client", "pypdfium2", "python_multipart"):
@@ -14,6 +15,7 @@ openai = pytest.importorskip("openai", reason="needs the extra clients")
 from pydantic import BaseModel  # noqa: E402
 from serving import Running, served  # noqa: E402
 
+from mlx_gemma4 import Prompt, Sampling, generate, load  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
 from mlx_gemma4.weights.load import DEMO  # noqa: E402
 
@@ -225,6 +227,26 @@ def test_a_prompts_own_tokens_are_scored(client: Any, server: Running, limit: in
     assert all(value < 0 for value in scores.token_logprobs[1:]) and len(scores.tokens) == len(scores.text_offset)
     assert max(scores.top_logprobs[1].values()) >= scores.token_logprobs[1] - 1e-4
     assert (choice.text == "The ball is red") == (limit == 0)
+
+
+def test_a_text_that_ends_is_scored_to_its_end(client: Any) -> None:
+    """As programs do that score texts: they ask for one token more, and leave the last score out."""
+    model, processor = load("demo")
+    asked = processor([{"role": "user", "content": "What is 27 + 45?"}]).token_ids
+    said = generate(model, processor, Prompt(asked), sampling=Sampling(temperature=0)).token_ids
+    for ids in ([*asked, *said[:-1]], [*asked, *said]):
+        (choice,) = client.completions.create(
+            model="demo", prompt=ids, max_tokens=1, logprobs=1, echo=True, temperature=0
+        ).choices
+        scores = choice.logprobs.token_logprobs
+        assert len(scores) == len(ids) + 1 == len(choice.logprobs.tokens)
+        law = np.array(model.logits(Prompt(ids)))[0]
+        law -= np.log(np.exp(law).sum(axis=-1, keepdims=True))
+        expected = [law[place, token] for place, token in enumerate(ids[1:])]
+        assert scores[1:-1] == pytest.approx(expected, abs=1e-3) and scores[-1] == pytest.approx(
+            law[-1].max(), abs=1e-3
+        )
+    assert choice.finish_reason == "stop"
 
 
 def test_a_recording_is_transcribed_in_every_form(client: Any) -> None:

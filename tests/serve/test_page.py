@@ -222,24 +222,26 @@ def test_a_picture_is_dropped_asked_about_twice_stopped_and_edited(demo: Page) -
     say(demo, "Describe the picture.")
     finished(demo, 2)
     expect(demo.locator(".stats").last).to_contain_text("not read again")
+    demo.press("#box", "ArrowUp")
+    demo.fill(".edit textarea", "How many shapes are there?")
+    demo.press(".edit textarea", "Enter")
+    finished(demo, 2)
+    expect(demo.locator("article.assistant .said").last).to_have_text(first)
+    demo.reload()
+    expect(demo.locator("article")).to_have_count(4)
+    assert replies(demo)[0] == first
+    demo.click("#new")  # behind a picture it tells no stories, and is done before it can be stopped
     demo.evaluate(  # at its first words, sooner than any click from here
         """() => new MutationObserver((changes, observer) => {
-            if (![...document.querySelectorAll("article.assistant .said")][2]?.textContent) return;
+            if (!document.querySelector("article.assistant .said")?.textContent) return;
             observer.disconnect();
             document.querySelector("#stop").click();
         }).observe(document.querySelector("#thread"), {childList: true, subtree: true})"""
     )
     say(demo, "Tell me a story about a fox and a ball.")
-    finished(demo, 3)
+    finished(demo, 1)
     expect(demo.locator(".state").last).to_have_text("Stopped")
-    demo.press("#box", "ArrowUp")
-    demo.fill(".edit textarea", "How many shapes are there?")
-    demo.press(".edit textarea", "Enter")
-    finished(demo, 3)
-    assert replies(demo)[-1] == first
-    demo.reload()
-    expect(demo.locator("article")).to_have_count(6)
-    assert replies(demo)[0] == first
+    assert not replies(demo)[0].endswith("The end.")
 
 
 def test_films_papers_and_sounds_are_answered_and_what_is_none_is_refused(demo: Page, tmp_path: Path) -> None:

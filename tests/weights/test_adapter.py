@@ -23,6 +23,7 @@ from adapters import (
     random_adapter,
     with_matrices,
 )
+from conftest import joining
 from mlx.utils import tree_flatten
 from toy_checkpoint import write_checkpoint, write_drafter
 
@@ -359,7 +360,8 @@ def test_what_was_read_with_another_adapter_is_not_taken_for_this_one_s(source: 
 
 def test_a_joined_matrix_has_two_products_more(source: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path, random_adapter(EVEN, ALL), "lora", 3, 2.0, -1)
-    layer = load(source, None, adapter=tmp_path)[0].language_model.layers[0]
+    with joining():
+        layer = load(source, None, adapter=tmp_path)[0].language_model.layers[0]
     for joined in (layer.self_attn.inputs.joined, layer.mlp.inputs.joined):
         assert len(joined) == 1
         assert set(dict(tree_flatten(joined[0].parameters()))) == {"weight", "lora_a", "lora_b"}
