@@ -1,7 +1,7 @@
 """Something new for the demo to learn by `mlx_gemma4.tune`: a tool, a world of stories, a sound, or a colour.
 
     python -m training.lesson tool --material RUN --out FOLDER
-    python -m mlx_gemma4.tune --model demo --data FOLDER --adapter-path ADAPTER --learning-rate 1e-3 --batch-size 8
+    python -m mlx_gemma4.tune --model demo --data FOLDER --adapter-path ADAPTER --learning-rate 5e-4 --batch-size 8
     python benchmarks/demo.py --material RUN --adapter ADAPTER --lesson tool
 
 The first writes train.jsonl, valid.jsonl and test.jsonl, with media beside them. A share of what the demo was taught is
