@@ -1,6 +1,7 @@
 """Every error that a caller can meet, the words for it in one line, and whose fault it is."""
 
 import reprlib
+from collections.abc import Sequence
 from enum import Enum
 
 LONGEST = 200  # characters of what a library says
@@ -55,6 +56,12 @@ def clipped(text: object, most: int) -> str:
     """A text in one line, without what is beyond `most` characters."""
     line = unbroken(text)
     return line if len(line) <= most else line[:most] + "…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for one line: the first ten, and how many more there are."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return clipped(", ".join(names[:10]) + more, LONGEST_SHOWN)
 
 
 class Short(reprlib.Repr):

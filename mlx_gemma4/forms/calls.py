@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 from llguidance import LLMatcher, regex_to_lark
 
-from mlx_gemma4.errors import LONGEST_SHOWN, clipped
+from mlx_gemma4.errors import listed
 from mlx_gemma4.forms.lark import (
     NOTHING,
     ImpossibleError,
@@ -77,10 +77,7 @@ def cached_grammar(tools: str, quote: int, close: int) -> str:
     for place, function in enumerate(functions):
         text, notes = function_rules(function, f"t{place}", quote, close)
         if notes:
-            told = ", ".join(notes[:10]) + (f" and {len(notes) - 10} more" if len(notes) > 10 else "")
-            logger.warning(
-                "calls of %s are not held to all of its schema: %s", function["name"][:80], clipped(told, LONGEST_SHOWN)
-            )
+            logger.warning("calls of %s are not held to all of its schema: %s", function["name"][:80], listed(notes))
         rules.append(text)
     grammar: str = LLMatcher.grammar_from_lark("\n".join(rules))
     return grammar

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
-from mlx_gemma4.errors import LONGEST_SHOWN, clipped
+from mlx_gemma4.errors import listed
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -54,12 +54,8 @@ def template_tools(tools: list[Schema]) -> list[Schema]:
         function, lost = template_function(tool["function"], f"tools[{index}]")
         written.append({"type": "function", "function": function})
         if lost:
-            names = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-            logger.warning(
-                "the chat template cannot write all of %s, left out: %s",
-                function["name"][:80],
-                clipped(names, LONGEST_SHOWN),
-            )
+            name = function["name"][:80]
+            logger.warning("the chat template cannot write all of %s, left out: %s", name, listed(lost))
     return written
 
 
