@@ -502,7 +502,7 @@ def fork(chat: Chat, rest: str) -> None:
 
 def switch(session: Session, name: str | None) -> None:
     """ValueError unless it is an adapter's name, or None."""
-    adapter_of(session.model, Options(adapter=name))
+    adapter_of(session.model, name)
     session.settings = replace(session.settings, adapter=name)
 
 

@@ -234,7 +234,7 @@ class Engine:
 
     def work(self, prompt: Prompt, options: Options, prepared: float) -> Work:
         constraint = options.constraint(self.processor, prompt, self.model.config.generation.eos_token_ids)
-        drafts, adapter = drafts_of(self.model, options), adapter_of(self.model, options)
+        drafts, adapter = drafts_of(self.model, options), adapter_of(self.model, options.adapter)
         return Work(prompt, options, drafts, adapter, constraint, prepared, units(prompt))
 
     def check_open(self) -> None:

@@ -164,7 +164,7 @@ def generation_events(
     """
     check_process()
     check_length(prompt, model.config)
-    adapter_of(model, options)
+    adapter_of(model, options.adapter)
     constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
     events = run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
     return led_events(model, prompt, options, events)
@@ -204,12 +204,12 @@ def follow(model: Model, processor: Processor, store: PromptStore | None) -> Non
                     settle(model.group, error)
 
 
-def adapter_of(model: Model, options: Options) -> int:
-    """Which of the model's adapters by name it is, from 1 on; 0: none."""
-    names, name = model.config.adapters, options.adapter
+def adapter_of(model: Model, name: str | None) -> int:
+    """Which of the model's adapters it is, from 1 on; 0: none. ValueError for a name that none of them has."""
+    names = model.config.adapters
     if name is None:
         return 0
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         there = f"None, or one of {', '.join(names)}" if names else "None: no adapter was loaded by name"
         raise ValueError(f"adapter is {shown(name)}; expected {there}")
     return names.index(name) + 1
@@ -244,7 +244,7 @@ def run(
     limit = row.limit
     sampler = sampler_of(model, processor, options)
     seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    needed, adapter = predict(footprint_of(model), length, limit), adapter_of(model, options)
+    needed, adapter = predict(footprint_of(model), length, limit), adapter_of(model, options.adapter)
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),

@@ -60,7 +60,7 @@ class Session:
         store: PromptStore | None = None,
         adapter: str | None = None,
     ) -> None:
-        adapter_of(model, Options(adapter=adapter))
+        adapter_of(model, adapter)
         self.model, self.processor = model, processor
         self.settings = Settings(tools, thinking, image_budget, adapter)
         self.store = PromptStore() if store is None else store
@@ -202,7 +202,7 @@ class Session:
         folder = Path(folder).expanduser()
         self.save_messages(folder)
         # of a store that conversations share, no more than this one's
-        adapter = adapter_of(self.model, Options(adapter=self.settings.adapter))
+        adapter = adapter_of(self.model, self.settings.adapter)
         own = (space_of(self.model, adapter=adapter), self.prompt([])[0]) if self.messages else None
         self.store.save(folder / STORE_FOLDER, own)
 

@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.engine.generation import adapter_of
-from mlx_gemma4.engine.request import Options
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
@@ -29,7 +28,7 @@ def prompt_piece(
             "logprobs is asked of a prompt, and several machines share the model; expected echo without it"
         )
     entries: list[dict[str, Any]] = [{"token_id": ids[0], "logprob": None, "top": {}}]
-    index = adapter_of(model, Options(adapter=adapter))
+    index = adapter_of(model, adapter)
     for hidden in model.read(prompt, model.caches(len(prompt)), CHUNK, index):
         logits = model.language_model.head(hidden, mx.array([index]) if index else None)[0]  # [l, V]
         laws = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
