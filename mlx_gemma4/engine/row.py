@@ -80,8 +80,6 @@ class Row:
         if drafted is not None:
             self.tally.add(drafted, len(tokens) - 1)
         ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
-        if self.finish_reason == "stop" and told is not None:
-            self.end = self.entry(tokens[len(ids)], told[len(ids)])
         if len(ids) == len(tokens) and self.constraint is not None and self.constraint.is_finished:
             self.finish_reason = "stop"  # nothing may follow
         repeated = None if self.repetition is None else self.repetition.feed(ids)
@@ -99,6 +97,8 @@ class Row:
                 ids, self.finish_reason = ids[: place + 1], "stop"
                 break
         self.count += len(ids)
+        if told is not None and self.finish_reason == "stop" and not self.parser.stopped and len(ids) < len(tokens):
+            self.end = self.entry(tokens[len(ids)], told[len(ids)])
         logprobs = None if told is None else [self.entry(*pair) for pair in zip(ids, told, strict=False)]
         notes, calls = self.parser.take_notes(), self.parser.take_calls()
         return Piece("".join(text), "".join(thinking), ids, notes=notes, calls=calls, logprobs=logprobs)

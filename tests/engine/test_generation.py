@@ -26,6 +26,8 @@ from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller, RoundClock
 from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.sampling import Sampler
 from mlx_gemma4.engine import generation, reading
+from mlx_gemma4.engine.request import Options
+from mlx_gemma4.engine.row import Row
 from mlx_gemma4.model import cache as cache_module
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import Prediction
@@ -86,6 +88,19 @@ def test_nothing_behind_a_stop_token_is_shown_or_counted(endless: Loaded, config
 
 def test_a_number_of_numpy_s_is_a_number(endless: Loaded) -> None:
     assert reply_of(endless, np.int64(2), np.int64(5)).token_ids == reply_of(endless, 2, 5).token_ids
+
+
+@pytest.mark.parametrize(("stop", "is_cut"), [((), False), (("a",), True)])
+def test_a_stop_token_is_told_of_only_where_it_ended_the_reply(
+    tiny: Loaded, stop: tuple[str, ...], is_cut: bool
+) -> None:
+    """Not behind a text that ended it, though one round gave both."""
+    _, processor = tiny
+    ids = processor.tokenizer.encode("ab", add_special_tokens=False).ids
+    row = Row(processor, Prompt(IDS), (1,), 10, Options(stop=stop, logprobs=0), 0.0)
+    row.take([*ids, 1], told=np.array([[-0.5 - place] for place in range(len(ids) + 1)]))
+    end = row.finish().end
+    assert end == (None if is_cut else {"token_id": 1, "logprob": -0.5 - len(ids), "top": {}})
 
 
 class Foresight:
