@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +50,8 @@ LONG = 8192  # tokens of a prompt from which on it is read once
 FIRST_TOKENS = 1024  # of a conversation
 TURN_TOKENS = 100
 WORDS = 100  # before the question of a request
+SETTING_TURNS = 2
+DIGESTS = "files.json"
 SUMMED_BYTES = 2**28  # more than any chip caches
 ROWS = (1, 2, 4, 8, 16)
 PASSES = 8  # of each number of rows
@@ -93,31 +96,24 @@ def main(
     """Check and measure a model."""
     plan = Plan(prompt_tokens, max_tokens, repeats, requests, turns, check_tokens, recipes)
     folder = find_folder(model)
+    digests = digests_of(folder, out / DIGESTS)
     if recipes is not None:
         quantizations.check_source(model)
         chosen = {
             quantizations.slug(text): quantizations.parse_recipe(text) for text in map(str.strip, recipes.split(","))
         }
-    report = opened(out / "report.json", model, files_of(folder), plan)
-    parts = parts_of(report)
-    if parts:
-        started = time.perf_counter()
-        loaded, processor = load(folder)
-        report["fast"].setdefault(
-            "load", [{"what": "model", "load_s": round(time.perf_counter() - started, 3)} | sizes(loaded)]
-        )
-        subject = Subject(loaded, processor, check_tokens, max_tokens)
-        for kind, name in parts:
-            print(f"{kind}: {name}", file=sys.stderr)
-            if kind == "right":
-                report["right"][name] = asdict(checked(name, subject))
-            else:
-                report["fast"][name] = SECTIONS[name].measure(loaded, processor, plan)
-            quantizations.write_whole(out / "report.json", report)
-        del loaded, subject
+    report = opened(out / "report.json", model, {name: found.sha256 for name, found in digests.items()}, plan)
+    quantizations.write_whole(out / DIGESTS, {name: asdict(found) for name, found in digests.items()})
+    save = partial(quantizations.write_whole, out / "report.json", report)
+    hold(folder, plan, report, save)
+    for name, measure_apart in APART.items():
+        if name not in report["fast"]:
+            print(f"fast: {name}", file=sys.stderr)
+            report["fast"][name] = measure_apart(folder, plan)
+            save()
     if recipes is not None and "recipes" not in report:
         report["recipes"] = compared(model, chosen, plan, out / "recipes")
-        quantizations.write_whole(out / "report.json", report)
+        save()
     text = markdown(report)
     quantizations.put(out / "report.md", text)
     if find_spec("matplotlib") is not None:
@@ -128,20 +124,56 @@ def main(
         raise ValueError(f"{len(wrong)} of {len(CHECKS)} checks failed: {', '.join(wrong)}")
 
 
+def hold(folder: Path, plan: Plan, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """All that one loaded model gives; it is loaded only if something is still to be done."""
+    checks = [name for name in CHECKS if name not in report["right"]]
+    sections = [name for name in HELD if name not in report["fast"]]
+    if not checks and not sections:
+        return
+    started = time.perf_counter()
+    loaded, processor = load(folder)
+    report["fast"].setdefault(
+        "load", [{"what": "model", "load_s": round(time.perf_counter() - started, 3)} | sizes(loaded)]
+    )
+    subject = Subject(loaded, processor, plan.check_tokens, plan.max_tokens)
+    for name in checks:
+        print(f"right: {name}", file=sys.stderr)
+        report["right"][name] = asdict(checked(name, subject))
+        save()
+    for name in sections:
+        print(f"fast: {name}", file=sys.stderr)
+        report["fast"][name] = HELD[name](loaded, processor, plan)
+        save()
+
+
 # --- the folder --------------------------------------------------------------------------------
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """What makes a model, by its names: the SHA-256 of each file."""
-    found = sorted(file for ending in ("safetensors", "json", "jinja") for file in folder.rglob(f"*.{ending}"))
-    digests = {}
-    for file in found:
-        with file.open("rb") as opened_file:
-            made = hashlib.sha256()
-            while block := opened_file.read(2**22):
-                made.update(block)
-            digests[str(file.relative_to(folder))] = made.hexdigest()
-    return digests
+@dataclass(frozen=True)
+class Digest:
+    """What a file was when it was read whole: gigabytes are not read again where nothing has changed."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def digests_of(folder: Path, known: Path) -> dict[str, Digest]:
+    """What makes a model, by the files' names."""
+    try:
+        before = {name: Digest(**found) for name, found in json.loads(known.read_text(encoding="utf-8")).items()}
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none yet, or not one of these
+        before = {}
+    files = sorted(file for ending in ("safetensors", "json", "jinja") for file in folder.rglob(f"*.{ending}"))
+    return {str(file.relative_to(folder)): digest(file, before.get(str(file.relative_to(folder)))) for file in files}
+
+
+def digest(file: Path, before: Digest | None) -> Digest:
+    status = file.stat()
+    if before is not None and (before.size, before.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return before
+    with file.open("rb") as opened_file:
+        return Digest(status.st_size, status.st_mtime_ns, hashlib.file_digest(opened_file, "sha256").hexdigest())
 
 
 def opened(file: Path, model: str, files: dict[str, str], plan: Plan) -> dict[str, Any]:
@@ -172,12 +204,6 @@ def read_report(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("report") != 1:
         raise ValueError(f"{file} is no report of benchmarks/report.py; expected its report.json")
     return found
-
-
-def parts_of(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is still to be done."""
-    names = [("right", name) for name in CHECKS] + [("fast", name) for name in SECTIONS if name != "load"]
-    return [(kind, name) for kind, name in names if name not in report[kind]]
 
 
 # --- the machine -------------------------------------------------------------------------------
@@ -348,6 +374,91 @@ def conversation(model: Model, processor: Processor, plan: Plan) -> Measured:
     return rows
 
 
+HELD: dict[str, Callable[[Model, Processor, Plan], Measured]] = {
+    "prompts": prompts,
+    "drafts": drafting,
+    "rows": rows_of_a_pass,
+    "requests": at_once,
+    "media": soft_tokens,
+    "conversation": conversation,
+}
+
+
+# --- how fast, in processes of their own -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What may make a chip faster: a computing type, or how much MLX sends to a GPU at once."""
+
+    dtype: str | None = None  # the default, which is the first row
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "as it is": Setting(),
+    "bfloat16": Setting("bfloat16"),
+    "float16": Setting("float16"),
+    "1,000 kernels a command buffer": Setting(variables={"MLX_MAX_OPS_PER_BUFFER": "1000"}),
+    "and up to 400 MB": Setting(variables={"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "400"}),
+}
+
+
+def settings(folder: Path, plan: Plan) -> Measured:
+    """The shortest prompt and a reply without drafts in other settings, taking turns."""
+    chosen = {name: own for name, own in SETTINGS.items() if machine()["device"] == "gpu" or not own.variables}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    for _ in range(SETTING_TURNS):
+        for name, own in chosen.items():
+            with environment(own.variables):
+                runs[name].append(quantizations.apart(in_setting, folder, own.dtype, plan))
+    first = runs["as it is"]
+    rows: Measured = []
+    for name in SETTINGS:
+        if name not in runs:
+            rows.append({"setting": name, "note": "a CPU has no command buffers"})
+            continue
+        row: dict[str, Any] = {"setting": name, "computes_in": runs[name][0]["computes_in"]}
+        for key in ("prompt_tps", "decode_tps"):
+            row[key] = round(median(run[key] for run in runs[name]), 2)
+            row[f"times_{key}"] = round(
+                median(run[key] / own[key] for run, own in zip(runs[name], first, strict=True)), 3
+            )
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables that a process sees from its start: MLX reads them once."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def in_setting(folder: Path, dtype: str | None, plan: Plan) -> dict[str, Any]:
+    model, processor = load(folder, drafter=None, dtype=dtype)
+    prompt = random_prompt(model, processor, min(plan.prompt_tokens), plan.max_tokens, 0)
+    with endless(model):
+        measure(model, processor, prompt, 4, GREEDY)  # compiles
+        stats, _ = measure(model, processor, prompt, plan.max_tokens, GREEDY)
+    return {
+        "computes_in": str(model.config.dtype).removeprefix("mlx.core."),
+        "prompt_tps": stats.prompt_tps,
+        "decode_tps": stats.generation_tps,
+    }
+
+
+APART: dict[str, Callable[[Path, Plan], Measured]] = {"settings": settings}
+
+
 # --- what is shown -----------------------------------------------------------------------------
 
 
@@ -361,7 +472,6 @@ class Column:
 @dataclass(frozen=True)
 class Section:
     title: str
-    measure: Callable[[Model, Processor, Plan], Measured]
     columns: tuple[Column, ...]  # the first says which row it is
 
 
@@ -374,7 +484,6 @@ TOKENS = Column("prompt_tokens", "prompt", str)
 SECTIONS = {
     "load": Section(
         "Loading",
-        lambda model, processor, plan: [],  # which came before all others
         (
             Column("what", "", str),
             Column("load_s", "load", number(2, " s")),
@@ -384,7 +493,6 @@ SECTIONS = {
     ),
     "prompts": Section(
         "Prompts by length, without drafts",
-        prompts,
         (
             TOKENS,
             Column("prompt_tps", "prompt tokens/s", number(1)),
@@ -398,7 +506,6 @@ SECTIONS = {
     ),
     "drafts": Section(
         "Drafts by kind of text",
-        drafting,
         (
             Column("kind", "text", str),
             Column("plain_tps", "plain tokens/s", number(1)),
@@ -410,7 +517,6 @@ SECTIONS = {
     ),
     "rows": Section(
         "Rows of a pass",
-        rows_of_a_pass,
         (
             Column("rows", "rows", str),
             Column("ms", "a pass", number(2, " ms")),
@@ -419,7 +525,6 @@ SECTIONS = {
     ),
     "requests": Section(
         "Requests at once",
-        at_once,
         (
             Column("requests", "requests", str),
             Column("tokens_per_second", "tokens/s together", number(1)),
@@ -427,15 +532,25 @@ SECTIONS = {
             Column("first_p50", "first token", number(3, " s")),
         ),
     ),
-    "media": Section("Media to the first token", soft_tokens, (Column("media", "of", str), TOKENS, FIRST)),
+    "media": Section("Media to the first token", (Column("media", "of", str), TOKENS, FIRST)),
     "conversation": Section(
         "A conversation, from the store",
-        conversation,
         (
             Column("turn", "turn", str),
             TOKENS,
             Column("read_tokens", "read", number(0)),
             Column("time_to_first_token", "first token", number(3, " s")),
+        ),
+    ),
+    "settings": Section(
+        "Settings, without drafts",
+        (
+            Column("setting", "", str),
+            Column("computes_in", "computes in", str),
+            Column("prompt_tps", "prompt tokens/s", number(1)),
+            Column("times_prompt_tps", "×", number(2)),
+            Column("decode_tps", "tokens/s", number(1)),
+            Column("times_decode_tps", "×", number(2)),
         ),
     ),
 }

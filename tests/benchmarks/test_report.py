@@ -1,9 +1,11 @@
 """benchmarks/report.py on the demo: all filled and right, and each check fails when its fault is planted."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +63,24 @@ def test_a_report_is_whole_right_and_goes_on_where_it_stopped(
     run(folder, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
     assert {name: own["right"] for name, own in found["right"].items()} == dict.fromkeys(checks.CHECKS, True)
-    assert [len(found["fast"][name]) for name in report.SECTIONS] == [1, 1, 2, 2, 1, 3, 2]
+    assert [len(found["fast"][name]) for name in report.SECTIONS] == [1, 1, 2, 2, 1, 3, 2, 5]
     for name, section in report.SECTIONS.items():
         for row in found["fast"][name]:
-            assert all(row[column.key] is not None for column in section.columns)
+            assert "note" in row or all(row[column.key] is not None for column in section.columns)
+    settings = {row["setting"]: row for row in found["fast"]["settings"]}
+    assert [settings[name]["computes_in"] for name in ("as it is", "bfloat16", "float16")] == [
+        "float32", "bfloat16", "float16",
+    ]  # fmt: skip
+    assert ("note" in settings["and up to 400 MB"]) == (found["machine"]["device"] == "cpu")
     text = (tmp_path / "report.md").read_text()
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert text in capsys.readouterr().out and "**wrong**" not in text
 
     del found["right"]["JSON"], found["fast"]["rows"]
     (tmp_path / "report.json").write_text(json.dumps(found))
-    run(folder, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(report.hashlib, "file_digest", lambda *given: pytest.fail("a known file was read again"))
+        run(folder, tmp_path)
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["right"]["JSON"]["right"] and len(again["fast"]["rows"]) == 2
     assert again["fast"]["prompts"] == found["fast"]["prompts"]
@@ -100,6 +109,35 @@ def test_a_report_is_whole_right_and_goes_on_where_it_stopped(
     with pytest.raises(ValueError, match="is quantized already; expected the original"):
         report.main("demo", tmp_path / "recipes", "4bit")
     assert not (tmp_path / "recipes").exists()
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    folder, known = tmp_path / "model", tmp_path / "files.json"
+    (folder / "drafter").mkdir(parents=True)
+    for name in ("model.safetensors", "drafter/config.json"):
+        (folder / name).write_bytes(name.encode())
+    found = report.digests_of(folder, known)
+    assert {name: own.sha256 for name, own in found.items()} == {
+        name: sha256(name.encode()).hexdigest() for name in ("model.safetensors", "drafter/config.json")
+    }
+    report.quantizations.write_whole(known, {name: vars(own) for name, own in found.items()})
+    (folder / "model.safetensors").write_bytes(b"Model.safetensors")
+    again = report.digests_of(folder, known)
+    assert again["model.safetensors"].sha256 == sha256(b"Model.safetensors").hexdigest()
+    for damaged in ("[1]", "{", '{"model.safetensors": {"size": 1}}', '{"model.safetensors": 3}'):
+        known.write_text(damaged)
+        assert report.digests_of(folder, known) == again
+
+
+def test_a_process_apart_sees_its_variables_from_its_start_and_nobody_else_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "7")
+    monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER", raising=False)
+    names = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+    with report.environment(report.SETTINGS["and up to 400 MB"].variables):
+        assert [report.quantizations.apart(os.getenv, name) for name in names] == ["1000", "400"]
+    assert [os.getenv(name) for name in names] == [None, "7"]
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
