@@ -10,6 +10,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
+from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.terminal import Bar, Debug, DType, SizeBar, Version, number, run, size_text, whole_above_0, whole_number
@@ -113,29 +114,15 @@ def tune(
     check_extra()
     # here: mlx-lm takes two seconds, and what is wrong with the command can be said without
     from mlx_gemma4.tune.adapt import Adapter, attach, begin_with
-    from mlx_gemma4.tune.answers import answers
     from mlx_gemma4.tune.run import Rows, Run, Settings
-    from mlx_gemma4.tune.step import Processes, measure
+    from mlx_gemma4.tune.step import Processes
 
-    for name, value, least in (("warmup", warmup or 0, 0), ("patience", patience, 0), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected {least} or more")
-    if val_batches < 1 and val_batches != -1:
-        raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
+    check_numbers(warmup, patience, seed, val_batches, learning_rate)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
-    found = {split: read_split(data, split) for split in ("train", "valid", "test")}
-    if found["train"] is None:
-        raise ValueError(f"{data} has no train.jsonl; expected one, with an example in each line")
-    if test and found["test"] is None:
-        raise ValueError(f"{data} has no test.jsonl; expected one, for --test")
-    if mask_prompt and any(example.text is not None for example in found["train"]):
-        raise ValueError("a text has no prompt that could be masked; expected prompt and completion, or messages")
+    examples = read_examples(data, test, mask_prompt)
     checkpoint, processor = open_to_train(model, dtype, train_drafter)
     adapter.check(len(checkpoint.model.language_model.layers))
-    wanted = {split: own for split, own in found.items() if own is not None and (split != "test" or test)}
-    sets = read_sets(processor, wanted, max_seq_length, drop_long, image_budget)
+    sets = read_sets(processor, examples, max_seq_length, drop_long, image_budget)
     processes = Processes(together())
     media = sets["train"].media
     each = batch_size * processes.size
@@ -161,10 +148,7 @@ def tune(
     longest = max(own.room for own in rows.values())
     plan = TuningPlan(longest, rank, grad_checkpoint, num_layers, media)
     needs = check_plan(checkpoint, plan, memory_limit())
-    with SizeBar("Loading") as bar:
-        done = 0
-        for nbytes in read_values(checkpoint):
-            bar.show(done := done + nbytes, checkpoint.nbytes)
+    read_weights_of(checkpoint)
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
@@ -188,13 +172,33 @@ def tune(
         teach_drafter(checkpoint, own, adapter_path / "drafter")
     if test:
         begin_with(network, adapter_path / WEIGHTS)
-        share = range(len(sets["test"].passages))[processes.rank :: processes.size]
-        loss = measure(network, rows["test"].of(share), processes).loss
+        loss = own.loss_of(rows["test"])
         del own, network, checkpoint  # room for the model as it is in use
         if processes.rank == 0:
             tuned, _ = load(model, adapter=adapter_path, dtype=dtype)
-            right = [same for _, same in answers(tuned, processor, wanted["test"], image_budget)]
-            print(f"test loss {loss:.4f}; {sum(right)} of {len(right)} replies are the expected ones")
+            print(f"test loss {loss:.4f}; {said_right(tuned, processor, examples['test'], image_budget)}")
+
+
+def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int, learning_rate: float | None) -> None:
+    for name, value in (("warmup", warmup or 0), ("patience", patience), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; expected 0 or more")
+    if val_batches < 1 and val_batches != -1:
+        raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
+
+
+def read_examples(data: str, test: bool, mask_prompt: bool) -> dict[str, list[Example]]:
+    """Those splits that there are; the test's is always looked through, and given where it is asked for."""
+    found = {split: own for split in ("train", "valid", "test") if (own := read_split(data, split)) is not None}
+    if "train" not in found:
+        raise ValueError(f"{data} has no train.jsonl; expected one, with an example in each line")
+    if test and "test" not in found:
+        raise ValueError(f"{data} has no test.jsonl; expected one, for --test")
+    if mask_prompt and any(example.text is not None for example in found["train"]):
+        raise ValueError("a text has no prompt that could be masked; expected prompt and completion, or messages")
+    return {split: own for split, own in found.items() if test or split != "test"}
 
 
 def check_extra() -> None:
@@ -235,6 +239,13 @@ def read_sets(
     return sets
 
 
+def read_weights_of(checkpoint: Checkpoint) -> None:
+    with SizeBar("Loading") as bar:
+        done = 0
+        for nbytes in read_values(checkpoint):
+            bar.show(done := done + nbytes, checkpoint.nbytes)
+
+
 def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
     from mlx_gemma4.tune import drafter as room
 
@@ -249,6 +260,13 @@ def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
     after = room.acceptance(model, drafter, measured.of(examples))
     room.write_drafter(folder, choice.folder, drafter)
     print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")
+
+
+def said_right(model: Model, processor: Processor, examples: list[Example], image_budget: int | None) -> str:
+    from mlx_gemma4.tune.answers import answers
+
+    right = [same for _, same in answers(model, processor, examples, image_budget)]
+    return f"{sum(right)} of {len(right)} replies are the expected ones"
 
 
 class NewsBar(Bar):

@@ -242,8 +242,7 @@ class Run:
         count, progress = len(self.valid.data.passages), self.progress
         if self.settings.val_batches >= 0:
             count = min(count, self.settings.val_batches * self.settings.batch_size)
-        examples = range(count)[self.processes.rank :: self.processes.size]
-        loss = measure(self.model, self.valid.of(examples), self.processes).loss
+        loss = self.loss_of(self.valid, count)
         if loss < progress.best:
             progress.best, progress.best_at, progress.waited = loss, iteration, 0
             self.keep_adapter()
@@ -252,6 +251,11 @@ class Run:
         if iteration == 0:
             progress.curve.append({"iteration": 0, "valid_loss": loss})
         return loss
+
+    def loss_of(self, rows: Rows, count: int | None = None) -> float:
+        """Of the first `count` examples, or all; each process takes its share of them."""
+        examples = range(len(rows.data.passages))[:count][self.processes.rank :: self.processes.size]
+        return measure(self.model, rows.of(examples), self.processes).loss
 
     def record(self, seen: Seen, valid_loss: float | None, rate: float, speed: float) -> None:
         values = (
