@@ -46,6 +46,7 @@ class Case:
     periods: int = 1
     dtype: str = "float32"
     bits: int | None = None
+    kv_bits: int | None = None
 
     def shape(self) -> Shape:
         return Shape(
@@ -73,10 +74,12 @@ LONG = [
     for prompt in (100_000, 140_000)
     for drafter in (False, True)
 ]
+# Heads of the full layers as wide as the 12B's: what quantized caches save of the peak.
+CACHES = [replace(LONG[0], prompt=32_768, global_head_dim=512, kv_bits=bits) for bits in (None, 8, 4)]
 
 
-def measure(case: Case) -> tuple[int, int]:
-    """Bytes measured and predicted, in this process."""
+def measure(case: Case) -> tuple[int, int, int]:
+    """Bytes measured and predicted, and those of the full layers' caches, in this process."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "made"
         write_checkpoint(folder, case.shape(), dtype=getattr(mx, case.dtype))
@@ -85,7 +88,7 @@ def measure(case: Case) -> tuple[int, int]:
         if case.bits:
             convert(hf_path=str(folder), mlx_path=str(folder.with_name("quantized")), q_bits=case.bits)
             folder = folder.with_name("quantized")
-        model, processor = load(folder, "auto" if case.drafter else None)
+        model, processor = load(folder, "auto" if case.drafter else None, kv_bits=case.kv_bits)
     longer = max(model.config.text.max_position_embeddings, case.prompt + case.reply + 1)
     model.config = replace(
         model.config,
@@ -101,30 +104,32 @@ def measure(case: Case) -> tuple[int, int]:
             draft_length=MAX_DRAFTS if case.drafter else 0,
         )  # fmt: skip
         peak = max(peak, reply.stats.peak_memory - others)
-    return peak, predict(footprint_of(model), case.prompt, case.reply).peak
+    predicted = predict(footprint_of(model), case.prompt, case.reply)
+    return peak, predicted.peak, predicted.full
 
 
 def main(
     long: Annotated[
         bool, typer.Option(help="Prompts of 100,000 tokens and more instead: a quarter of an hour.")
     ] = False,
+    caches: Annotated[bool, typer.Option(help="Quantized caches behind 32,768 tokens instead: as long.")] = False,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     if one is not None:
         print(json.dumps(measure(Case(**json.loads(one)))))
         return
     print(f"{platform.processor() or platform.machine()}, MLX {version('mlx')}")
-    print(f"{'prompt':>7} {'reply':>6} {'drafter':>8} {'measured':>10} {'predicted':>10} {'ratio':>6}")
+    print(f"{'prompt':>7} {'reply':>6} {'drafter':>8} {'measured':>10} {'predicted':>10} {'ratio':>6} {'caches':>9}")
     results: list[dict[str, Any]] = []
-    for case in LONG if long else CASES:
+    for case in LONG if long else CACHES if caches else CASES:
         command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        measured, predicted = json.loads(done.stdout.splitlines()[-1])
+        measured, predicted, full = json.loads(done.stdout.splitlines()[-1])
         ratio = predicted / measured
-        results.append(asdict(case) | {"measured": measured, "predicted": predicted, "ratio": ratio})
+        results.append(asdict(case) | {"measured": measured, "predicted": predicted, "ratio": ratio, "caches": full})
         print(
             f"{case.prompt:7} {case.reply:6} {'yes' if case.drafter else 'no':>8} {measured / 1e6:7.1f} MB "
-            f"{predicted / 1e6:7.1f} MB {ratio:6.3f}",
+            f"{predicted / 1e6:7.1f} MB {ratio:6.3f} {full / 1e6:6.1f} MB",
             flush=True,
         )
     print(json.dumps({"results": results}))
