@@ -275,6 +275,7 @@ class Headers:
 
     folder: Path
     config: ModelConfig
+    model: Model  # the whole one's shapes; `fitted` makes of it what one machine loads
     tensors: dict[str, Tensor]
     quantization: dict[str, Quantization]
     drafter: DrafterChoice | None
@@ -372,25 +373,24 @@ def read_headers(
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
-    if adapter is None:
-        return Headers(folder, config, tensors, quantization, drafter, own)
-    matrices = matrices_of(Model(config))
     if isinstance(adapter, dict):
         config = replace(config, adapters=tuple(adapter))
-    folders = [*adapter.values()] if isinstance(adapter, dict) else [adapter]
+    folders = [*adapter.values()] if isinstance(adapter, dict) else [] if adapter is None else [adapter]
+    model = Model(config)
+    matrices = matrices_of(model)
     added = [read_adapter(each, matrices) for each in folders]
-    return Headers(folder, config, tensors, quantization, drafter, own, added)
+    return Headers(folder, config, model, tensors, quantization, drafter, own, added)
 
 
 def fitted(headers: Headers, share: Share | LayerShare | None = None) -> Checkpoint:
     """The model, or what one of several machines holds of it, and that it is whole."""
     config, tensors, quantization, added = headers.config, headers.tensors, headers.quantization, headers.added
-    drafter, own = headers.drafter, headers.drafter_config
+    model, drafter, own = headers.model, headers.drafter, headers.drafter_config
     if share is not None:
         tensors = shared(tensors, share, config.text)
         added = [shared(each, share, config.text) for each in added]
         config = replace(config, text=share.of(config.text))
-    model = Model(config)
+        model = Model(config)
     if own is not None:
         model.drafter = Drafter(own)
     if isinstance(share, LayerShare):
