@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ from mlx_gemma4.weights.tensors import (
     Tensor,
     block_ranges,
     conversion_name,
-    element_count,
     list_tensors,
     nbytes,
 )
@@ -92,7 +92,7 @@ class Source:
 
     @property
     def weights(self) -> int:
-        return sum(element_count(tensor.shape) for tensor in self.tensors.values())
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)

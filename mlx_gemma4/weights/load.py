@@ -49,7 +49,6 @@ from mlx_gemma4.weights.tensors import (
     Tensor,
     block_ranges,
     conversion_name,
-    element_count,
     have_same_values,
     list_tensors,
     module_path,
@@ -562,10 +561,10 @@ def own_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantiza
         if scales.dtype not in FLOATING or path.startswith(DRAFTER_ROOT):
             continue
         if not is_table(path, tensor):
-            others[tensor.dtype] = others.get(tensor.dtype, 0) + element_count(tensor.shape)
+            others[tensor.dtype] = others.get(tensor.dtype, 0) + math.prod(tensor.shape)
         else:
             packed = 1 if scales is tensor else 32 // quantization_of(path.removesuffix(".weight"), quantization).bits
-            tables[scales.dtype] += packed * element_count(tensor.shape)
+            tables[scales.dtype] += packed * math.prod(tensor.shape)
     votes = tables if any(tables.values()) else others
     return max(FLOATING, key=lambda dtype: votes[dtype])
 
