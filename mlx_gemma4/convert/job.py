@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
 from mlx_gemma4.weights.load import (
     check_tensors,
-    has_tied_head,
     own_dtype,
     parameters,
     quantization_by_path,
@@ -41,11 +40,9 @@ from mlx_gemma4.weights.load import (
     quantize_empty,
     settle_drafter,
     settle_parts,
-    without_missing_parts,
 )
 from mlx_gemma4.weights.tensors import (
     FLOATING,
-    HEAD,
     TEXT,
     Rows,
     Shape,
@@ -210,11 +207,7 @@ def open_gguf(file: Path, media: Path | None, folder: Path) -> Source:
     else:
         others = {path: own for path, own in open_target(folder).tensors.items() if not path.startswith(TEXT)}
     tensors = list_text(file, GGUF_DTYPE) | others
-    config = without_missing_parts(config, tensors)
-    is_tied = has_tied_head(config.text, tensors)
-    config = replace(config, text=replace(config.text, tie_word_embeddings=is_tied))
-    if is_tied:
-        tensors.pop(f"{HEAD}.weight", None)
+    config, tensors = settle_parts(config, tensors)
     expected = {path: array.shape for path, array in parameters(Model(config)).items()}
     for path, shape in expected.items():
         if path not in tensors:

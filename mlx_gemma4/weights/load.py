@@ -3,10 +3,10 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -63,6 +63,8 @@ DEMO = Path(__file__).parents[1] / "demo"
 # Parts a conversion may have left out; the rest of the model is then used without them.
 OPTIONAL_PARTS = {"vision": ("vision_embedder.", "embed_vision."), "audio": ("embed_audio.",)}
 NAMED = 4  # tensors named in one warning, which stays a line
+
+Stored = TypeVar("Stored", bound=Rows)
 
 
 def quantize_empty(model: nn.Module, tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> None:
@@ -458,13 +460,16 @@ def check_split(split: str | None) -> None:
         raise ValueError(f"split is {shown(split)}; expected {' or '.join(SPLITS)}")
 
 
-def settle_parts(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration as the tensors have it, and those of them that count."""
-    config = without_missing_parts(config, tensors)
+def settle_parts(config: ModelConfig, tensors: dict[str, Stored]) -> tuple[ModelConfig, dict[str, Stored]]:
+    """The configuration as the tensors have it, without the modalities of which there is none (text-only conversions),
+    and those of them that count."""
+    found = {part: any(path.startswith(own) for path in tensors) for part, own in OPTIONAL_PARTS.items()}
+    vision, audio = config.vision if found["vision"] else None, config.audio if found["audio"] else None
     is_tied = has_tied_head(config.text, tensors)
     if is_tied:
         tensors = {path: tensor for path, tensor in tensors.items() if not path.startswith(f"{HEAD}.")}
-    return replace(config, text=replace(config.text, tie_word_embeddings=is_tied)), tensors
+    text = replace(config.text, tie_word_embeddings=is_tied)
+    return replace(config, text=text, vision=vision, audio=audio), tensors
 
 
 def has_tied_head(text: TextConfig, tensors: Mapping[str, Rows]) -> bool:
@@ -618,15 +623,7 @@ def load_value(tensor: Tensor, config: ModelConfig) -> mx.array:
     return value
 
 
-# --- parts -------------------------------------------------------------------------------------
-
-
-def without_missing_parts(config: ModelConfig, paths: Collection[str]) -> ModelConfig:
-    """The configuration without the modalities of which the checkpoint has no tensor (text-only conversions)."""
-    found = {part: any(path.startswith(own) for path in paths) for part, own in OPTIONAL_PARTS.items()}
-    return replace(
-        config, vision=config.vision if found["vision"] else None, audio=config.audio if found["audio"] else None
-    )
+# --- values ------------------------------------------------------------------------------------
 
 
 def load_values(checkpoint: Checkpoint) -> Iterator[int]:
