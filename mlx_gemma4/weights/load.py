@@ -315,7 +315,7 @@ def open_checkpoint(
     folder, or several by name. group: of machines that share the model, by "tensors" or "layers"; None: the faster.
     ValueError if it cannot be shared so.
     """
-    checkpoint = look_through(folder, drafter, list_tensors, dtype, kv_bits, adapter, group, split)
+    checkpoint = look_through(folder, drafter, dtype, kv_bits, adapter, group, split)
     check_memory(checkpoint.footprint)
     return checkpoint
 
@@ -323,18 +323,17 @@ def open_checkpoint(
 def look_through(
     folder: Path,
     drafter: DrafterChoice | None,
-    tensors_of: Callable[[Path], dict[str, Tensor]],
     dtype: mx.Dtype | None = None,
     kv_bits: int | None = None,
     adapter: Adapters = None,
     group: mx.distributed.Group | None = None,
     split: str | None = None,
 ) -> Checkpoint:
-    """A checkpoint of any size; as `open_checkpoint`. tensors_of: lists a folder's tensors, as `list_tensors`."""
+    """A checkpoint of any size; as `open_checkpoint`."""
     is_shared = group is not None and group.size() > 1
     if split is not None and not is_shared:
         raise ValueError(f"split is {split!r} on one machine; expected several, started by mlx.launch")
-    headers = read_headers(folder, drafter, tensors_of, dtype, kv_bits, adapter, is_shared)
+    headers = read_headers(folder, drafter, list_tensors, dtype, kv_bits, adapter, is_shared)
     if group is None or not is_shared:
         return fitted(headers)
     if headers.config.dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
@@ -360,7 +359,8 @@ def read_headers(
     adapter: Adapters = None,
     is_shared: bool = False,
 ) -> Headers:
-    """As `look_through`; of the whole model, also if several machines will share it."""
+    """As `look_through`; of the whole model, also if several machines will share it. tensors_of: lists a folder's
+    tensors, as `list_tensors`."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
     quantization = quantization_by_path(config, "")
     own = None if drafter is None else read_drafter_config(drafter.folder)
