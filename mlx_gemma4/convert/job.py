@@ -31,16 +31,8 @@ from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
-from mlx_gemma4.weights.load import (
-    check_tensors,
-    own_dtype,
-    parameters,
-    quantization_by_path,
-    quantization_of,
-    quantize_empty,
-    settle_drafter,
-    settle_parts,
-)
+from mlx_gemma4.weights.computing import own_dtype
+from mlx_gemma4.weights.load import parameters
 from mlx_gemma4.weights.tensors import (
     FLOATING,
     TEXT,
@@ -51,6 +43,14 @@ from mlx_gemma4.weights.tensors import (
     conversion_name,
     list_tensors,
     nbytes,
+)
+from mlx_gemma4.weights.whole import (
+    check_tensors,
+    quantization_by_path,
+    quantization_of,
+    quantize_empty,
+    settle_drafter,
+    settle_parts,
 )
 
 GENERATION = "generation_config.json"
@@ -172,8 +172,8 @@ def open_source(
 ) -> Source:
     quantization = quantization_by_path(config, "")
     quantize_empty(model, tensors, quantization)
-    check_tensors(model, tensors)
     expected = parameters(model)
+    check_tensors(expected, tensors)
     in_order = sorted(expected, key=lambda path: (tensors[path].file, tensors[path].offset))
     stored: dict[str, Rows] = {path: tensors[path] for path in in_order}
     raw = read_json(folder / "config.json")
