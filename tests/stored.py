@@ -5,7 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.weights.load import find_drafter, load_value, open_checkpoint, parameters
+from mlx_gemma4.weights.computing import load_value
+from mlx_gemma4.weights.load import find_drafter, open_checkpoint, parameters
 
 
 def stored_model(folder: Path, drafter: str | Path | None = "auto", dtype: mx.Dtype | None = None) -> Model:

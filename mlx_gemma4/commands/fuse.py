@@ -25,7 +25,7 @@ from mlx_gemma4.convert.job import (
 from mlx_gemma4.convert.recipes import Recipe, named_recipe
 from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, run
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
-from mlx_gemma4.weights.tensors import element_count
+from mlx_gemma4.weights.tensors import nbytes
 
 FULL_PRECISION = Recipe("full precision", None)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -103,7 +103,7 @@ def gguf_kind(outcome: Outcome) -> str:
 def write_gguf(fused: Source, part: Path, name: str, kind: str) -> None:
     from mlx_gemma4.convert.export import export  # here: a folder alone needs no gguf
 
-    done, total = 0, sum(element_count(own.shape) * own.dtype.size for own in fused.tensors.values())
+    done, total = 0, sum(nbytes(own.shape, own.dtype) for own in fused.tensors.values())
     with SizeBar(f"Writing {kind}") as bar:
         for step in export(fused, part, name, kind):
             done += step

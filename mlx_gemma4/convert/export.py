@@ -5,6 +5,7 @@ The keys are those of ggml-org/llama.cpp's converter; what they say of tensors i
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlx_gemma4.convert.gguf import (
 )
 from mlx_gemma4.convert.job import Source
 from mlx_gemma4.prompt.processor import find_template, optional_json
-from mlx_gemma4.weights.tensors import TEXT, Rows, block_ranges, element_count
+from mlx_gemma4.weights.tensors import TEXT, Rows, block_ranges
 
 KINDS = {
     "BF16": gguf.GGMLQuantizationType.BF16,
@@ -202,7 +203,7 @@ def write_tensors(
         own = kind_of(path, tensor, kind)
         values, size = gguf.GGML_QUANT_SIZES[own]
         shape = (2, tensor.shape[0], tensor.shape[2]) if len(tensor.shape) == 3 else tensor.shape
-        nbytes = element_count(shape) // values * size
+        nbytes = prod(shape) // values * size
         writer.add_tensor_info(gguf_name(path), shape, np.dtype(np.float32), nbytes, own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -219,7 +220,7 @@ def write_tensors(
             data = packed(as_llama_has_it(path, tensor.rows(start, stop)), own)
             file.write(data)
             nbytes += len(data)
-            yield (stop - start) * element_count(tensor.shape[1:]) * tensor.dtype.size
+            yield (stop - start) * prod(tensor.shape[1:]) * tensor.dtype.size
         writer.write_padding(file, nbytes)
     writer.close()
 

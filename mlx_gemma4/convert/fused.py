@@ -11,8 +11,8 @@ from mlx_gemma4.convert.job import Job, Outcome, Source, make_job, open_target
 from mlx_gemma4.convert.recipes import Recipe
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.weights.adapter import read_adapter
-from mlx_gemma4.weights.load import quantization_of
 from mlx_gemma4.weights.tensors import EMBEDDING, Rows, Shape, block_ranges, module_path
+from mlx_gemma4.weights.whole import quantization_of
 
 # Of matrices whose base is quantized and stays as it is elsewhere: a delta is mostly smaller than a 4-bit step.
 ADAPTED_BITS = 8

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_gemma4.convert.lattice import Lattice, keep_lattice
 from mlx_gemma4.errors import CheckpointError
-from mlx_gemma4.weights.tensors import Rows, Shape, element_count, read_bytes
+from mlx_gemma4.weights.tensors import Rows, Shape, read_bytes
 
 ARCHITECTURE, MEDIA_ARCHITECTURE = "gemma4", "clip"
 STRING, ARRAY = 8, 9
@@ -111,7 +111,7 @@ class GGUFTensor:
     @property
     def nbytes(self) -> int:
         values, size = BLOCKS[self.kind]
-        return element_count(self.shape) // values * size
+        return math.prod(self.shape) // values * size
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import json
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,26 @@ from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import OLD_TEMPLATE_BYTES, PACKAGED_TEMPLATE, find_template, optional_json
-from mlx_gemma4.weights.load import (
-    check_tensors,
-    has_tied_head,
-    own_dtype,
-    parameters,
-    quantization_by_path,
-    quantization_of,
-    quantize_empty,
-    settle_drafter,
-    settle_parts,
-    without_missing_parts,
-)
+from mlx_gemma4.weights.computing import own_dtype
+from mlx_gemma4.weights.load import parameters
 from mlx_gemma4.weights.tensors import (
     FLOATING,
-    HEAD,
     TEXT,
     Rows,
     Shape,
     Tensor,
     block_ranges,
     conversion_name,
-    element_count,
     list_tensors,
     nbytes,
+)
+from mlx_gemma4.weights.whole import (
+    check_tensors,
+    quantization_by_path,
+    quantization_of,
+    quantize_empty,
+    settle_drafter,
+    settle_parts,
 )
 
 GENERATION = "generation_config.json"
@@ -92,7 +89,7 @@ class Source:
 
     @property
     def weights(self) -> int:
-        return sum(element_count(tensor.shape) for tensor in self.tensors.values())
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -175,8 +172,8 @@ def open_source(
 ) -> Source:
     quantization = quantization_by_path(config, "")
     quantize_empty(model, tensors, quantization)
-    check_tensors(model, tensors)
     expected = parameters(model)
+    check_tensors(expected, tensors)
     in_order = sorted(expected, key=lambda path: (tensors[path].file, tensors[path].offset))
     stored: dict[str, Rows] = {path: tensors[path] for path in in_order}
     raw = read_json(folder / "config.json")
@@ -210,11 +207,7 @@ def open_gguf(file: Path, media: Path | None, folder: Path) -> Source:
     else:
         others = {path: own for path, own in open_target(folder).tensors.items() if not path.startswith(TEXT)}
     tensors = list_text(file, GGUF_DTYPE) | others
-    config = without_missing_parts(config, tensors)
-    is_tied = has_tied_head(config.text, tensors)
-    config = replace(config, text=replace(config.text, tie_word_embeddings=is_tied))
-    if is_tied:
-        tensors.pop(f"{HEAD}.weight", None)
+    config, tensors = settle_parts(config, tensors)
     expected = {path: array.shape for path, array in parameters(Model(config)).items()}
     for path, shape in expected.items():
         if path not in tensors:

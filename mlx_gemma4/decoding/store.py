@@ -271,8 +271,7 @@ class PromptStore:
             shared = Line(
                 line.space, held.prompt, full, dict(line.pages), line.window, line.marks, next(self.clock), line.uses
             )
-            self.lines = [other for other in self.lines if not covers(shared, other)]
-            self.lines.append(shared)
+            self.hold(shared)
             self.evict(0)
 
     def give(self, held: Held, ids: list[int]) -> None:
@@ -288,11 +287,15 @@ class PromptStore:
             line.full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
             if not len(line) or (not line.full and not line.pages):
                 return
-            self.lines[:] = [other for other in self.lines if not covers(line, other)]
-            self.lines.append(line)
+            self.hold(line)
             if self.disk is not None and line.uses == 1:  # the second use; later ones would write at every turn
                 save_line(line, self.disk)
             self.evict(0)
+
+    def hold(self, line: Line) -> None:
+        """Let others find a line, in the place of those that have no more than it."""
+        self.lines[:] = [other for other in self.lines if not covers(line, other)]  # the list that `save_at_end` has
+        self.lines.append(line)
 
     def drop(self, held: Held) -> None:
         """Take nothing back: what came of the request is not sure."""

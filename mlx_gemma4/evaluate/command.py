@@ -34,7 +34,6 @@ from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
-from mlx_gemma4.weights.tensors import list_tensors
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
 SAVED = ".safetensors"
@@ -158,7 +157,7 @@ def open_subject(
     choice = find_drafter(name, folder, drafter, adapter=adapter)
     # by tensors, for layers are read one after the other, by all machines
     split = None if group is None else "tensors"
-    checkpoint = look_through(folder, choice, list_tensors, dtype, kv_bits, adapter, group, split)
+    checkpoint = look_through(folder, choice, dtype, kv_bits, adapter, group, split)
     processor = load_processor(folder, checkpoint.config)
     exchanges = []
     for number, line in enumerate(lines, 1):

@@ -29,7 +29,8 @@ from mlx_gemma4.prompt.messages import check_messages, check_tools, without_sour
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.prompt.template import render, shield, unused_character
-from mlx_gemma4.weights.load import Checkpoint, load_value, parameters, quantize_drafter
+from mlx_gemma4.weights.computing import load_value
+from mlx_gemma4.weights.load import Checkpoint, parameters, quantize_drafter
 
 KEPT = 1024  # tokens of a position whose probabilities are kept, 8 KB; what the others have is kept as one number
 ROWS = 32  # positions that go through the head at once: 34 MB for each array of probabilities

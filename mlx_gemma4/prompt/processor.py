@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -277,7 +276,7 @@ class Processor:
                 lambda _: " ".join(frame.caption + placeholder for frame in next(rows)),
                 text,
             )
-        waiting = {kind: iter_runs(media, kind) for kind in self.runs}
+        waiting = {kind: iter([loaded for own, part in media if own == kind for loaded in part]) for kind in self.runs}
         kinds = {run.placeholder: kind for kind, run in self.runs.items()}
         ids: list[int] = []
         soft_tokens: list[SoftTokens] = []
@@ -293,10 +292,6 @@ class Processor:
                 ids.append(self.control.ids[piece])
         notes = tuple(loaded.note for _, part in media for loaded in part if loaded.note)
         return Prompt(ids, tuple(soft_tokens), notes)
-
-
-def iter_runs(media: list[tuple[str, list[Loaded]]], wanted: str) -> Iterator[Loaded]:
-    return (loaded for kind, part in media if kind == wanted for loaded in part)
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -66,8 +66,9 @@ PEFT_IRRELEVANT = {
 class AdapterTensor(Tensor):
     """A part of what is added to a matrix, with the shape that `matrix.Adapted` has for it."""
 
+    module: str  # what is adapted, as the file names it
     turned: bool  # the file has rows and columns the other way round
-    scale: float
+    scale: float  # of lora_b, as the configuration says; 1 for the others
 
     @property
     def is_gain(self) -> bool:
@@ -113,20 +114,7 @@ class AdapterTensors(AdapterTensor):
         return found
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a file, understood."""
-
-    tensor: Tensor
-    module: str  # what is adapted, as the file names it
-    is_turned: bool
-
-    @property
-    def shape(self) -> Shape:
-        return self.tensor.shape[::-1] if self.is_turned else self.tensor.shape
-
-
-Parts = dict[str, dict[str, Part]]  # by path of the matrix and name of the part
+Parts = dict[str, dict[str, AdapterTensor]]  # by path of the matrix and name of the part
 
 
 @dataclass(frozen=True)
@@ -193,11 +181,7 @@ def read_adapter(folder: Path, matrices: Mapping[str, Shape]) -> dict[str, Adapt
         if rank != plan.ranks[path]:
             raise CheckpointError(f"{path} has the rank {rank} in {file}; expected {plan.ranks[path]}, as in {CONFIG}")
         for name, part in own.items():
-            scale = plan.scales[path] if name == "lora_b" else 1.0
-            values = part.tensor
-            found[f"{path}.{name}"] = AdapterTensor(
-                values.name, values.file, part.shape, values.dtype, values.offset, part.is_turned, scale
-            )
+            found[f"{path}.{name}"] = replace(part, scale=plan.scales[path]) if name == "lora_b" else part
     return found
 
 
@@ -209,7 +193,9 @@ def choosable(each: Sequence[Mapping[str, AdapterTensor]]) -> dict[str, AdapterT
         there = [part for part in parts if part is not None]
         shape = (len(each) + 1, *(max(sizes) for sizes in zip(*(part.shape for part in there), strict=True)))
         first = there[0]
-        found[path] = AdapterTensors(first.name, first.file, shape, first.dtype, first.offset, False, 1.0, parts)
+        found[path] = AdapterTensors(
+            first.name, first.file, shape, first.dtype, first.offset, first.module, False, 1.0, parts
+        )
     return found
 
 
@@ -238,9 +224,11 @@ def list_parts(file: Path) -> Parts:
         part = PEFT_PARTS.get(match[2]) or PARTS[match[2]]
         if part in own:
             raise CheckpointError(
-                f"{file} has {quoted(own[part].tensor.name)} and {quoted(tensor.name)}, one tensor; expected one name"
+                f"{file} has {quoted(own[part].name)} and {quoted(tensor.name)}, one tensor; expected one name"
             )
-        own[part] = Part(tensor, match[1], match[2] in ("lora_a", "lora_b"))
+        turned = match[2] in ("lora_a", "lora_b")
+        shape = tensor.shape[::-1] if turned else tensor.shape
+        own[part] = AdapterTensor(tensor.name, file, shape, tensor.dtype, tensor.offset, match[1], turned, 1.0)
     if not found:
         raise CheckpointError(f"{file} has no tensors; expected an adapter's")
     return found
@@ -255,7 +243,7 @@ def adapted_path(name: str) -> str:
 def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None:
     """Whether each is of one of the model's matrices, and whole."""
     if strange := [path for path in parts if path not in matrices]:
-        name = next(iter(parts[strange[0]].values())).tensor.name
+        name = next(iter(parts[strange[0]].values())).name
         raise CheckpointError(
             f"{len(strange)} of the {len(parts)} matrices in {file} are none of this model, first {quoted(name)}; "
             "expected an adapter of this model"
@@ -269,16 +257,14 @@ def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None
         shapes: dict[str, Shape] = {"lora_a": (rank, columns), "lora_b": (rows, rank), "gain": (rows,)}
         for name, part in own.items():
             if part.shape != shapes[name] or not rank:
-                expected = shapes[name][::-1] if part.is_turned else shapes[name]
+                expected = shapes[name][::-1] if part.turned else shapes[name]
                 raise CheckpointError(
-                    f"{quoted(part.tensor.name)} in {file} has shape {list(part.tensor.shape)}; expected "
+                    f"{quoted(part.name)} in {file} has shape {list(part.stored.shape)}; expected "
                     f"{list(expected) if rank else 'a rank of 1 or more'}, for this model"
                 )
-            if part.tensor.dtype not in FLOATING:
-                kind = DTYPE_NAMES[part.tensor.dtype]
-                raise CheckpointError(
-                    f"{quoted(part.tensor.name)} in {file} is stored as {kind}; expected BF16, F16 or F32"
-                )
+            if part.dtype not in FLOATING:
+                kind = DTYPE_NAMES[part.dtype]
+                raise CheckpointError(f"{quoted(part.name)} in {file} is stored as {kind}; expected BF16, F16 or F32")
 
 
 # --- mlx-lm ------------------------------------------------------------------------------------
@@ -451,5 +437,5 @@ def read_weights(file: Path) -> dict[str, mx.array]:
     found = {}
     for path, own in list_parts(file).items():
         for name, part in own.items():
-            found[f"{path}.{'m' if name == 'gain' else name}"] = part.tensor.read()
+            found[f"{path}.{'m' if name == 'gain' else name}"] = part.stored.read()
     return found

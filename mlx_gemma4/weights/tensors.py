@@ -54,12 +54,8 @@ class Rows(Protocol):
     def rows(self, start: int, stop: int) -> mx.array: ...
 
 
-def element_count(shape: Shape) -> int:
-    return prod(shape)
-
-
 def nbytes(shape: Shape, dtype: mx.Dtype) -> int:
-    return element_count(shape) * dtype.size
+    return prod(shape) * dtype.size
 
 
 def block_ranges(tensor: Rows) -> Iterator[tuple[int, int]]:

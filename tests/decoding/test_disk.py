@@ -18,7 +18,7 @@ import pytest
 from conversing import PAGED, Loaded, difference, stored_logits, words
 from toy_checkpoint import write_checkpoint
 
-from mlx_gemma4 import Prompt, load
+from mlx_gemma4 import Engine, Prompt, collect, load
 from mlx_gemma4.decoding import disk as disk_module
 from mlx_gemma4.decoding.disk import Disk
 from mlx_gemma4.decoding.store import PromptStore
@@ -91,6 +91,15 @@ def test_it_is_written_at_the_second_use_and_at_the_end_but_not_at_every_turn(pa
     assert set(tmp_path.iterdir()) == second
     del store
     assert set(tmp_path.iterdir()) > second
+
+
+def test_what_an_engine_has_read_is_written_at_the_end(paged: Loaded, tmp_path: Path) -> None:
+    store = PromptStore(folder=tmp_path)
+    with Engine(*paged, store=store) as engine:
+        collect(engine.submit(Prompt(IDS), max_tokens=4))
+    assert store.lines and not list(tmp_path.iterdir())
+    del engine, store
+    assert stored_logits(paged, PromptStore(folder=tmp_path), Prompt(IDS))[1] == 299
 
 
 def test_what_is_evicted_is_kept_there(paged: Loaded, tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ from mlx_gemma4.evaluate.quality import (
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.weights.load import DrafterChoice, look_through
-from mlx_gemma4.weights.tensors import list_tensors
 
 Loaded = tuple[Model, Processor]
 LINES: list[dict[str, Any]] = [
@@ -207,7 +206,7 @@ def test_acceptance_is_what_the_two_distributions_share(tiny_folder: Path, tmp_p
 def test_a_partner_is_quantized_as_it_is_for_decoding(tmp_path: Path) -> None:
     even = Shape(hidden=128, mlp=128, heads=4, kv_heads=2, head_dim=32, global_head_dim=64)
     folder, own = write_checkpoint(tmp_path / "even", even), write_drafter(tmp_path / "drafter", even)
-    checkpoint = look_through(folder, DrafterChoice(own, "partner", quantize=True), list_tensors)
+    checkpoint = look_through(folder, DrafterChoice(own, "partner", quantize=True))
     load_drafter(checkpoint, Read(mx.zeros((1, 1, 128)), {}, mx.ones((64,))))
     assert checkpoint.model.drafter is not None
     assert isinstance(checkpoint.model.drafter.embed_tokens, nn.QuantizedEmbedding)
