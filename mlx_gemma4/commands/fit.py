@@ -21,6 +21,7 @@ from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
 from mlx_gemma4.tune.plan import TuningPlan, longest_row, of_plan, smaller_tuning
+from mlx_gemma4.weights.computing import emulates_bfloat16
 from mlx_gemma4.weights.link import even_latency
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
@@ -304,7 +305,7 @@ def headers_anywhere(
     def tensors_of(own: Path) -> dict[str, Tensor]:
         return remote_tensors(own, *origins[own]) if own in origins else list_tensors(own)
 
-    return read_headers(folder, choice, tensors_of, dtype, kv_bits)
+    return read_headers(folder, choice, tensors_of, dtype, kv_bits, None, emulates_bfloat16())
 
 
 def is_folder(path_or_hub_id: str) -> bool:

@@ -39,6 +39,7 @@ class Ranges:
     """What keeps an MLP's product within float16: `float16.py`."""
 
     floor: float  # gate and up are divided by √(the mean of both their squares + floor)
+    back: float  # what products are times to be themselves again, with the square of that root
     # One number each, as many times as there are columns: a scalar would become a part of the kernel, which would be
     # another in each layer
     weight: mx.array  # [2 · intermediate], what they are then times
@@ -59,7 +60,10 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
         if self.ranges is None:
             return product(self.down_proj, geglu(*self.inputs(x, adapters)), adapters)
-        own, both = self.ranges, self.inputs.whole(x, adapters)
+        return self.ranged(self.ranges, self.inputs.whole(x, adapters), adapters)
+
+    def ranged(self, own: Ranges, both: mx.array, adapters: mx.array | None) -> mx.array:
+        """both: gate and up side by side, [B, L, 2 · intermediate]."""
         gate, _ = mx.split(both, 2, axis=-1)
         normed_gate, up = mx.split(mx.fast.rms_norm(both, own.weight, own.floor), 2, axis=-1)
         return product(self.down_proj, ranged_geglu(gate, normed_gate, up, own.gate, own.product), adapters)

@@ -5,6 +5,9 @@ norms that follow forgive a power of two, if their eps follows it: so the weight
 costs nothing. The residual stream has a unit of its own in which all that it can become has room: float32 would need a
 cast in front of each norm, for `mx.compile` fuses no operation whose input is read elsewhere too. Only the product
 inside an MLP has no bound that would leave room for what is usual: there gate and up are normed, a kernel a layer.
+
+Machines that share a model by tensors add their bounds of what they sum, and sum what an MLP gives in float32, for each
+has norms of its own; those that share layers tell each other what the residual stream can become.
 """
 
 import math
@@ -12,23 +15,31 @@ from collections.abc import Iterable
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from mlx_gemma4.model.attention import QueryAttention, SelfAttention
 from mlx_gemma4.model.decoder import Layer, Ranges
 from mlx_gemma4.model.matrix import Adapted, added, blocks, total_columns
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.model.split import LayerShare, Share, has_head, has_media, has_table
 
 LIMIT = 2.0**15  # half of what float16 holds: bounds are of exact numbers, and rounded ones are a little larger
 LOWEST = 2.0**-8  # what a usual product may be lowered to, so that much smaller ones have all their bits
 SMALLEST_SHARE = 2.0**-6  # of what an MLP's row is divided by, its usual size: eps is then right to 1 / 4096
 
 
-def float16_is_safe(model: Model) -> str | None:
-    """Why a model, loaded and not yet arranged, cannot compute in float16, in one line; None: it can."""
-    layers = [*model.language_model.layers, *(model.drafter.layers if model.drafter is not None else [])]
+def float16_is_safe(
+    model: Model, share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
+) -> str | None:
+    """Why a model, loaded and not yet arranged, cannot compute in float16, in one line; None: it can.
+
+    share, group: of one of several machines, which are asked at once.
+    """
+    own_layers, drafter_layers = model.language_model.layers, model.drafter.layers if model.drafter is not None else []
+    outputs = [*output_bounds(own_layers, share, group), *output_bounds(drafter_layers)]
     keys = key_weights(model)
-    for layer in layers:
+    for layer, output in zip([*own_layers, *drafter_layers], outputs, strict=True):
         own = layer.self_attn
         weights = own.k_norm.weight if isinstance(own, SelfAttention) else keys.get(layer.kind)
         q = largest(own.q_norm.weight)
@@ -39,27 +50,31 @@ def float16_is_safe(model: Model) -> str | None:
         ):
             if not bound <= LIMIT:  # nor if it is no number
                 return f"attention's {what} may reach {bound:.3g}, beyond float16"
-        bound = output_bound(own)
-        if not bound <= LIMIT and not can_scale(own.o_proj):
-            return f"o_proj's products may reach {bound:.3g}, beyond float16, and its scales are no floats"
+        if not output <= LIMIT and not can_scale(own.o_proj):
+            return f"o_proj's products may reach {output:.3g}, beyond float16, and its scales are no floats"
     return None
 
 
-def make_float16_safe(model: Model) -> None:
-    """Before `arrange`."""
+def make_float16_safe(
+    model: Model, share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
+) -> None:
+    """Before `arrange`. share, group: of one of several machines."""
     for module in model.modules():
         if isinstance(module, Adapted):
             settle_adapted(module)
     target, drafter = model.language_model, model.drafter
-    width, eps = target.norm.weight.shape[0], target.norm.eps
+    width = target.norm.weight.shape[0]
     table = target.embed_tokens
-    embedding = (largest_row(table) if drafter is not None else 0.0) * width**0.5  # the length of a vector
-    start = largest_value(table) * width**0.5
+    start = largest_value(table) * width**0.5 if has_table(share) else 0.0
     for part in ("embed_vision", "embed_audio"):
-        if part in model:
+        if part in model and has_media(share):
             matrix = model[part].embedding_projection
             start = max(start, largest_row(matrix) * total_columns(matrix) ** 0.5)
-    target.unit = settle_layers(target.layers, start, eps)
+    target.unit = settle_layers(target.layers, start, share, group)
+    if not has_head(share):
+        target.norm.eps *= target.unit**2
+        return
+    embedding = (largest_row(table) if drafter is not None else 0.0) * width**0.5  # the length of a vector
 
     # one power of two for both final norms: what they give goes to heads, projections and, joined, the drafter
     weight = wide(target.norm.weight)
@@ -76,7 +91,7 @@ def make_float16_safe(model: Model) -> None:
     settle_last(target.norm, shrink, target.unit)
     target.grow = 1 / shrink
     if drafter is not None:
-        drafter.unit = settle_layers(drafter.layers, first, eps)
+        drafter.unit = settle_layers(drafter.layers, first)
         settle_last(drafter.norm, shrink, drafter.unit)
         drafter.grow, drafter.joined = 1 / shrink, shrink / target.unit
 
@@ -95,25 +110,43 @@ def settle_adapted(module: Adapted) -> None:
         module.lora_a, module.lora_b = scaled(module.lora_a, factor), scaled(module.lora_b, 1 / factor)
 
 
-def settle_layers(layers: list[Layer], start: float, eps: float) -> float:
+def settle_layers(
+    layers: list[Layer], start: float, share: Share | LayerShare | None = None,
+    group: mx.distributed.Group | None = None,
+) -> float:  # fmt: skip
     """Make the layers safe for a residual stream that begins below `start`; the unit that it is to have."""
-    size = peak = start
-    for layer in layers:
-        root = layer.input_layernorm.weight.shape[0] ** 0.5
-        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
-            size += root * largest(norm.weight)
-        peak = max(peak, size)
-        size *= largest(layer.layer_scalar)
-        peak = max(peak, size)
-    unit = power(peak)
-    for layer in layers:
-        settle_attention(layer, unit)
-        settle_mlp(layer, unit)
+    unit = power(largest_residual(layers, start, share, group))
+    for layer, output in zip(layers, output_bounds(layers, share, group), strict=True):
+        settle_attention(layer, unit, output)
+        settle_mlp(layer, unit, isinstance(share, Share))
         mx.eval(layer.parameters())
     return unit
 
 
-def settle_attention(layer: Layer, unit: float) -> None:
+def largest_residual(
+    layers: list[Layer], start: float, share: Share | LayerShare | None, group: mx.distributed.Group | None
+) -> float:
+    """A bound on the residual stream: what each layer's two norms may add to it, and what it is then times."""
+    steps = [(largest_step(layer), largest(layer.layer_scalar)) for layer in layers]
+    if isinstance(share, LayerShare):
+        every = np.zeros((1 + share.count, 2), np.float32)
+        every[0, 0], every[1 + share.layers[0] : 1 + share.layers[1]] = start, steps
+        told = cast(list[list[float]], mx.distributed.all_max(mx.array(every), group=group).tolist())
+        start, steps = told[0][0], [(step, factor) for step, factor in told[1:]]
+    size = peak = start
+    for step, factor in steps:
+        size += step
+        peak = max(peak, size, size := size * factor)
+    return peak
+
+
+def largest_step(layer: Layer) -> float:
+    norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+    return sum(norm.weight.shape[0] ** 0.5 * largest(norm.weight) for norm in norms)
+
+
+def settle_attention(layer: Layer, unit: float, output: float) -> None:
+    """output: the bound of what o_proj gives, of all machines together."""
     own = layer.self_attn
     weight = wide(layer.input_layernorm.weight)
     matrices = [own[name] for name in ("q_proj", "k_proj", "v_proj") if name in own]
@@ -127,7 +160,7 @@ def settle_attention(layer: Layer, unit: float) -> None:
     if isinstance(own, SelfAttention):
         own.k_norm.eps *= shrink**2
         own.k_norm.weight = scaled(own.k_norm.weight, 1.0)
-    shrink = min(power(output_bound(own)), 1.0)
+    shrink = min(power(output), 1.0)
     if shrink < 1:
         matrix = ("scales", "biases") if isinstance(own.o_proj, nn.QuantizedLinear) else ("weight",)
         for name in (*matrix, "lora_b"):
@@ -137,10 +170,12 @@ def settle_attention(layer: Layer, unit: float) -> None:
     layer.post_attention_layernorm.weight = scaled(layer.post_attention_layernorm.weight, unit)
 
 
-def settle_mlp(layer: Layer, unit: float) -> None:
+def settle_mlp(layer: Layer, unit: float, is_shared: bool) -> None:
     """Of the product gelu(gate) · up: both are divided by ρ, ρ² = mean((gate² + up²) / 2) + floor, so that all products
     of a row together are at most `inner`, and what is usual has room beside any of them. ρ is a row's own, which no eps
-    can follow: so the floor is as far above what is usual as there is room, and usual rows are divided by it alone."""
+    can follow: so the floor is as far above what is usual as there is room, and usual rows are divided by it alone.
+
+    is_shared: each of several machines has some columns and a ρ of its own, taken back before the parts meet."""
     mlp, weight = layer.mlp, wide(layer.pre_feedforward_layernorm.weight)
     root, inner = len(weight) ** 0.5, total_columns(mlp.down_proj)
     gate, up = row_norms(mlp.gate_proj, weight), row_norms(mlp.up_proj, weight)
@@ -157,12 +192,14 @@ def settle_mlp(layer: Layer, unit: float) -> None:
     floor = min(max(room, size), size / SMALLEST_SHARE**2) if size > 0 else 1.0
     mlp.ranges = Ranges(
         floor,
+        1 / (shrink**2 * factor),
         mx.full((2 * inner,), lift, mx.float16),
         mx.full((inner,), 1 / shrink),
         mx.full((inner,), factor / lift**2 / 2),
     )
     mx.eval(mlp.ranges.weight, mlp.ranges.gate, mlp.ranges.product)
-    layer.post_feedforward_layernorm.eps *= (shrink**2 * factor / (size + floor)) ** 2
+    if not is_shared:
+        layer.post_feedforward_layernorm.eps *= (shrink**2 * factor / (size + floor)) ** 2
     layer.post_feedforward_layernorm.weight = scaled(layer.post_feedforward_layernorm.weight, unit)
 
 
@@ -174,8 +211,15 @@ def key_weights(model: Model) -> dict[str, mx.array]:
     return {layer.kind: cast(SelfAttention, layer.self_attn).k_norm.weight for layer in model.language_model.layers}
 
 
+def output_bounds(
+    layers: list[Layer], share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
+) -> list[float]:
+    """Of each layer's o_proj, to which attention gives means of normed values; of machines that sum, together."""
+    own = mx.array([output_bound(layer.self_attn) for layer in layers])
+    return cast(list[float], (mx.distributed.all_sum(own, group=group) if isinstance(share, Share) else own).tolist())
+
+
 def output_bound(own: QueryAttention) -> float:
-    """Of o_proj: what attention gives are means of normed values."""
     return largest_row(own.o_proj) * total_columns(own.o_proj) ** 0.5
 
 

@@ -24,7 +24,7 @@ from mlx import nn
 
 from mlx_gemma4.config import FULL, SLIDING, WHOLE, TextConfig
 from mlx_gemma4.model.cache import LayerCache, Offset
-from mlx_gemma4.model.decoder import Layer
+from mlx_gemma4.model.decoder import MLP, Layer, Ranges
 from mlx_gemma4.model.mask import Mask
 from mlx_gemma4.model.matrix import STORED, Choosing, product
 from mlx_gemma4.model.model import Model
@@ -111,6 +111,37 @@ class Summed(Choosing):
 
     def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
         return mx.distributed.all_sum(product(self.own, x, adapters), group=self._group)
+
+
+class RangedSum(nn.Module):
+    """An MLP in float16 of which each machine has some columns, divided by what its own products need: they are
+    themselves again, in float32, before they meet."""
+
+    def __init__(self, mlp: MLP, ranges: Ranges, group: mx.distributed.Group):
+        super().__init__()
+        self.own, self._ranges, self._group = mlp, ranges, group
+        rows, columns = mlp.down_proj.weight.shape[0], len(ranges.weight)
+        # as long as a row: mx.compile would write one number into its kernels
+        self._floor, self._back = mx.full((columns,), ranges.floor), mx.full((rows,), ranges.back)
+        mx.eval(self._floor, self._back)
+
+    def __call__(self, x: mx.array, adapters: mx.array | None = None) -> mx.array:
+        """[B, L, hidden] -> the same, float32."""
+        both = self.own.inputs.whole(x, adapters)
+        size = (mx.square(both.astype(mx.float32)) + self._floor).mean(axis=-1, keepdims=True)
+        part = self.own.ranged(self._ranges, both, adapters).astype(mx.float32) * size * self._back
+        return mx.distributed.all_sum(part, group=self._group)
+
+
+class Narrowed(nn.Module):
+    """The norm behind it: float32 in, float16 out."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__()
+        self.own = norm
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return cast(mx.array, self.own(x).astype(self.own.weight.dtype))
 
 
 class Gathered(Choosing):
@@ -226,6 +257,20 @@ def layer_shares(
     return [LayerShare(own, count) for own in pairwise([*starts, count])]
 
 
+def has_media(share: Share | LayerShare | None) -> bool:
+    """Whether a machine with this share has what embeds media; None: it has all."""
+    return not isinstance(share, LayerShare) or share.is_first
+
+
+def has_head(share: Share | LayerShare | None) -> bool:
+    """And the head with the drafter, or a part of the head."""
+    return not isinstance(share, LayerShare) or share.is_last
+
+
+def has_table(share: Share | LayerShare | None) -> bool:
+    return has_media(share) or has_head(share)
+
+
 class Elsewhere(nn.Module):
     """In the place of a matrix that another machine has: zeros, of what goes in, for that is computed everywhere."""
 
@@ -300,7 +345,11 @@ def join_machines(model: Model, share: Share | LayerShare, group: mx.distributed
 
 def join_layer(layer: Layer, share: Share, group: mx.distributed.Group) -> None:
     layer.self_attn["o_proj"] = Summed(layer.self_attn.o_proj, group)
-    layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, group)
+    if layer.mlp.ranges is None:
+        layer.mlp["down_proj"] = Summed(layer.mlp.down_proj, group)
+    else:
+        layer["mlp"] = RangedSum(layer.mlp, layer.mlp.ranges, group)
+        layer["post_feedforward_layernorm"] = Narrowed(layer.post_feedforward_layernorm)
     if layer.kind == WHOLE:
         layer.kind, layer.self_attn.own_heads = SLIDING, slice(*share.heads)
 

@@ -27,10 +27,10 @@ def emulates_bfloat16() -> bool:
     return EMULATED.match(str(mx.device_info().get("architecture", ""))) is not None
 
 
-def choose_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization]) -> mx.Dtype:
+def choose_dtype(tensors: Mapping[str, Tensor], quantization: Mapping[str, Quantization], emulated: bool) -> mx.Dtype:
     """The type to compute in where none is asked for: the checkpoint's own, but float16 where bfloat16 is emulated."""
     own = own_dtype(tensors, quantization)
-    if own != mx.bfloat16 or not emulates_bfloat16():
+    if own != mx.bfloat16 or not emulated:
         return own
     for path, tensor in tensors.items():
         if not is_table(path, tensor) and tensor.dtype in FLOATING and is_worse_in_float16(tensor):

@@ -25,7 +25,7 @@ from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines
 from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.weights.adapter import AdapterTensor, attach, choosable, matrices_of, read_adapter
-from mlx_gemma4.weights.computing import as_loaded, choose_dtype, load_value, own_dtype
+from mlx_gemma4.weights.computing import as_loaded, choose_dtype, emulates_bfloat16, load_value
 from mlx_gemma4.weights.link import Link, time_link, time_reading, token_seconds
 from mlx_gemma4.weights.peers import check_alike, watch
 from mlx_gemma4.weights.sharing import here, read_a_token, shared, shares_by
@@ -225,11 +225,12 @@ def look_through(
     is_shared = group is not None and group.size() > 1
     if split is not None and not is_shared:
         raise ValueError(f"split is {split!r} on one machine; expected several, started by mlx.launch")
-    headers = read_headers(folder, drafter, list_tensors, dtype, kv_bits, adapter, is_shared)
+    emulated = emulates_bfloat16()
+    if group is not None and is_shared:  # all machines compute in one type, and float16 is everywhere
+        emulated = bool(mx.distributed.all_max(mx.array(emulated, mx.int32), group=group).item())
+    headers = read_headers(folder, drafter, list_tensors, dtype, kv_bits, adapter, emulated)
     if group is None or not is_shared:
         return fitted(headers)
-    if headers.config.dtype == mx.float16:  # whose ranges hang on whole rows of an MLP
-        raise ValueError("dtype is float16 and several machines share the model; expected bfloat16 or float32")
     described = [
         (path, tensor.shape, str(tensor.dtype), tensor.scale if isinstance(tensor, AdapterTensor) else None)
         for tensors in (headers.tensors, *headers.added)
@@ -248,11 +249,11 @@ def read_headers(
     tensors_of: Callable[[Path], dict[str, Tensor]],
     dtype: mx.Dtype | None,
     kv_bits: int | None,
-    adapter: Adapters = None,
-    is_shared: bool = False,
+    adapter: Adapters,
+    emulated: bool,
 ) -> Headers:
     """As `look_through`; of the whole model, also if several machines will share it. tensors_of: lists a folder's
-    tensors, as `list_tensors`."""
+    tensors, as `list_tensors`. emulated: whether bfloat16 is, by one of the GPUs."""
     config, tensors = settle_parts(read_config(folder), tensors_of(folder))
     quantization = quantization_by_path(config, "")
     own = None if drafter is None else read_drafter_config(drafter.folder)
@@ -262,7 +263,7 @@ def read_headers(
         tensors |= {DRAFTER_ROOT + path: tensor for path, tensor in found.items()}
         quantization |= quantization_by_path(own, DRAFTER_ROOT)
     if dtype is None:
-        dtype = own_dtype(tensors, quantization) if is_shared else choose_dtype(tensors, quantization)
+        dtype = choose_dtype(tensors, quantization, emulated)
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
         array_shapes(attention, dtype)  # that they can be packed
@@ -357,11 +358,22 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
     """Read the tensors, as `read_values`, and make the model ready to run."""
     yield from read_values(checkpoint)
     settle_gains(checkpoint.model)
-    if checkpoint.config.dtype == mx.float16 and (reason := float16_is_safe(checkpoint.model)):
-        raise CheckpointError(f"{reason}; expected bfloat16 or float32, for dtype")
-    arrange(checkpoint.model)
-    if checkpoint.share is not None and checkpoint.group is not None:
-        join_machines(checkpoint.model, checkpoint.share, checkpoint.group)
+    model, share, group = checkpoint.model, checkpoint.share, checkpoint.group
+    if checkpoint.config.dtype == mx.float16:
+        check_float16(model, share, group)
+    arrange(model, share, group)
+    if share is not None and group is not None:
+        join_machines(model, share, group)
+
+
+def check_float16(model: Model, share: Share | LayerShare | None, group: mx.distributed.Group | None) -> None:
+    """CheckpointError, on all machines, if one of them has weights for which float16 has no room."""
+    reason = float16_is_safe(model, share, group)
+    refused = reason is not None
+    if group is not None:
+        refused = bool(mx.distributed.all_max(mx.array(refused, mx.int32), group=group).item())
+    if refused:
+        raise CheckpointError(f"{reason or 'another machine has no room'}; expected bfloat16 or float32, for dtype")
 
 
 def read_values(checkpoint: Checkpoint) -> Iterator[int]:

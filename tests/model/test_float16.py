@@ -22,7 +22,6 @@ from mlx_gemma4.model.decoder import Layer
 from mlx_gemma4.model.float16 import float16_is_safe
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.prompt import SoftTokens
-from mlx_gemma4.weights import computing
 from mlx_gemma4.weights import load as weights
 from mlx_gemma4.weights.load import find_drafter, load_values, open_checkpoint
 
@@ -34,7 +33,7 @@ def unarranged(folder: Path, dtype: mx.Dtype, edit: Edit) -> Model:
     """As `load` makes it, of values that bfloat16 holds: so no type is nearer to them than another."""
     checkpoint = open_checkpoint(folder, find_drafter(folder, folder, "auto"), mx.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "arrange", lambda _: None)
+        patch.setattr(weights, "arrange", lambda *_: None)
         for _ in load_values(checkpoint):
             pass
     model = checkpoint.model
@@ -253,7 +252,7 @@ def test_scores_that_no_power_of_two_makes_smaller_are_a_reason_not_to(tmp_path:
 
 
 def test_a_checkpoint_with_such_scores_stays_in_its_own_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(computing, "emulates_bfloat16", lambda: True)
+    monkeypatch.setattr(weights, "emulates_bfloat16", lambda: True)
     folder = write_checkpoint(tmp_path, TINY, dtype=mx.bfloat16)
     assert open_checkpoint(folder, None).config.dtype == mx.float16
     tensors = dict(mx.load(str(folder / "model.safetensors")))

@@ -1,6 +1,7 @@
 """One model on several machines gives what one gives; here they are processes."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -71,6 +72,15 @@ group = mx.distributed.init(strict=True, backend="ring")
 folder, out, split, adapters = sys.argv[1:]
 np.savez(f"{out}/{group.rank()}.npz", **adapted_answers(folder, adapters, group=group, split=split))
 """
+HALVED = """
+import sys
+import mlx.core as mx
+import numpy as np
+from test_split import halved_answers
+group = mx.distributed.init(strict=True, backend="ring")
+folder, out, split = sys.argv[1:]
+np.savez(f"{out}/{group.rank()}.npz", **halved_answers(folder, group=group, split=split))
+"""
 ALONE = """
 from mlx_gemma4.weights import peers
 peers.GATHERING = 2
@@ -121,6 +131,15 @@ def adapted_answers(folder: Path | str, adapters: Path | str, **where: Any) -> d
     return found
 
 
+def halved_answers(folder: Path | str, dtype: str = "float16", **where: Any) -> dict[str, np.ndarray]:
+    """Logits of a text and of media, and a reply with drafts."""
+    model, processor = load(folder, dtype=dtype, **where)
+    media = processor(QUESTION, image_budget=70)
+    found = {name: np.array(model.logits(prompt)) for name, prompt in (("text", Prompt(IDS)), ("media", media))}
+    reply = generate(model, processor, media, max_tokens=6, repetition_detection="off", **WAYS["drafted"])
+    return found | {"ids": np.array(reply.token_ids)}
+
+
 def exchanged(model: Any, processor: Any) -> dict[str, np.ndarray]:
     """How many exchanges a round takes, and of how many bytes from this machine."""
     sums, gathers, sizes, found = mx.distributed.all_sum, mx.distributed.all_gather, [], {}
@@ -154,7 +173,7 @@ def written(folder: Path, shape: Shape) -> Path:
 
 
 def headers_of(folder: Path, adapter: Path | None = None) -> Headers:
-    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, adapter, is_shared=True)
+    return read_headers(folder, find_drafter(folder, folder, "auto"), list_tensors, None, None, adapter, False)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +223,36 @@ def test_machines_share_adapters_too(folder: Path, split: str, tmp_path: Path) -
         found = np.load(tmp_path / f"{rank}.npz")
         for name, own in expected.items():
             assert np.abs(found[name] - own).max() <= 1e-5 * np.abs(own).max() * (not name.endswith("_ids"))
+
+
+# What is times how much: of products, of a residual stream and of attention's results beyond float16.
+LARGE = {
+    "as it is": {},
+    "products": {"mlp.gate_proj.weight": 300.0, "mlp.up_proj.weight": 300.0},
+    "residual": {"post_feedforward_layernorm.weight": 3e4},
+    "attention": {"self_attn.o_proj.weight": 1e4},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("large", LARGE)
+def test_float16_has_room_on_several_machines_too(folder: Path, split: str, large: str, tmp_path: Path) -> None:
+    """Nearer to float32 than bfloat16 is on one, with the tokens that one gives."""
+    made = Path(shutil.copytree(folder, tmp_path / "model"))
+    arrays = mx.load(str(made / "model.safetensors"))
+    for name in arrays:
+        for ending, factor in LARGE[large].items():
+            arrays[name] = arrays[name] * factor if name.endswith(ending) else arrays[name]
+    mx.save_safetensors(str(made / "model.safetensors"), arrays)
+    machines = started(HALVED, 2, tmp_path / "hosts.json", made, tmp_path, split)
+    ends = [machine.communicate(timeout=300) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], ends
+    exact, coarse = (halved_answers(made, dtype) for dtype in ("float32", "bfloat16"))
+    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in range(2))
+    for name in ("text", "media"):
+        assert np.array_equal(first[name], second[name])
+        assert np.square(first[name] - exact[name]).mean() < 0.2 * np.square(coarse[name] - exact[name]).mean()
+    assert first["ids"].tolist() == second["ids"].tolist() == halved_answers(made)["ids"].tolist()
 
 
 def test_rows_of_no_whole_length_take_no_dora(folder: Path, tmp_path: Path) -> None:
