@@ -25,7 +25,7 @@ from PIL import (
 )  # fmt: skip
 
 from mlx_gemma4.errors import MediaError, shown
-from mlx_gemma4.media.source import describe, needs_extra, open_source, unreadable
+from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source
 
 ImageSource = str | Path | bytes | Image.Image
 
@@ -78,20 +78,17 @@ def read_image(source: ImageSource) -> Image.Image:
         name = f"image of mode {source.mode} and {source.width} x {source.height} pixels"
     else:
         name = describe(source, "image")
-    try:
-        with quietly():
-            if isinstance(source, Image.Image):
-                return upright_rgb(source, name)
-            with open_source(source, "image") as file:
-                return upright_rgb(open_image(file, name), name)
-    except MediaError:
-        raise
-    except UnidentifiedImageError:
-        raise MediaError(f"{name} is no image known here; expected {', '.join(FORMATS)} or HEIC") from None
-    except Image.DecompressionBombError:
-        raise MediaError(f"{name} has more than 178 million pixels; expected fewer, {SEEN}") from None
-    except Exception as error:  # on damaged files decoders raise whatever their code trips over
-        raise unreadable(name, error) from None
+    with media_errors(name):
+        try:
+            with quietly():
+                if isinstance(source, Image.Image):
+                    return upright_rgb(source, name)
+                with open_source(source, "image") as file:
+                    return upright_rgb(open_image(file, name), name)
+        except UnidentifiedImageError:
+            raise MediaError(f"{name} is no image known here; expected {', '.join(FORMATS)} or HEIC") from None
+        except Image.DecompressionBombError:
+            raise MediaError(f"{name} has more than 178 million pixels; expected fewer, {SEEN}") from None
 
 
 @contextmanager
