@@ -67,7 +67,6 @@ class Page:
 class Place:
     """Files for one page's positions: first … last, and those that the sliding layers' file has."""
 
-    number: int
     first: int
     last: int
     before: bytes  # the name of all tokens before it
@@ -113,7 +112,7 @@ class Disk:
                 by_name.setdefault(file.name.rpartition("-")[0], []).append(file)
         found: list[Place] = []
         before = space
-        for number, first in enumerate(range(0, len(units), PAGE)):
+        for first in range(0, len(units), PAGE):
             own = units[first : first + PAGE]
             full = self.longest(by_name.get(f"{FULL}-{before.hex()}", []), own, first)
             if full is None or full[1] != first:
@@ -121,7 +120,7 @@ class Disk:
             file, _, last = full
             sliding = self.longest(by_name.get(f"{SLIDING}-{before.hex()}", []), own[: last - first], first)
             file_, *span = sliding or (self.folder, first, first)
-            found.append(Place(number, first, last, before, file, file_, (span[0], span[1])))
+            found.append(Place(first, last, before, file, file_, (span[0], span[1])))
             if last < first + PAGE:
                 break
             before = chained(before, own)
@@ -166,7 +165,7 @@ class Disk:
         last = min(place.last, place.first + common(own, units[place.first :]))
         if not place.first <= start < last or (kind == FULL and (start, last) != (place.first, place.last)):
             return None
-        touch(file, now - place.number * PAGE_AGE)
+        touch(file, used_at(place.first, now))
         return page if last == page.last else page.upto(last)
 
     # --- writing -------------------------------------------------------------------------------
@@ -175,19 +174,12 @@ class Disk:
         """Keep a page; own: the units of its whole place, of which the page has the entries of the last ones or all.
         now: when its line was used. False if there is no room, or no writing."""
         name = f"{kind}-{before.hex()}-{named(own)}{SUFFIX}"
-        used = now - page.first // PAGE * PAGE_AGE
+        used = used_at(page.first, now)
         if os.path.exists(self.folder / name):
             touch(self.folder / name, used)
             return True
-        described, parts = packed(page)
-        header = {
-            "kind": kind,
-            "before": before.hex(),
-            "units": base64.b64encode(own.tobytes()).decode(),
-            "first": page.first,
-            "arrays": described,
-        }
-        data = assembled(header, parts)
+        units = base64.b64encode(own.tobytes()).decode()
+        data = assembled({"kind": kind, "before": before.hex(), "units": units, "first": page.first}, page)
         part = self.folder / f"{name}.{secrets.token_hex(4)}{PART}"
         try:
             if not self.make_room(len(data)):
@@ -249,8 +241,13 @@ def age_and_size(file: Path) -> tuple[float, int]:
     return found.st_mtime, found.st_size
 
 
+def used_at(first: int, now: float) -> float:
+    """When a page counts as used, of a line that is: of one line the first page is deleted after those behind it."""
+    return now - first // PAGE * PAGE_AGE
+
+
 def touch(file: Path, used: float) -> None:
-    """What was used last is the last to be deleted, and of one line the first page after those that follow it."""
+    """What was used last is the last to be deleted."""
     with suppress(OSError):  # deleted meanwhile, or read-only
         os.utime(file, (used, used))
 
@@ -268,8 +265,10 @@ def leave_out(file: Path, error: Exception) -> None:
 # --- the bytes of a file -----------------------------------------------------------------------
 
 
-def assembled(header: dict[str, Any], parts: list[bytes]) -> bytes:
-    text = json.dumps(header).encode()
+def assembled(header: dict[str, Any], page: Page) -> bytes:
+    described = [[[list(array.shape), str(array.dtype)] for array in own] for own in page.arrays]
+    parts = [np.asarray(mx.contiguous(array).view(mx.uint8)).tobytes() for own in page.arrays for array in own]
+    text = json.dumps(header | {"arrays": described}).encode()
     rest = len(text).to_bytes(4, "little") + text + b"".join(parts)
     return MAGIC + zlib.crc32(rest).to_bytes(4, "little") + rest
 
@@ -309,15 +308,6 @@ def described_units(header: dict[str, Any]) -> tuple[int, np.ndarray]:
     if type(header["first"]) is not int or header["first"] < 0:
         raise ValueError("its first position is none")
     return header["first"], units
-
-
-def packed(page: Page) -> tuple[list[list[list[Any]]], list[bytes]]:
-    described: list[list[list[Any]]] = []
-    parts: list[bytes] = []
-    for own in page.arrays:
-        described.append([[list(array.shape), str(array.dtype)] for array in own])
-        parts += [np.asarray(mx.contiguous(array).view(mx.uint8)).tobytes() for array in own]
-    return described, parts
 
 
 def unpacked(described: list[list[list[Any]]], body: memoryview) -> Iterator[Arrays]:

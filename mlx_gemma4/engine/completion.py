@@ -1,6 +1,5 @@
 """OpenAI's chat completions: what their JSON asks for, and a reply as they have it."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -9,6 +8,7 @@ from typing import Any
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.errors import Kind, a, kind, shown, unbroken
+from mlx_gemma4.reply.opening import as_json
 from mlx_gemma4.reply.reply import Piece, Reply, Stats
 
 UNBOUNDED = 2**31  # tokens of a reply if nothing is said: it ends where the context does
@@ -96,7 +96,7 @@ def completion(reply: Reply, model: str, name: str) -> dict[str, Any]:
     """A reply as the object `chat.completion`; name: what tells it from others."""
     message = reply.message
     for call in message.get("tool_calls", ()):
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        arguments = as_json(call["function"]["arguments"])
         call |= {"id": f"{call['id']}_{name}", "function": call["function"] | {"arguments": arguments}}
     if "tool_calls" in message and not message["content"]:
         message["content"] = None

@@ -6,7 +6,6 @@ clocks or the queue is in a word, and all else is computed alike.
 
 import atexit
 import pickle
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -487,7 +486,6 @@ class Engine:
             self.batch.put(work.seat, reading.caches, state)
             return
         sampler, seed = sampler_of(self.model, self.processor, work.options), work.options.sampling.seed
-        seed = secrets.randbits(64) if seed is None else seed
         state, tokens, told = first_token(
             self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint, work.adapter
         )

@@ -164,9 +164,9 @@ def generation_events(
     """
     check_process()
     check_length(prompt, model.config)
-    adapter_of(model, options.adapter)
+    adapter = adapter_of(model, options.adapter)
     constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
-    events = run(model, processor, prompt, options, drafts_of(model, options), constraint, prepared, store)
+    events = run(model, processor, prompt, options, drafts_of(model, options), adapter, constraint, prepared, store)
     return led_events(model, prompt, options, events)
 
 
@@ -235,16 +235,15 @@ def run(
     prompt: Prompt,
     options: Options,
     drafts: int | None,
+    adapter: int,
     constraint: "Constraint | None",
     prepared: float,
     store: PromptStore | None,
 ) -> Events:
-    length, sampling = len(prompt), options.sampling
     row = row_of(model, processor, prompt, options, prepared, constraint)
-    limit = row.limit
-    sampler = sampler_of(model, processor, options)
-    seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-    needed, adapter = predict(footprint_of(model), length, limit), adapter_of(model, options.adapter)
+    length, limit = len(prompt), row.limit
+    sampler, seed = sampler_of(model, processor, options), options.sampling.seed
+    needed = predict(footprint_of(model), length, limit)
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),
@@ -295,11 +294,12 @@ def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
 
 
 def first_token(
-    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int, constraint: "Constraint | None",
+    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int | None, constraint: "Constraint | None",
     adapter: int = 0,
 ) -> tuple[State, list[int], np.ndarray | None]:  # fmt: skip
     """The state of a row whose prompt has been read, its first token, and how likely that was, if it is to be told.
-    hidden: [1, 1, D], of the last position."""
+    hidden: [1, 1, D], of the last position. seed: None for one by chance."""
+    seed = secrets.randbits(64) if seed is None else seed
     bits = None if constraint is None or not constraint.binds else mx.array(constraint.mask())[None, None]
     state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits, adapter)
     if constraint is not None:

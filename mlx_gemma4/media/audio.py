@@ -11,7 +11,7 @@ import soundfile
 import soxr
 
 from mlx_gemma4.errors import MediaError, shown
-from mlx_gemma4.media.source import describe, needs_extra, open_source, unheard, unreadable
+from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source, unheard
 
 AudioSource = str | Path | bytes | tuple[np.ndarray, int]
 
@@ -133,21 +133,18 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
 
 
 def decode(file: BinaryIO, name: str, rate: int) -> Mono:
-    try:
-        # libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to
-        with unheard(1, 2), soundfile.SoundFile(Steady(with_length(file))) as sound:
-            mono = Mono(name, sound.samplerate, rate)
-            # by blocks, since a FLAC written to a pipe does not know its length
-            while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
-                mono.add(block)  # [m, channels]
-            return mono
-    except MediaError:
-        raise
-    except soundfile.LibsndfileError as error:
-        file.seek(0)
-        return decode_with_pyav(file, name, rate, error)
-    except Exception as error:  # on damaged files soundfile raises whatever its code trips over
-        raise unreadable(name, error) from None
+    with media_errors(name):
+        try:
+            # libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to
+            with unheard(1, 2), soundfile.SoundFile(Steady(with_length(file))) as sound:
+                mono = Mono(name, sound.samplerate, rate)
+                # by blocks, since a FLAC written to a pipe does not know its length
+                while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
+                    mono.add(block)  # [m, channels]
+                return mono
+        except soundfile.LibsndfileError as error:
+            file.seek(0)
+            return decode_with_pyav(file, name, rate, error)
 
 
 class Steady:
@@ -226,21 +223,18 @@ def decode_with_pyav(file: BinaryIO, name: str, rate: int, refused: soundfile.Li
     options = {"protocol_whitelist": "none"}  # a playlist must not make FFmpeg open other files or URLs
     to_float = av.AudioResampler(format="flt")  # packed: of planes PyAV 18.1 reads one too many from 8 channels on
     mono = None
-    try:
-        with av.open(file, "r", options=options, metadata_errors="ignore") as container:
-            if not container.streams.audio:
-                raise MediaError(f"{name} has no sound track")
-            for frame in container.decode(audio=0):
-                mono = mono or Mono(name, frame.sample_rate, rate)
-                for block in to_float.resample(frame):
-                    mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels))  # [1, m * channels]
-    except MediaError:
-        raise
-    except av.FFmpegError as error:
-        known = "WAV, FLAC, OGG, MP3, or what FFmpeg reads"
-        raise MediaError(f"{name} cannot be read: {error.strerror}; expected {known}") from None
-    except Exception as error:  # the track changes its format midway; PyAV trips over what is damaged
-        raise unreadable(name, error) from None
+    with media_errors(name):
+        try:
+            with av.open(file, "r", options=options, metadata_errors="ignore") as container:
+                if not container.streams.audio:
+                    raise MediaError(f"{name} has no sound track")
+                for frame in container.decode(audio=0):
+                    mono = mono or Mono(name, frame.sample_rate, rate)
+                    for block in to_float.resample(frame):
+                        mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels))  # [1, m * channels]
+        except av.FFmpegError as error:
+            known = "WAV, FLAC, OGG, MP3, or what FFmpeg reads"
+            raise MediaError(f"{name} cannot be read: {error.strerror}; expected {known}") from None
     if mono is None:
         raise MediaError(f"{name} has no samples")
     return mono

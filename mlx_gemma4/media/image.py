@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import CDLL
-from dataclasses import dataclass
 from io import SEEK_END
 from numbers import Integral
 from pathlib import Path
@@ -26,7 +25,7 @@ from PIL import (
 )  # fmt: skip
 
 from mlx_gemma4.errors import MediaError, shown
-from mlx_gemma4.media.source import describe, needs_extra, open_source, unreadable
+from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source
 
 ImageSource = str | Path | bytes | Image.Image
 
@@ -62,17 +61,6 @@ LAST_FIRST = {UPRIGHT[orientation] for orientation in (3, 4, 6, 7)}  # the first
 one_at_a_time = threading.Lock()  # reading an image: its memory is bounded, and warnings are the whole process's
 
 
-@dataclass(frozen=True, eq=False)
-class Patches:
-    """An image cut into n squares, row by row."""
-
-    pixels: np.ndarray  # [n, side * side * 3] uint8, (row, column, channel)
-    positions: np.ndarray  # [n, 2] int32, (x, y) = (column, row) of the square
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
 def check_budget(budget: int) -> None:
     """ValueError for an image budget that the model was not trained with."""
     if not isinstance(budget, Integral) or budget not in IMAGE_BUDGETS:
@@ -90,20 +78,17 @@ def read_image(source: ImageSource) -> Image.Image:
         name = f"image of mode {source.mode} and {source.width} x {source.height} pixels"
     else:
         name = describe(source, "image")
-    try:
-        with quietly():
-            if isinstance(source, Image.Image):
-                return upright_rgb(source, name)
-            with open_source(source, "image") as file:
-                return upright_rgb(open_image(file, name), name)
-    except MediaError:
-        raise
-    except UnidentifiedImageError:
-        raise MediaError(f"{name} is no image known here; expected {', '.join(FORMATS)} or HEIC") from None
-    except Image.DecompressionBombError:
-        raise MediaError(f"{name} has more than 178 million pixels; expected fewer, {SEEN}") from None
-    except Exception as error:  # on damaged files decoders raise whatever their code trips over
-        raise unreadable(name, error) from None
+    with media_errors(name):
+        try:
+            with quietly():
+                if isinstance(source, Image.Image):
+                    return upright_rgb(source, name)
+                with open_source(source, "image") as file:
+                    return upright_rgb(open_image(file, name), name)
+        except UnidentifiedImageError:
+            raise MediaError(f"{name} is no image known here; expected {', '.join(FORMATS)} or HEIC") from None
+        except Image.DecompressionBombError:
+            raise MediaError(f"{name} has more than 178 million pixels; expected fewer, {SEEN}") from None
 
 
 @contextmanager
@@ -287,21 +272,17 @@ def image_size(height: int, width: int, budget: int, side: int) -> tuple[int, in
     return new_height, new_width
 
 
-def image_patches(image: Image.Image, budget: int, side: int) -> Patches:
-    """Resize an RGB image to its budget of soft tokens and cut it into patches."""
-    return cut(fitted(image, budget, side), side)
-
-
 def fitted(image: Image.Image, budget: int, side: int) -> Image.Image:
     """Of the size for its budget of soft tokens, as the model was trained: bicubic, antialiased, on 8-bit values."""
     height, width = image_size(image.height, image.width, budget, side)
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def cut(image: Image.Image, side: int) -> Patches:
-    """A fitted RGB image as patches; the model itself scales by 1/255."""
+def cut(image: Image.Image, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """A fitted RGB image as n squares, row by row: pixels [n, side * side * 3] uint8, (row, column, channel), and
+    positions [n, 2] int32, (x, y) = (column, row). The model itself scales by 1/255."""
     rows, columns = image.height // side, image.width // side
     pixels = np.asarray(image).reshape(rows, side, columns, side, 3)  # [H, W, 3] -> [rows, side, columns, side, 3]
     pixels = pixels.transpose(0, 2, 1, 3, 4).reshape(rows * columns, side * side * 3)  # -> [n, side * side * 3]
     y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))
-    return Patches(pixels, np.stack([x, y], -1))  # positions [n, 2]
+    return pixels, np.stack([x, y], -1)

@@ -184,6 +184,18 @@ def unreadable(name: str, error: Exception) -> MediaError:
     return MediaError(f"{name} cannot be read: {one_line(error)}")
 
 
+@contextmanager
+def media_errors(name: str) -> Iterator[None]:
+    """MediaError for all that is raised meanwhile: on damaged files Pillow, pillow_heif, soundfile and PyAV raise
+    whatever their code trips over."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise unreadable(name, error) from None
+
+
 def needs_extra(name: str, library: str, mac_command: str | None) -> MediaError:
     """The MediaError for a part that needs a library of the extra `video`; on macOS with the way around, if any."""
     around = f"; or convert it: {mac_command}" if mac_command and sys.platform == "darwin" else ""

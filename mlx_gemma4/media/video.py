@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_gemma4.errors import MediaError, shown, unbroken
 from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image, upright_rgb
-from mlx_gemma4.media.source import describe, needs_extra, open_source, unreadable
+from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
@@ -148,29 +148,26 @@ def read_frames(images: Sequence[ImageSource], fps: float | None, num_frames: in
 
 def read_animation(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Video:
     """Decodes twice: how long a frame lasts is known when it has been reached."""
-    try:
-        with quietly():
-            image = open_animation(file)
-            if not show(image, 1):
-                file.seek(0)
-                return Video((smaller(upright_rgb(open_image(file, name), name)),), (0.0,))
-            check_pixels(image.width, image.height, MOST_ANIMATED, name)
-            edges, image = [0.0], open_animation(file)  # milliseconds
-            while show(image, len(edges) - 1):
-                lasts = image.info.get("duration", 0)
-                edges.append(edges[-1] + (lasts if lasts > HASTY else UNHURRIED))
-            clock = Clock(edges[:-1], edges[-1], Fraction(1, 1000))
-            chosen = clock.chosen(num_frames)
-            frames, image = [], open_animation(file)
-            for index in chosen:
-                show(image, index)
-                frames.append(smaller(upright_rgb(image.copy(), name)))
-    except MediaError:
-        raise
-    except UnidentifiedImageError:
-        raise MediaError(f"{name} is damaged: no animation known here") from None
-    except Exception as error:  # on damaged files decoders raise whatever their code trips over
-        raise unreadable(name, error) from None
+    with media_errors(name):
+        try:
+            with quietly():
+                image = open_animation(file)
+                if not show(image, 1):
+                    file.seek(0)
+                    return Video((smaller(upright_rgb(open_image(file, name), name)),), (0.0,))
+                check_pixels(image.width, image.height, MOST_ANIMATED, name)
+                edges, image = [0.0], open_animation(file)  # milliseconds
+                while show(image, len(edges) - 1):
+                    lasts = image.info.get("duration", 0)
+                    edges.append(edges[-1] + (lasts if lasts > HASTY else UNHURRIED))
+                clock = Clock(edges[:-1], edges[-1], Fraction(1, 1000))
+                chosen = clock.chosen(num_frames)
+                frames, image = [], open_animation(file)
+                for index in chosen:
+                    show(image, index)
+                    frames.append(smaller(upright_rgb(image.copy(), name)))
+        except UnidentifiedImageError:
+            raise MediaError(f"{name} is damaged: no animation known here") from None
     return Video(tuple(frames), clock.seconds(chosen, None))
 
 
@@ -207,27 +204,24 @@ def decode(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Vide
         raise needs_extra(name, "PyAV", None) from None
     frames: list[Image.Image] = []
     options = {"protocol_whitelist": "none"}  # a playlist must not make FFmpeg open other files or URLs
-    try:
-        with av.open(file, "r", options=options, metadata_errors="ignore") as container:
-            stream = video_stream(container, name)
-            rate = stream.average_rate or stream.guessed_rate or None
-            stamps, last = packet_times(container, stream)
-            clock = make_clock(in_order(stamps), last, stream.time_base, rate, name)
-        for _ in range(2):
-            chosen = clock.chosen(num_frames)
-            file.seek(0)
+    with media_errors(name):
+        try:
             with av.open(file, "r", options=options, metadata_errors="ignore") as container:
                 stream = video_stream(container, name)
-                frames, stamps = decode_frames(container, stream, chosen, smaller)
-                clock = make_clock(stamps, last, stream.time_base, rate, name)
-            if list(clock.chosen(num_frames)) == list(chosen):
-                break
-    except MediaError:
-        raise
-    except av.FFmpegError as error:
-        raise MediaError(f"{name} cannot be read: {error.strerror}") from None
-    except Exception as error:  # on damaged files PyAV raises whatever its code trips over
-        raise unreadable(name, error) from None
+                rate = stream.average_rate or stream.guessed_rate or None
+                stamps, last = packet_times(container, stream)
+                clock = make_clock(in_order(stamps), last, stream.time_base, rate, name)
+            for _ in range(2):
+                chosen = clock.chosen(num_frames)
+                file.seek(0)
+                with av.open(file, "r", options=options, metadata_errors="ignore") as container:
+                    stream = video_stream(container, name)
+                    frames, stamps = decode_frames(container, stream, chosen, smaller)
+                    clock = make_clock(stamps, last, stream.time_base, rate, name)
+                if list(clock.chosen(num_frames)) == list(chosen):
+                    break
+        except av.FFmpegError as error:
+            raise MediaError(f"{name} cannot be read: {error.strerror}") from None
     if not frames:
         raise MediaError(f"{name} has no frames")
     return Video(tuple(frames), clock.seconds(chosen, rate))

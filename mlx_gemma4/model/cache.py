@@ -173,13 +173,6 @@ class SlidingCache:
         return tuple(cast(list[mx.array], mx.depends(list(seen), list(self.arrays))))
 
 
-def entry_shapes(own: AttentionConfig) -> list[tuple[int, int]]:
-    """(heads, dims) of the entries that a layer keeps."""
-    if own.window is not None:
-        return [(own.num_key_value_heads, own.head_dim)] * 2
-    return [(own.num_key_value_heads, own.head_dim), (own.num_key_value_heads, own.rotated_dims)]
-
-
 def group_size(dims: Iterable[int]) -> int:
     """Of quantized entries: numbers that share a scale. ValueError if MLX has no such groups."""
     shared = gcd(*dims)
@@ -192,13 +185,14 @@ def group_size(dims: Iterable[int]) -> int:
 
 def array_shapes(own: AttentionConfig, dtype: mx.Dtype) -> list[tuple[tuple[int, int], mx.Dtype]]:
     """(heads, numbers of a position) and type of the arrays that a layer keeps its entries in."""
-    shapes, bits = entry_shapes(own), own.kv_bits
+    heads, bits = own.num_key_value_heads, own.kv_bits
+    entries = [own.head_dim, own.rotated_dims if own.window is None else own.head_dim]  # numbers of each
     if bits is None:
-        return [(shape, dtype) for shape in shapes]
-    group = group_size(dims for _, dims in shapes)
+        return [((heads, dims), dtype) for dims in entries]
+    group = group_size(entries)
     return [
         array
-        for heads, dims in shapes
+        for dims in entries
         for array in [((heads, dims * bits // 32), mx.uint32)] + [((heads, dims // group), dtype)] * 2
     ]
 

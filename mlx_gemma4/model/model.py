@@ -76,10 +76,6 @@ class Model(nn.Module):
         """
         check_prompt(prompt, self.config)
         hidden = mx.concatenate(list(self.read(prompt, self.caches(len(prompt)))), axis=1)
-        return self.told_logits(hidden)
-
-    def told_logits(self, hidden: mx.array) -> mx.array:
-        """[B, L, hidden] -> logits [B, L, vocab], on all machines that share the model."""
         return self.agreed(self.language_model.head(hidden))[0]
 
     def draft(self, prompt: Prompt, length: int) -> list[int]:

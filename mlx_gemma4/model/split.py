@@ -53,7 +53,7 @@ class Share:
         first, last = self.queries(text)
         kinds = list(text.layer_types)
         if SLIDING in kinds:
-            kinds[last_of(text, SLIDING)] = WHOLE
+            kinds[last_sliding(text)] = WHOLE
         own = replace(sliding, num_key_value_heads=self.heads[1] - self.heads[0])
         return replace(
             text,
@@ -64,9 +64,9 @@ class Share:
         )
 
 
-def last_of(text: TextConfig, kind: str) -> int:
-    """The number of the last layer of a kind."""
-    return max(number for number, own in enumerate(text.layer_types) if own == kind)
+def last_sliding(text: TextConfig) -> int:
+    """The number of the last sliding layer."""
+    return max(number for number, kind in enumerate(text.layer_types) if kind == SLIDING)
 
 
 def shares(text: TextConfig, memories: Sequence[int], block: int) -> list[Share]:

@@ -250,20 +250,16 @@ class Processor:
             rate = self.settings.sampling_rate
             samples = read_audio(part["audio"], rate)
             return [Loaded(audio_frames(samples, size), None, note=length_note(part["audio"], samples, rate))]
-        from mlx_gemma4.media.image import cut, fitted, image_patches, read_image
+        from mlx_gemma4.media.image import cut, fitted, read_image
 
         if part["type"] == "image":
-            patches = image_patches(read_image(part["image"]), image_budget, size)
-            return [Loaded(patches.pixels, patches.positions)]
+            return [Loaded(*cut(fitted(read_image(part["image"]), image_budget, size), size))]
         from mlx_gemma4.media.video import read_video, timestamp
 
         smaller = partial(fitted, budget=self.settings.video_budget, side=size)
         video = read_video(part["video"], part.get("fps"), self.settings.num_frames, smaller)
-        loaded = []
-        for frame, seconds in zip(video.frames, video.seconds, strict=True):
-            patches = cut(frame, size)
-            loaded.append(Loaded(patches.pixels, patches.positions, caption=f"{timestamp(seconds)} "))
-        return loaded
+        pairs = zip(video.frames, video.seconds, strict=True)
+        return [Loaded(*cut(frame, size), caption=f"{timestamp(seconds)} ") for frame, seconds in pairs]
 
     def assemble(self, text: str, mark: str, media: list[tuple[str, list[Loaded]]]) -> Prompt:
         """Rendered text -> ids, the mark removed, the media put in at their placeholders in this order."""

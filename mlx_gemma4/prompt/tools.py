@@ -6,7 +6,6 @@ put in place, unions with null become nullable, unions that have no other form a
 is left out is logged. What the model writes is checked against the tools as they were given.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mlx_gemma4.errors import listed
+from mlx_gemma4.reply.opening import as_json
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -332,7 +332,3 @@ def said_properties(schema: Schema) -> Iterator[str]:
     required = schema.get("required", [])
     for name, inner in schema["properties"].items():
         yield f"{name}{'' if name in required else ' (optional)'}: {said(inner)}"
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

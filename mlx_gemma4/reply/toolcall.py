@@ -163,9 +163,6 @@ class Reader:
             result[key] = self.value(depth)
         return result
 
-    def sequence(self, depth: int) -> list[Any]:
-        return [self.value(depth) for _ in self.entries("[", "]")]
-
     def entries(self, opening: str, closing: str) -> Iterator[None]:
         """Before each entry between these."""
         self.expect(opening)
@@ -198,7 +195,9 @@ class Reader:
         if opening in ("{", "["):
             if depth == MAX_DEPTH:
                 raise self.error(f"at most {MAX_DEPTH} levels")
-            return self.mapping(depth + 1) if opening == "{" else self.sequence(depth + 1)
+            return (
+                self.mapping(depth + 1) if opening == "{" else [self.value(depth + 1) for _ in self.entries("[", "]")]
+            )
         return self.scalar()
 
     def scalar(self) -> Any:
@@ -389,13 +388,10 @@ class LooseReader(Reader):
         """Spaces; a line break may belong to bare text, and is skipped only before what is no bare text."""
         start = self.position
         self.skip_space()
-        if self.position < len(self.text) and self.text[self.position] not in "{[\"'" and not self.at_quote():
+        if self.position < len(self.text) and not self.text.startswith(("{", "[", '"', "'", self.quote), self.position):
             while start < self.position and self.text[start] in " \t":
                 start += 1
             self.position = start
-
-    def at_quote(self) -> bool:
-        return self.text.startswith(self.quote, self.position)
 
     def string(self, mark: str, place: Place) -> str:
         """Up to the first mark behind which the call goes on; a mark that seems to open another string is a doubt."""

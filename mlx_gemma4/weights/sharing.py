@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from mlx_gemma4.config import FULL, SLIDING, TextConfig
+from mlx_gemma4.config import FULL, TextConfig
 from mlx_gemma4.model.split import LAYER as ANY_LAYER
-from mlx_gemma4.model.split import MEDIA, LayerShare, Share, last_of, layer_shares, shares
+from mlx_gemma4.model.split import MEDIA, LayerShare, Share, last_sliding, layer_shares, shares
 from mlx_gemma4.weights.tensors import EMBEDDING, HEAD, Own, Tensor
 
 Known = TypeVar("Known")
@@ -83,7 +83,7 @@ def part_of(path: str, tensor: Own, share: Share, text: TextConfig) -> Own:
         return part_of_columns(tensor, *share.columns, text.intermediate_size)
     if matrix in ("gate_proj", "up_proj"):
         return tensor.part_of_rows(*share.columns)
-    if kind == FULL or layer == last_of(text, SLIDING):  # k_proj and v_proj
+    if kind == FULL or layer == last_sliding(text):  # k_proj and v_proj
         return tensor
     return tensor.part_of_rows(share.heads[0] * dims, share.heads[1] * dims)
 

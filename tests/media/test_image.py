@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 import mlx_gemma4.media.image as image_module
 from mlx_gemma4.errors import MediaError
-from mlx_gemma4.media.image import IMAGE_BUDGETS, check_budget, image_patches, image_size, is_heic, read_image
+from mlx_gemma4.media.image import IMAGE_BUDGETS, check_budget, cut, fitted, image_size, is_heic, read_image
 
 SIDE = 48
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/image_sizes.json").read_text())
@@ -80,22 +80,22 @@ def test_sizes_of_a_turned_image_are_turned(h: int, w: int, budget: int) -> None
 def test_patches_put_together_are_the_resized_image(h: int, w: int, budget: int) -> None:
     side = 8
     image = noise(h, w)
-    patches = image_patches(image, budget, side)
+    patches, positions = cut(fitted(image, budget, side), side)
     new_h, new_w = image_size(h, w, budget, side)
     assert len(patches) == new_h * new_w // side**2 <= budget
-    assert patches.pixels.shape == (len(patches), side * side * 3) and patches.pixels.dtype == np.uint8
-    assert patches.positions.shape == (len(patches), 2) and patches.positions.dtype == np.int32
+    assert patches.shape == (len(patches), side * side * 3) and patches.dtype == np.uint8
+    assert positions.shape == (len(patches), 2) and positions.dtype == np.int32
     whole = np.zeros((new_h, new_w, 3), np.uint8)
-    for pixels, (x, y) in zip(patches.pixels, patches.positions, strict=True):
+    for pixels, (x, y) in zip(patches, positions, strict=True):
         whole[y * side : (y + 1) * side, x * side : (x + 1) * side] = pixels.reshape(side, side, 3)
     assert np.array_equal(whole, np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC)))
 
 
 def test_an_image_of_the_right_size_is_not_resized_and_goes_row_by_row() -> None:
     image = noise(672, 960)
-    patches = image_patches(image, 280, SIDE)
-    assert patches.positions[:21].tolist() == [*([x, 0] for x in range(20)), [0, 1]]
-    assert np.array_equal(patches.pixels[21].reshape(SIDE, SIDE, 3), np.asarray(image)[48:96, 48:96])
+    patches, positions = cut(fitted(image, 280, SIDE), SIDE)
+    assert positions[:21].tolist() == [*([x, 0] for x in range(20)), [0, 1]]
+    assert np.array_equal(patches[21].reshape(SIDE, SIDE, 3), np.asarray(image)[48:96, 48:96])
 
 
 def test_all_ways_to_give_an_image_agree(tmp_path: Path) -> None:
