@@ -32,15 +32,18 @@ from checks import CHECKS, SAMPLES, Subject, checked, endless
 from conversation import GREEDY, figures, text_of
 from decode import decoder_bytes, machine, machine_line, measure, random_prompt, run_script
 from decode import summary as reading_summary
+from engines import OWN, Member, in_turns, member_of
+from engines import summary as engine_summary
 from serve import from_engine, measured
 from serve import request as served_request
 from speculate import summary as draft_summary
 
 from mlx_gemma4 import Engine, PromptStore, Session, generate, load
 from mlx_gemma4 import __version__ as own_version
+from mlx_gemma4.config import read_config
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit, predict
-from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.terminal import size_text
 from mlx_gemma4.weights.load import find_folder, footprint_of
 
@@ -51,6 +54,7 @@ FIRST_TOKENS = 1024  # of a conversation
 TURN_TOKENS = 100
 WORDS = 100  # before the question of a request
 SETTING_TURNS = 2
+ENGINE_TURNS = 2
 DIGESTS = "files.json"
 SUMMED_BYTES = 2**28  # more than any chip caches
 ROWS = (1, 2, 4, 8, 16)
@@ -78,6 +82,7 @@ class Plan:
     turns: int
     check_tokens: int
     recipes: str | None
+    beside: list[str] | None
 
 
 def main(
@@ -92,9 +97,15 @@ def main(
     requests: Annotated[list[int], typer.Option(min=1, help="Requests at once; repeatable.")] = AT_ONCE,
     turns: Annotated[int, typer.Option(min=2, help="Turns of a conversation.")] = 10,
     check_tokens: Annotated[int, typer.Option(min=1, help="Of the prompt that is read in several ways.")] = 1536,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Another engine, ENGINE=MODEL; repeatable. Without: mlx-lm and mlx-vlm on MODEL's folder."),
+    ] = None,
 ) -> None:
     """Check and measure a model."""
-    plan = Plan(prompt_tokens, max_tokens, repeats, requests, turns, check_tokens, recipes)
+    plan = Plan(prompt_tokens, max_tokens, repeats, requests, turns, check_tokens, recipes, beside)
+    for named in beside or []:
+        member_of(named)
     folder = find_folder(model)
     digests = digests_of(folder, out / DIGESTS)
     if recipes is not None:
@@ -456,7 +467,24 @@ def in_setting(folder: Path, dtype: str | None, plan: Plan) -> dict[str, Any]:
     }
 
 
-APART: dict[str, Callable[[Path, Plan], Measured]] = {"settings": settings}
+def engines(folder: Path, plan: Plan) -> Measured:
+    """This one and others, each as it comes: with its own template, and this one with its drafts."""
+    others = (
+        [Member(engine, str(folder)) for engine in ("mlx-lm", "mlx-vlm")]
+        if plan.beside is None
+        else map(member_of, plan.beside)
+    )
+    members = [Member(OWN, str(folder)), *others]
+    long = text_of(load_processor(folder, read_config(folder)), min(plan.prompt_tokens), 0)
+    found = in_turns(members, long, [*KINDS.values()], plan.max_tokens, ENGINE_TURNS)
+    return [
+        {"engine": f"{member.engine} {member.version or ''}".strip()}
+        | ({"note": own} if isinstance(own, str) else engine_summary(own))
+        for member, own in zip(members, found, strict=True)
+    ]
+
+
+APART: dict[str, Callable[[Path, Plan], Measured]] = {"settings": settings, "engines": engines}
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -551,6 +579,16 @@ SECTIONS = {
             Column("times_prompt_tps", "×", number(2)),
             Column("decode_tps", "tokens/s", number(1)),
             Column("times_decode_tps", "×", number(2)),
+        ),
+    ),
+    "engines": Section(
+        "Engines, taking turns",
+        (
+            Column("engine", "", str),
+            Column("prompt_tps", "prompt tokens/s", number(1)),
+            Column("question_first_token_s", "first token", number(3, " s")),
+            Column("generation_tps", "tokens/s", number(1)),
+            Column("peak_memory_bytes", "peak memory", lambda value: "–" if value is None else size_text(value)),
         ),
     ),
 }

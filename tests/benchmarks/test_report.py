@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,6 +52,7 @@ def subject(folder: Path) -> checks.Subject:
 def run(folder: Path, out: Path, **other: Any) -> None:
     tiny: dict[str, Any] = {
         "prompt_tokens": [16], "max_tokens": 6, "repeats": 1, "requests": [2], "turns": 2, "check_tokens": 40,
+        "beside": ["ollama=gemma4:12b"],
     }  # fmt: skip
     report.main(str(folder), out, None, **tiny | other)
 
@@ -60,13 +62,17 @@ def test_a_report_is_whole_right_and_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(report, "KINDS", {kind: report.KINDS[kind] for kind in ("code", "prose")})
     monkeypatch.setattr(report, "ROWS", (1, 4))
+    monkeypatch.setattr(report, "ENGINE_TURNS", 1)
+    monkeypatch.setattr(report, "SETTING_TURNS", 1)
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # of Ollama's too, if this machine has it
     run(folder, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text())
     assert {name: own["right"] for name, own in found["right"].items()} == dict.fromkeys(checks.CHECKS, True)
-    assert [len(found["fast"][name]) for name in report.SECTIONS] == [1, 1, 2, 2, 1, 3, 2, 5]
+    assert [len(found["fast"][name]) for name in report.SECTIONS] == [1, 1, 2, 2, 1, 3, 2, 5, 2]
     for name, section in report.SECTIONS.items():
         for row in found["fast"][name]:
-            assert "note" in row or all(row[column.key] is not None for column in section.columns)
+            assert "note" in row or all(row.get(column.key) is not None for column in section.columns), name
+    assert [row.get("note") for row in found["fast"]["engines"]] == [None, "not installed"]
     settings = {row["setting"]: row for row in found["fast"]["settings"]}
     assert [settings[name]["computes_in"] for name in ("as it is", "bfloat16", "float16")] == [
         "float32", "bfloat16", "float16",
