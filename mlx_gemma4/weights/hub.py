@@ -47,7 +47,7 @@ SETTINGS = [pattern for pattern in PATTERNS if not pattern.endswith(".safetensor
 GGUF_PATTERNS = ["*q4_0*.gguf", "*Q4_0*.gguf", "*mmproj*.gguf"]
 
 
-def download(hub_id: str, patterns: Sequence[str] = PATTERNS) -> Path:
+def download(hub_id: str, patterns: Sequence[str]) -> Path:
     """The folder of a hub's snapshot; only what is not in the cache is fetched, all of it is there without network.
 
     patterns: names of the files that are wanted. CheckpointError if there is no such repository or it is closed to this
@@ -101,7 +101,7 @@ def partners(hub_id: str) -> list[str]:
     return list(dict.fromkeys(own))
 
 
-def download_partner(hub_id: str, patterns: Sequence[str] = PATTERNS) -> tuple[Path, str] | None:
+def download_partner(hub_id: str, patterns: Sequence[str]) -> tuple[Path, str] | None:
     """The folder and hub id of a model's drafter; None, with a warning, if none can be had."""
     for partner in partners(hub_id):
         try:

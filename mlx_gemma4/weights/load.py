@@ -178,12 +178,12 @@ class Headers:
 
 def find_checkpoint(
     path_or_hub_id: str | Path,
-    drafter: str | Path | None = "auto",
-    dtype: mx.Dtype | None = None,
-    kv_bits: int | None = None,
-    adapter: str | Path | Mapping[str, str | Path] | None = None,
-    group: mx.distributed.Group | None = None,
-    split: str | None = None,
+    drafter: str | Path | None,
+    dtype: mx.Dtype | None,
+    kv_bits: int | None,
+    adapter: str | Path | Mapping[str, str | Path] | None,
+    group: mx.distributed.Group | None,
+    split: str | None,
 ) -> Checkpoint:
     """`open_checkpoint` of what is called so, fetched where it has to be. ConnectionError if the hub cannot be
     reached."""
