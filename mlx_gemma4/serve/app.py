@@ -177,7 +177,7 @@ class App:
         else:
             ask, writer = await asyncio.to_thread(self.understood, path, body, whose)
         if path == COUNT:
-            count = await asyncio.to_thread(lambda: sum(map(len, prompts(ask, self.resident))))
+            count = await asyncio.to_thread(lambda: sum(len(prompt) for prompt, _ in prompts(ask, self.resident)))
             await answer(send, 200, json.dumps({"input_tokens": count}).encode())
             return
         job = Job(self.resident, self.metrics, ask, whose)

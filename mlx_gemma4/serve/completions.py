@@ -90,6 +90,17 @@ class CompletionWriter(OpenAIWriter):
             tokens.append(self.token_text(entry["token_id"]))
             offsets.append(self.offsets.get(choice, 0))
             self.offsets[choice] = offsets[-1] + len(tokens[-1])
-        tops = [{self.token_text(index): value for index, value in entry["top"].items()} for entry in entries]
+        tops = [self.likeliest(entry) for entry in entries]
         values = [entry["logprob"] for entry in entries]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def likeliest(self, entry: dict[str, Any]) -> dict[str, float]:
+        """By text, the token's own with them as OpenAI has it. Of tokens that are one text, as bytes are that make no
+        character alone, the likeliest."""
+        if entry["logprob"] is None:
+            return {}
+        found = [*entry["top"].items(), (entry["token_id"], entry["logprob"])]
+        told: dict[str, float] = {}
+        for index, value in sorted(found, key=lambda pair: -pair[1]):
+            told.setdefault(self.token_text(index), value)
+        return told

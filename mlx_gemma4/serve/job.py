@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Thread
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,7 +20,7 @@ from mlx_gemma4.serve.ask import Ask, Refused
 from mlx_gemma4.serve.media import opened
 from mlx_gemma4.serve.metrics import Metrics
 from mlx_gemma4.serve.resident import Resident
-from mlx_gemma4.serve.scoring import prompt_piece
+from mlx_gemma4.serve.scoring import scores
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -88,10 +89,10 @@ class Job:
 
     def run(self) -> None:
         try:
-            echoes = self.submit()
+            asked = self.submit()
             self.put(Begun(self.prompt_tokens))
-            for echo in enumerate(echoes):
-                self.put(echo)
+            if self.ask.echo:
+                self.echo(asked)
             pumps = [Thread(target=self.pump, args=own, daemon=True) for own in enumerate(self.streams)]
             for pump in pumps[1:]:
                 pump.start()
@@ -105,18 +106,39 @@ class Job:
         self.resident.release(self.replies)
         mx.clear_streams()
 
-    def submit(self) -> list[Piece]:
-        """Begin the streams; what is to be said before what they give, a piece for each, if anything is."""
-        ask, engine, echoes = self.ask, self.resident.load(), list[Piece]()
-        for prompt in prompts(ask, self.resident):
+    def submit(self) -> list[tuple[Prompt, int]]:
+        """Begin the streams, which says what is wrong with the request; what `prompts` gives."""
+        ask, engine, asked = self.ask, self.resident.load(), list[tuple[Prompt, int]]()
+        if ask.echo and ask.logprobs is not None and engine.model.group is not None:  # the engine alone decides
+            raise ValueError(
+                "logprobs is asked of a prompt, and several machines share the model; expected echo without it"
+            )
+        for prompt, added in prompts(ask, self.resident):
+            asked.append((prompt, added))
             self.prompt_tokens += len(prompt)
-            if ask.echo:
-                echoes += [prompt_piece(engine.model, engine.processor, prompt, ask.logprobs, ask.adapter)] * ask.n
             for number in range(ask.n):
                 self.streams.append(self.stream(engine, prompt, number))
                 if self.left:
                     self.leave()
-        return echoes
+        return asked
+
+    def echo(self, asked: list[tuple[Prompt, int]]) -> None:
+        """Each prompt as the first piece of its replies, as the client gave it."""
+        engine, ask = self.resident.load(), self.ask
+        for index, (prompt, added) in enumerate(asked):
+            given = prompt.token_ids[added:]
+            text = engine.processor.tokenizer.decode(given, skip_special_tokens=False)
+            entries: list[dict[str, Any]] | None = None
+            if ask.logprobs is not None:
+                entries = []
+                with self.resident.scoring:
+                    for entry in scores(engine.model, prompt, ask.logprobs, ask.adapter):
+                        if self.left:
+                            return
+                        entries.append(entry)
+                entries = entries[added:]
+            for number in range(ask.n):
+                self.put((index * ask.n + number, Piece(text, "", given, logprobs=entries)))
 
     def stream(self, engine: Engine, prompt: Prompt, number: int) -> Stream:
         ask, sampling = self.ask, self.ask.sampling
@@ -153,12 +175,13 @@ class Job:
             self.put(refused(error))
 
 
-def prompts(ask: Ask, resident: Resident) -> Iterator[Prompt]:
-    """What a request asks to be gone on with. ValueError if it is wrong."""
+def prompts(ask: Ask, resident: Resident) -> Iterator[tuple[Prompt, int]]:
+    """What a request asks to be gone on with, and how many of its first tokens the client has not given. ValueError if
+    it is wrong."""
     processor = resident.processor
     if ask.messages is not None:
         wanted = resident.settings.thinking if ask.thinking is None else ask.thinking
-        yield processor(
+        prompt = processor(
             opened(ask.messages, resident.settings.allowed),
             tools=ask.tools,
             thinking=wanted and ask.thinking_budget != 0,
@@ -166,10 +189,12 @@ def prompts(ask: Ask, resident: Resident) -> Iterator[Prompt]:
             preserve_thinking=ask.preserve_thinking,
             continue_final_message=ask.continue_final_message,
         )
-    for prompt in ask.prompts:
-        ids = prompt if isinstance(prompt, list) else processor.tokenizer.encode(prompt, add_special_tokens=False).ids
+        yield prompt, 0
+    for given in ask.prompts:
+        ids = given if isinstance(given, list) else processor.tokenizer.encode(given, add_special_tokens=False).ids
         begin = processor.control.ids[processor.bos_token]
-        yield Prompt(ids if ids[:1] == [begin] else [begin, *ids])
+        added = [] if ids[:1] == [begin] else [begin]  # without it the model reads no text as text
+        yield Prompt(added + ids), len(added)
 
 
 def without_cut_call(last: Piece) -> Piece:

@@ -90,6 +90,7 @@ class Resident:
         self.engine: Engine | None = None
         self.is_ready = False  # it has been loaded once; what is given back is loaded again
         self.lock = Lock()  # of what is loaded
+        self.scoring = Lock()  # one prompt at a time is scored: that takes caches which the engine does not count
         self.quiet = Lock()  # of what follows
         self.asked = 0  # replies that are on their way
         self.timer: Timer | None = None
