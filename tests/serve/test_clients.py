@@ -289,3 +289,33 @@ def test_langchain_calls_a_tool(server: str, responses: bool) -> None:
 
     messages += [first, ToolMessage(weather("Paris"), tool_call_id=first.tool_calls[0]["id"])]
     assert "".join(chunk.text for chunk in model.stream(messages)) == "It is sunny and 21 degrees in Paris."
+
+
+@pytest.mark.parametrize("protocol", ["openai-chat", "openai-responses", "anthropic"])
+def test_pydantic_ai_runs_a_tool_and_fills_a_model(server: str, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ai = pytest.importorskip("pydantic_ai")
+    pydantic = pytest.importorskip("pydantic")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server}/v1")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server)
+    Answer = pydantic.create_model("Answer", word=(Literal["cat", "dog"], ...), letters=(Literal[3, 4], ...))
+    asked: list[str] = []
+
+    def get_weather(city: str) -> str:
+        """Get the current weather in a city."""
+        asked.append(city)
+        return weather(city)
+
+    async def told() -> tuple[str, str, Any]:
+        model = ai.models.infer_model(f"{protocol}:demo")
+        settings = {"temperature": 0, "max_tokens": 500}
+        agent = ai.Agent(model, tools=[get_weather], model_settings=settings)
+        whole = await agent.run(PARIS)
+        async with agent.run_stream(PARIS) as stream:
+            text = "".join([part async for part in stream.stream_text(delta=True)])
+        filled = await ai.Agent(model, output_type=Answer, model_settings=settings).run("Spell the word cat.")
+        await model.client.close()
+        return whole.output, text, filled.output
+
+    whole, text, filled = asyncio.run(told())
+    assert whole == text == "It is sunny and 21 degrees in Paris." and asked == ["Paris", "Paris"]
+    assert isinstance(filled, Answer)
