@@ -32,7 +32,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_planted
-from load import HUNG, WORDS, opened, server
+from load import HUNG, STORE_BYTES, WORDS, opened, server
 from machines import free_port
 from toy_checkpoint import Shape
 
@@ -142,7 +142,10 @@ def main(
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         model = write_planted(folder / "model", Shape(window=256, context=4096), 1, 2.2)
-        servers = [stack.enter_context(server(model, folder / f"log-{place}")) for place in range(3)]
+        servers = [
+            stack.enter_context(server(model, folder / f"log-{place}", "--store-bytes", STORE_BYTES))
+            for place in range(3)
+        ]
         own = free_port()
         stack.enter_context(balancer(folder, [own, *(port for _, port in servers)]))
         course = Course()

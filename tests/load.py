@@ -51,6 +51,7 @@ BODIES = 100  # that are different; all others are asked again
 PARTS = 10
 HUNG = 120  # seconds without a byte
 CONTEXT = 2048  # tokens
+STORE_BYTES = "30000000"
 
 Asked = tuple[str, dict[str, Any]]  # a path and a body
 Said = dict[str, Any]
@@ -70,7 +71,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model = write_planted(Path(folder) / "model", Shape(context=CONTEXT), 1, 2.2)
         log = Path(folder) / "log"
-        with server(model, log) as (process, port), ThreadPoolExecutor(CLIENTS) as pool:
+        with server(model, log, "--store-bytes", STORE_BYTES) as (process, port), ThreadPoolExecutor(CLIENTS) as pool:
             bodies = [some_request(random.Random(f"{seed} body {number}")) for number in range(BODIES)]
             lone = [read_reply(opened(port), asked) for asked in bodies]
             clients = [Client(port, bodies, lone) for _ in range(CLIENTS)]
@@ -109,9 +110,9 @@ def main(
 
 
 @contextmanager
-def server(model: Path, log: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
-    command = [sys.executable, "-m", "mlx_gemma4.serve", "--model", str(model), "--port", "0"]
-    with log.open("wb") as errors, subprocess.Popen([*command, "--store-bytes", "30000000"], stderr=errors) as process:
+def server(model: Path, log: Path, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    command = [sys.executable, "-m", "mlx_gemma4.serve", "--model", str(model), "--port", "0", *options]
+    with log.open("wb") as errors, subprocess.Popen(command, stderr=errors) as process:
         try:
             while not (found := re.search(r"http://\S+:(\d+) serves", log.read_text(encoding="utf-8"))):
                 time.sleep(0.05)

@@ -1,7 +1,5 @@
 """An agent's conversation, step by step, through each protocol: each step reads what is new in it."""
 
-import json
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,15 +8,32 @@ import pytest
 for library in ("starlette", "uvicorn", "prometheus_client", "pypdfium2", "python_multipart"):
     pytest.importorskip(library, reason="needs the extra serve")
 
-from serving import served  # noqa: E402
+from loops import (  # noqa: E402
+    BROKEN_OFF,
+    CITIES,
+    PROTOCOLS,
+    QUESTION,
+    READ_AGAIN,
+    SHARE,
+    Errand,
+    Protocol,
+    broken_off,
+    chat_step,
+    company,
+    conversation,
+    rules,
+    stretched_demo,
+    title,
+    tools,
+)
+from serving import Running, served  # noqa: E402
 
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
 
-RULES = " ".join(f"Rule {number}: say what is asked and nothing else." for number in range(60))
-CITIES = ["Paris", "Rome", "Oslo"]
-CITY = {"type": "object", "properties": {"city": {"enum": CITIES}}, "required": ["city"]}
-TOOLS = [(name, f"Get the {what} in a city.") for name, what in (("get_weather", "weather"), ("get_time", "time"))]
-STEPS = 5
+ERRAND = Errand(rules(60), tools(2))
+STEPS = 4
+TITLES = 10  # between two steps
+MODES = [pytest.param(own, thinks, id=f"{own.__name__}-{thinks}") for own in PROTOCOLS for thinks in (False, True)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,98 +42,62 @@ def compiled_rounds() -> None:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with served(Settings(model="demo")) as running:
-        yield running.url
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(stretched_demo(tmp_path_factory.mktemp("stretched") / "model"))
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
+@pytest.fixture(scope="module")
+def server(model: str) -> Iterator[Running]:
+    with served(Settings(model=model)) as running:
+        yield running
 
 
-def result_of(city: str) -> str:
-    return json.dumps({"city": city, "temperature": 21, "weather": "sunny"})
+def port_of(running: Running) -> int:
+    return int(running.url.rpartition(":")[2])
 
 
-def anthropic_step(server: str, messages: list[Any], thinks: bool, number: int) -> tuple[Any, int, int]:
-    """One more request, and its results put behind: what was called, and how much of the prompt was cached."""
-    billing = {"type": "text", "text": f"x-anthropic-billing-header: cc_version=2.1; cch={number:05};"}
-    body = {
-        "model": "claude", "max_tokens": 300, "temperature": 0, "messages": messages,
-        "system": [billing, {"type": "text", "text": RULES}],
-        "thinking": {"type": "enabled", "budget_tokens": 30} if thinks else {"type": "disabled"},
-        "tools": [{"name": name, "description": about, "input_schema": CITY} for name, about in TOOLS],
-        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
-    }  # fmt: skip
-    message = post(f"{server}/v1/messages", body)
-    calls = [block for block in message["content"] if block["type"] == "tool_use"]
-    messages.append({"role": "assistant", "content": message["content"]})
-    results: list[Any] = [
-        {"type": "tool_result", "tool_use_id": call["id"], "content": result_of(call["input"]["city"])}
-        for call in calls
-    ]
-    if results:  # as Claude Code puts them
-        results.append({"type": "text", "text": "Go on."})
-        messages.append({"role": "user", "content": results})
-    told = message["usage"]
-    cached = told["cache_read_input_tokens"]
-    return [call["input"] for call in calls], cached, cached + told["input_tokens"]
-
-
-def responses_step(server: str, items: list[Any], thinks: bool, number: int) -> tuple[Any, int, int]:
-    body = {
-        "model": "gpt", "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 300,
-        "temperature": 0, "input": items, "instructions": RULES,
-        "store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": f"key-{number}",
-        "reasoning": {"effort": "high" if thinks else "none", "summary": "auto"},
-        "tools": [
-            {"type": "function", "name": name, "description": about, "parameters": CITY} for name, about in TOOLS
-        ],
-    }  # fmt: skip
-    response = post(f"{server}/v1/responses", body)
-    calls = [item for item in response["output"] if item["type"] == "function_call"]
-    items += response["output"]
-    given = [json.loads(call["arguments"]) for call in calls]
-    items += [
-        {"type": "function_call_output", "call_id": call["call_id"], "output": result_of(arguments["city"])}
-        for call, arguments in zip(calls, given, strict=True)
-    ]
-    told = response["usage"]
-    return given, told["input_tokens_details"]["cached_tokens"], told["input_tokens"]
-
-
-def chat_step(server: str, messages: list[Any], thinks: bool, number: int) -> tuple[Any, int, int]:
-    body = {
-        "model": "gpt", "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300, "temperature": 0,
-        "messages": [{"role": "system", "content": RULES}, *messages],
-        "reasoning_effort": "high" if thinks else "none",
-        "tools": [
-            {"type": "function", "function": {"name": name, "description": about, "parameters": CITY}}
-            for name, about in TOOLS
-        ],
-    }  # fmt: skip
-    completion = post(f"{server}/v1/chat/completions", body)
-    message = completion["choices"][0]["message"]
-    messages.append(message)
-    given = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
-    messages += [
-        {"role": "tool", "tool_call_id": call["id"], "content": result_of(arguments["city"])}
-        for call, arguments in zip(message.get("tool_calls") or (), given, strict=True)
-    ]
-    told = completion["usage"]
-    return given, told["prompt_tokens_details"]["cached_tokens"], told["prompt_tokens"]
-
-
-@pytest.mark.parametrize("thinks", [False, True])
-@pytest.mark.parametrize("step", [anthropic_step, responses_step, chat_step])
-def test_each_step_after_the_first_reads_at_most_a_twentieth(server: str, step: Any, thinks: bool) -> None:
-    said: list[Any] = [{"role": "user", "content": "What is the weather in Paris, Rome and Oslo?"}]
+@pytest.mark.parametrize(("protocol", "thinks"), MODES)
+def test_each_step_after_the_first_reads_at_most_a_twentieth(server: Running, protocol: Protocol, thinks: bool) -> None:
     shares = []
-    for number in range(STEPS):
-        called, cached, prompt = step(server, said, thinks, number)
-        assert called and called[0]["city"] in CITIES
-        shares.append(round(cached / prompt, 3))
-    assert min(shares[1:]) >= 0.95, shares
+    for step in conversation(port_of(server), protocol, ERRAND, thinks, STEPS):
+        assert step.calls and step.calls[0]["city"] in CITIES
+        shares.append(round(step.cached / step.prompt, 3))
+    assert min(shares[1:]) >= SHARE, shares
+
+
+def test_others_change_nothing_of_what_is_said(server: Running) -> None:
+    def said() -> list[Any]:
+        return [step.content for step in conversation(port_of(server), chat_step, ERRAND, True, STEPS)]
+
+    alone = said()
+    with company(port_of(server), ERRAND) as others:
+        assert said() == alone
+    assert not others.failed and others.titles and others.long
+
+
+def test_titles_do_not_put_a_conversation_out_of_a_store_that_they_fill(model: str) -> None:
+    def shares(running: Running, titles: int) -> list[float]:
+        port, found = port_of(running), []
+        for step in conversation(port, chat_step, ERRAND, False, STEPS):
+            found.append(round(step.cached / step.prompt, 3))
+            for _ in range(titles):
+                title(port, next(numbers))
+        return found[1:]
+
+    numbers = iter(range(1000))
+    with served(Settings(model=model)) as running:
+        shares(running, 0)
+        needed = running.resident.store.nbytes
+        for _ in range(TITLES):
+            title(port_of(running), next(numbers))
+        others = running.resident.store.nbytes - needed
+    with served(Settings(model=model, store_bytes=needed + others // 2)) as running:
+        assert min(shares(running, TITLES)) >= SHARE
+        assert len(running.resident.store.lines) < TITLES * (STEPS - 1)  # titles have been given up
+
+
+def test_what_was_read_before_a_client_left_is_not_read_again(server: Running) -> None:
+    errand = Errand(f"Once more. {rules(120)}", tools(2))
+    broken_off(port_of(server), errand, BROKEN_OFF)
+    again = chat_step(port_of(server), errand, [{"role": "user", "content": QUESTION}], False, 0)
+    assert again.cached / again.prompt > 0.5 and 1 - again.cached / again.prompt <= READ_AGAIN
