@@ -1,7 +1,9 @@
 """The command `mlx_gemma4.serve`."""
 
 import asyncio
+import ctypes
 import os
+import platform
 import signal
 import socket
 from contextlib import AbstractContextManager, nullcontext
@@ -40,6 +42,7 @@ from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 LAST_BYTES = 1  # seconds that connections have to take what has been sent to them
+M_ARENA_MAX, HEAPS = -8, 2  # glibc's number of the setting; of all threads together
 
 
 @app.command()
@@ -100,6 +103,7 @@ def serve(
         adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
         unload_after=unload_after, thinking=thinking, allowed=allowed,
     )  # fmt: skip
+    share_heaps()
     lead()
     group = launched()
     if follows(group):
@@ -116,6 +120,13 @@ def serve(
         if loader.is_alive():
             os._exit(0)  # nothing interrupts what reads the weights, and nobody waits for them any more
         resident.close()
+
+
+def share_heaps() -> None:
+    """glibc would give requests' threads heaps of their own, up to 8 a core, each of which grows to the largest that a
+    request has taken in it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
 
 
 def read_keys(path: Path) -> list[str]:
