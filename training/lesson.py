@@ -41,7 +41,9 @@ NEIGHBOURS: dict[str, Callable[[random.Random, Material], Item]] = {
     "sound": audio_item,
     "colour": image_item,
 }
-REHEARSED = (("neighbour", 0.5), ("text", 0.2), ("image", 0.1), ("audio", 0.1), ("both", 0.05), ("video", 0.05))
+REHEARSED = (
+    ("neighbour", 0.4), ("tool", 0.15), ("text", 0.15), ("image", 0.1), ("audio", 0.1), ("both", 0.05), ("video", 0.05),
+)  # fmt: skip
 
 
 def one_question(rng: random.Random, item: Item) -> Item:
@@ -74,7 +76,8 @@ def write_lesson(
                 found = LESSONS[lesson](rng, held_out)
             else:
                 kind, material = drawn(rng, REHEARSED), materials[held_out]
-                found = NEIGHBOURS[lesson](rng, material) if kind == "neighbour" else item(rng, kind, material)
+                own = {"neighbour": NEIGHBOURS[lesson], "tool": NEIGHBOURS["tool"]}
+                found = own[kind](rng, material) if kind in own else item(rng, kind, material)
             thinking = not held_out and rng.random() < THINKING[bool(found.media)]
             lines.append(write_example(rng, one_question(rng, found), thinking, folder, f"{split}-{number:05}"))
         text = "".join(json.dumps(line) + "\n" for line in lines)
