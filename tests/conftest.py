@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from machines import SPLIT
 from toy_checkpoint import OTHER, TINY, Shape, tensors, write_checkpoint, write_drafter
 
@@ -19,9 +20,12 @@ from mlx_gemma4.prompt.processor import Processor
 
 
 def pytest_configure() -> None:
-    """Signals do what they do in a terminal, though a job in the background (&, nohup) inherits them ignored."""
+    """Signals do what they do in a terminal, though a job in the background (&, nohup) inherits them ignored; and no
+    example of hypothesis is too slow."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")  # a test asserts no time, on a busy one neither
 
 
 @contextmanager
