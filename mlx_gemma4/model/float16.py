@@ -71,8 +71,8 @@ def make_float16_safe(
             matrix = model[part].embedding_projection
             start = max(start, largest_row(matrix) * total_columns(matrix) ** 0.5)
     target.unit = settle_layers(target.layers, start, share, group)
-    if not has_head(share):
-        target.norm.eps *= target.unit**2
+    if not has_head(share):  # what this norm gives is times 0 there, which an infinity would survive
+        settle_last(target.norm, min(power(largest(target.norm.weight) * width**0.5), 1.0), target.unit)
         return
     embedding = (largest_row(table) if drafter is not None else 0.0) * width**0.5  # the length of a vector
 

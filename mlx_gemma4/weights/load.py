@@ -27,7 +27,7 @@ from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.weights.adapter import AdapterTensor, attach, choosable, matrices_of, read_adapter
 from mlx_gemma4.weights.computing import as_loaded, choose_dtype, emulates_bfloat16, load_value
 from mlx_gemma4.weights.link import Link, time_link, time_reading, token_seconds
-from mlx_gemma4.weights.peers import check_alike, watch
+from mlx_gemma4.weights.peers import anywhere, check_alike, watch
 from mlx_gemma4.weights.sharing import here, read_a_token, shared, shares_by
 from mlx_gemma4.weights.tensors import Tensor, list_tensors
 from mlx_gemma4.weights.whole import (
@@ -225,9 +225,7 @@ def look_through(
     is_shared = group is not None and group.size() > 1
     if split is not None and not is_shared:
         raise ValueError(f"split is {split!r} on one machine; expected several, started by mlx.launch")
-    emulated = emulates_bfloat16()
-    if group is not None and is_shared:  # all machines compute in one type, and float16 is everywhere
-        emulated = bool(mx.distributed.all_max(mx.array(emulated, mx.int32), group=group).item())
+    emulated = anywhere(group, emulates_bfloat16())  # all compute in one type, and float16 is everywhere
     headers = read_headers(folder, drafter, list_tensors, dtype, kv_bits, adapter, emulated)
     if group is None or not is_shared:
         return fitted(headers)
@@ -369,10 +367,7 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
 def check_float16(model: Model, share: Share | LayerShare | None, group: mx.distributed.Group | None) -> None:
     """CheckpointError, on all machines, if one of them has weights for which float16 has no room."""
     reason = float16_is_safe(model, share, group)
-    refused = reason is not None
-    if group is not None:
-        refused = bool(mx.distributed.all_max(mx.array(refused, mx.int32), group=group).item())
-    if refused:
+    if anywhere(group, reason is not None):
         raise CheckpointError(f"{reason or 'another machine has no room'}; expected bfloat16 or float32, for dtype")
 
 

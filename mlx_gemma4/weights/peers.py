@@ -262,6 +262,13 @@ def everyones(group: mx.distributed.Group | None, value: T) -> list[T]:
     return same(group, [value, *(pickle.loads(link.heard.get() or b"") for link in links)])
 
 
+def anywhere(group: mx.distributed.Group | None, is_so: bool) -> bool:
+    """Whether it is so on one of the machines, which all ask."""
+    if group is None:
+        return is_so
+    return bool(mx.distributed.all_max(mx.array(is_so, mx.int32), group=group).item())
+
+
 def settle(group: mx.distributed.Group | None, error: Exception) -> None:
     """After an error: it was everyone's, or else what the machines exchange would not fit any more, and they end."""
     if group is None:

@@ -231,6 +231,7 @@ LARGE = {
     "products": {"mlp.gate_proj.weight": 300.0, "mlp.up_proj.weight": 300.0},
     "residual": {"post_feedforward_layernorm.weight": 3e4},
     "attention": {"self_attn.o_proj.weight": 1e4},
+    "final norm": {"language_model.norm.weight": 3e4},
 }
 
 
