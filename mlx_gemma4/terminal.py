@@ -7,7 +7,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -275,6 +275,12 @@ class Bar:
             self.shown.start()
         if self.shown is not None:
             self.shown.update(self.shown.task_ids[0], completed=done)
+
+    def count(self, steps: Iterable[int], total: int) -> None:
+        """Take all steps, of such sizes."""
+        done = 0
+        for nbytes in steps:
+            self.show(done := done + nbytes, total)
 
     def columns(self) -> "list[str | ProgressColumn]":
         from rich.progress import BarColumn, TaskProgressColumn, TimeRemainingColumn

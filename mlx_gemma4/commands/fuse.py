@@ -103,11 +103,9 @@ def gguf_kind(outcome: Outcome) -> str:
 def write_gguf(fused: Source, part: Path, name: str, kind: str) -> None:
     from mlx_gemma4.convert.export import export  # here: a folder alone needs no gguf
 
-    done, total = 0, sum(nbytes(own.shape, own.dtype) for own in fused.tensors.values())
+    total = sum(nbytes(own.shape, own.dtype) for own in fused.tensors.values())
     with SizeBar(f"Writing {kind}") as bar:
-        for step in export(fused, part, name, kind):
-            done += step
-            bar.show(done, total)
+        bar.count(export(fused, part, name, kind), total)
 
 
 def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize: bool) -> tuple[Job, Outcome]:

@@ -193,11 +193,8 @@ def check_media(messages: list[Message], image_budget: int | None) -> None:
 
 def load_shown(checkpoint: Checkpoint) -> None:
     """Load the weights with a bar."""
-    done = 0
     with SizeBar("Loading") as bar:
-        for nbytes in load_values(checkpoint):
-            done += nbytes
-            bar.show(done, checkpoint.nbytes)
+        bar.count(load_values(checkpoint), checkpoint.nbytes)
 
 
 def print_reply(events: Iterator[Reading | Piece]) -> Piece | None:

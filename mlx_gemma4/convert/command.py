@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -318,12 +319,9 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
 
 def write_jobs(jobs: Mapping[str, Job], outcomes: Mapping[str, Outcome], part: Path, title: str) -> None:
     """Write the models of some folders into `part`, with a bar."""
-    done, total = 0, sum(job.source_nbytes for job in jobs.values())
+    steps = (write_model(job, part / folder, outcomes[folder]) for folder, job in jobs.items())
     with SizeBar(title) as bar:
-        for folder, job in jobs.items():
-            for step in write_model(job, part / folder, outcomes[folder]):
-                done += step
-                bar.show(done, total)
+        bar.count(chain.from_iterable(steps), sum(job.source_nbytes for job in jobs.values()))
 
 
 def check_disk(output: Path, needed: int) -> None:

@@ -148,7 +148,8 @@ def tune(
     longest = max(own.room for own in rows.values())
     plan = TuningPlan(longest, rank, grad_checkpoint, num_layers, media)
     needs = check_plan(checkpoint, plan, memory_limit())
-    read_weights_of(checkpoint)
+    with SizeBar("Loading") as bar:
+        bar.count(read_values(checkpoint), checkpoint.nbytes)
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
@@ -237,13 +238,6 @@ def read_sets(
             logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
                            sets[split].dropped, len(examples), split, max_seq_length)  # fmt: skip
     return sets
-
-
-def read_weights_of(checkpoint: Checkpoint) -> None:
-    with SizeBar("Loading") as bar:
-        done = 0
-        for nbytes in read_values(checkpoint):
-            bar.show(done := done + nbytes, checkpoint.nbytes)
 
 
 def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
