@@ -212,9 +212,8 @@ def open_ollama(model: str) -> Ask:
                 said = json.loads(line)
                 if "error" in said:
                     raise RuntimeError(said["error"])
-                tokens = said.get(
-                    "eval_count", tokens + bool(said["message"]["content"])
-                )  # a token a line, until the last
+                # a line is about a token, and the last one has counted
+                tokens = said.get("eval_count", tokens + bool(said["message"]["content"]))
                 yield Told(said["message"]["content"], tokens, said.get("prompt_eval_count", 0))
 
     return ask

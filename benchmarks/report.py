@@ -16,13 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -415,6 +415,9 @@ SETTINGS = {
 }
 
 
+environment = partial(patch.dict, os.environ)  # what processes that are started see: MLX reads it once
+
+
 def settings(folder: Path, plan: Plan) -> Measured:
     """The shortest prompt and a reply without drafts in other settings, taking turns."""
     chosen = {name: own for name, own in SETTINGS.items() if machine()["device"] == "gpu" or not own.variables}
@@ -437,21 +440,6 @@ def settings(folder: Path, plan: Plan) -> Measured:
             )
         rows.append(row)
     return rows
-
-
-@contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Variables that a process sees from its start: MLX reads them once."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def in_setting(folder: Path, dtype: str | None, plan: Plan) -> dict[str, Any]:
