@@ -59,6 +59,7 @@ Adapters = Annotated[
 ]
 
 WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
+REMEMBERED = 1000  # lines that are said once
 
 
 def run(app: typer.Typer) -> int:
@@ -124,18 +125,22 @@ def closed_pipe() -> int:
 class News(logging.Handler):
     """Writes to standard error as it is then: while a bar is shown, that is a stream which writes above it.
 
-    What concerns each turn of a conversation is said once.
+    What concerns each turn of a conversation is said once; what a server says of a request, each time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: set[str] = set()
+        self.told: dict[str, None] = {}  # the newest last
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
-        if line not in self.told:
-            self.told.add(line)
-            print(line, file=sys.stderr)
+        if record.name == "mlx_gemma4":
+            if line in self.told:
+                return
+            self.told[line] = None
+            if len(self.told) > REMEMBERED:
+                del self.told[next(iter(self.told))]
+        print(line, file=sys.stderr)
 
 
 class Line(logging.Formatter):

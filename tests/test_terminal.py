@@ -1,5 +1,6 @@
 """Commands in a terminal, in a pipe, and ended by a signal."""
 
+import logging
 import os
 import pty
 import random
@@ -19,6 +20,7 @@ import pyte
 import pytest
 
 import mlx_gemma4
+from mlx_gemma4 import terminal
 from mlx_gemma4.weights.load import DEMO
 
 STORY = ["--model", "demo", "--prompt", "Tell me a story."]
@@ -198,3 +200,16 @@ def test_a_signal_at_any_moment_leaves_nothing_behind(name: str, number: signal.
             assert (tmp_path / "out" / "README.md").is_file()
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
+
+
+def test_what_concerns_each_turn_is_said_once_and_what_a_server_says_each_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was said is not remembered for ever."""
+    monkeypatch.setattr(terminal, "REMEMBERED", 2)
+    news = terminal.News()
+    news.setFormatter(terminal.Line())
+    for text in ("a", "a", "b", "a", "c", "a"):
+        for name in ("mlx_gemma4", "mlx_gemma4.serve"):
+            news.emit(logging.makeLogRecord({"name": name, "msg": text, "levelno": logging.INFO}))
+    assert capsys.readouterr().err.split() == ["a", "a", "a", "b", "b", "a", "c", "c", "a", "a"]

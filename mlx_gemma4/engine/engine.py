@@ -24,7 +24,16 @@ from mlx_gemma4.decoding.disk import PAGE, common
 from mlx_gemma4.decoding.round import State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
-from mlx_gemma4.engine.generation import adapter_of, bounded_memory, drafts_of, first_token, row_of, sampler_of, seat_of
+from mlx_gemma4.engine.generation import (
+    adapter_of,
+    bounded_memory,
+    drafts_of,
+    first_token,
+    prompt_told,
+    row_of,
+    sampler_of,
+    seat_of,
+)
 from mlx_gemma4.engine.reading import Opened, opened, space_of
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
@@ -87,6 +96,11 @@ class Work:
         """Tokens that are still to be read."""
         whole = len(self.prompt) if self.parked is None else len(self.ids) - 1
         return whole - (0 if self.reading is None else self.reading.caches.length)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether each chunk that is read is to be seen: nothing of it is taken from a store."""
+        return self.options.prompt_logprobs and self.parked is None
 
     @property
     def positions(self) -> int:
@@ -434,6 +448,7 @@ class Engine:
     def shares(self, work: Work, other: Work) -> bool:
         """Whether what another reads will be found by this one."""
         same = (work.options.scope, work.adapter) == (other.options.scope, other.adapter)
+        same = same and not work.is_scored and not other.is_scored
         return self.store is not None and same and common(work.units, other.units) >= PAGE
 
     def fits(self, work: Work) -> bool:
@@ -459,7 +474,7 @@ class Engine:
         prompt, limit = work.grown, min(work.row.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
-        store = self.store if work.parked is None else self.shelf
+        store = None if work.is_scored else self.store if work.parked is None else self.shelf
         own, scope = self.processor, work.options.scope
         context = opened(store, self.model, own, prompt, limit, needed.peak, scope, work.adapter)
         work.reading = work.stack.enter_context(context)
@@ -476,6 +491,8 @@ class Engine:
             before = reading.caches.length
             hidden = next(self.model.read(work.known, reading.caches, chunk, work.adapter))
             reading.keep()
+            if work.is_scored and (foretold := work.ids[before + 1 : reading.caches.length + 1]):
+                row.score(before + 1, prompt_told(self.model, hidden, foretold, work.adapter))
             with self.news:
                 self.read += reading.caches.length - before
             if work.left:

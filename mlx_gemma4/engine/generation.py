@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_gemma4.decoding.batch import Batch, Seat, tokens_of
 from mlx_gemma4.decoding.round import NOT_FINITE, State, first_state
-from mlx_gemma4.decoding.sampling import Sampler, Sampling, settled
+from mlx_gemma4.decoding.sampling import Sampler, Sampling, settled, told
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.reading import opened
 from mlx_gemma4.engine.request import Options, Request
@@ -34,6 +34,7 @@ SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same ag
 
 # Freed buffers that MLX may keep for reuse; unbounded, they crowd the weights out of a 16 GB machine.
 BUFFER_CACHE_BYTES = 512 * 2**20
+SCORED = 32  # positions whose logits are held at once: 34 MB for 262,144 tokens, and as much for their order
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,16 @@ def first_token(
         constraint.advance(tokens)
     told = state.pop("told", None)
     return state, tokens, None if told is None else np.asarray(told)[0]
+
+
+def prompt_told(model: Model, hidden: mx.array, token_ids: list[int], adapter: int) -> np.ndarray:
+    """How likely tokens of a prompt were, sampling.told, from the hidden states before them, [1, L, hidden]."""
+    adapters, found = mx.array([adapter]) if adapter else None, []
+    for start in range(0, len(token_ids), SCORED):
+        ids = mx.array(token_ids[start : start + SCORED])[None]
+        logits = model.language_model.head(hidden[:, start : start + ids.shape[1]], adapters)
+        found.append(np.asarray(model.agreed(told(logits, ids))[0])[0])
+    return np.concatenate(found)
 
 
 def seat_of(

@@ -33,6 +33,7 @@ class Options:
     repetition_detection: str | Mapping[str, int] = "auto"
     stop: str | Sequence[str] = ()  # texts before which the answer ends
     logprobs: int | None = None  # the likeliest tokens told at each place, 0 for the chosen one alone; None: nothing
+    prompt_logprobs: bool = False  # they are told of the prompt's own tokens too, of which none is found in a store
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these ids
     thinking_budget: int | None = None  # tokens of a thought, until its next line ends; None: no bound
     response_format: Any = None  # what the answer is held to: forms.response

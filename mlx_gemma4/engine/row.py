@@ -64,6 +64,8 @@ class Row:
         self.repetition = None if repetition is None else Repetition(repetition)
         self.count = 0
         self.cached = 0  # tokens of the prompt that need not be read
+        # how likely the prompt's tokens were, as far as it is read, if that is asked for; nothing foretells the first
+        self.scores: list[dict[str, Any]] = [{"token_id": prompt.token_ids[0], "logprob": None, "top": {}}]
         self.finish_reason: str | None = None
         self.end: dict[str, Any] | None = None  # how likely the stop token was, if that is asked for
         self.tally = Tally()
@@ -102,6 +104,10 @@ class Row:
         logprobs = None if told is None else [self.entry(*pair) for pair in zip(ids, told, strict=False)]
         notes, calls = self.parser.take_notes(), self.parser.take_calls()
         return Piece("".join(text), "".join(thinking), ids, notes=notes, calls=calls, logprobs=logprobs)
+
+    def score(self, start: int, told: np.ndarray) -> None:
+        """How likely the prompt's tokens from `start` on were: sampling.told, a row for each."""
+        self.scores[start:] = map(self.entry, self.prompt.token_ids[start:], told)
 
     def entry(self, token: int, told: np.ndarray) -> dict[str, Any]:
         """Of `logprobs`."""

@@ -18,7 +18,7 @@ from mlx_gemma4.serve.job import Begun, Event, Job
 from mlx_gemma4.serve.resident import RETRY_SECONDS
 from mlx_gemma4.serve.transcription import ALONGSIDE, Transcription, read_recording
 
-logger = logging.getLogger("mlx_gemma4")
+logger = logging.getLogger("mlx_gemma4.serve")
 
 MOST_BODY = 256 * 2**20  # bytes
 MOST_BODIES = 2**30  # bytes of all requests that are there and not answered yet

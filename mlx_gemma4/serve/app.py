@@ -33,7 +33,7 @@ from mlx_gemma4.serve.resident import Resident
 from mlx_gemma4.serve.responses import Responses, Shelf
 from mlx_gemma4.serve.transcription import FORMATS, read_form
 
-logger = logging.getLogger("mlx_gemma4")
+logger = logging.getLogger("mlx_gemma4.serve")
 
 READ = ("GET", "HEAD")
 OPEN = ("", "api/hello", "health", "ready")  # to be read without a key

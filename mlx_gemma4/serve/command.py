@@ -107,7 +107,7 @@ def serve(
     lead()
     group = launched()
     if follows(group):
-        Resident(settings, group).load().follow()
+        Resident(settings, group).follow()
         return
     with listening(host, port) as listener:
         resident = Resident(settings, group)

@@ -4,15 +4,17 @@ import asyncio
 import logging
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from threading import Thread
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_gemma4.engine.engine import Engine, Stream
+from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.errors import Kind, MediaError, TooLongError, kind, one_line
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece
@@ -20,9 +22,8 @@ from mlx_gemma4.serve.ask import Ask, Refused
 from mlx_gemma4.serve.media import opened
 from mlx_gemma4.serve.metrics import Metrics
 from mlx_gemma4.serve.resident import Resident
-from mlx_gemma4.serve.scoring import scores
 
-logger = logging.getLogger("mlx_gemma4")
+logger = logging.getLogger("mlx_gemma4.serve")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ class Job:
         try:
             asked = self.submit()
             self.put(Begun(self.prompt_tokens))
-            if self.ask.echo:
-                self.echo(asked)
-            pumps = [Thread(target=self.pump, args=own, daemon=True) for own in enumerate(self.streams)]
+            begun = self.echo(asked) if self.ask.echo else {}
+            pumps = [
+                Thread(target=self.pump, args=(choice, begun.get(choice, ()), stream), daemon=True)
+                for choice, stream in enumerate(self.streams)
+            ]
             for pump in pumps[1:]:
                 pump.start()
             pumps[0].run()
@@ -109,10 +112,6 @@ class Job:
     def submit(self) -> list[tuple[Prompt, int]]:
         """Begin the streams, which says what is wrong with the request; what `prompts` gives."""
         ask, engine, asked = self.ask, self.resident.load(), list[tuple[Prompt, int]]()
-        if ask.echo and ask.logprobs is not None and engine.model.group is not None:  # the engine alone decides
-            raise ValueError(
-                "logprobs is asked of a prompt, and several machines share the model; expected echo without it"
-            )
         for prompt, added in prompts(ask, self.resident):
             asked.append((prompt, added))
             self.prompt_tokens += len(prompt)
@@ -122,36 +121,35 @@ class Job:
                     self.leave()
         return asked
 
-    def echo(self, asked: list[tuple[Prompt, int]]) -> None:
-        """Each prompt as the first piece of its replies, as the client gave it."""
-        engine, ask = self.resident.load(), self.ask
+    def echo(self, asked: list[tuple[Prompt, int]]) -> dict[int, list[Piece]]:
+        """Each prompt as the first piece of its replies, as the client gave it; what is to follow it of those that had
+        to begin, for their prompt to be scored."""
+        ask, begun = self.ask, dict[int, list[Piece]]()
         for index, (prompt, added) in enumerate(asked):
-            given = prompt.token_ids[added:]
-            text = engine.processor.tokenizer.decode(given, skip_special_tokens=False)
+            given, first = prompt.token_ids[added:], index * ask.n
+            text = self.resident.processor.tokenizer.decode(given, skip_special_tokens=False)
             entries: list[dict[str, Any]] | None = None
             if ask.logprobs is not None:
-                entries = []
-                with self.resident.scoring:
-                    for entry in scores(engine.model, prompt, ask.logprobs, ask.adapter):
-                        if self.left:
-                            return
-                        entries.append(entry)
-                entries = entries[added:]
+                stream = self.streams[first]
+                begun[first] = [piece for piece in [next(stream, None)] if piece is not None]
+                row = stream.work.row
+                entries = [] if row is None else row.scores[added:]
             for number in range(ask.n):
-                self.put((index * ask.n + number, Piece(text, "", given, logprobs=entries)))
+                self.put((first + number, Piece(text, "", given, logprobs=entries)))
+        return begun
 
     def stream(self, engine: Engine, prompt: Prompt, number: int) -> Stream:
         ask, sampling = self.ask, self.ask.sampling
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + number) % 2**64)
-        return engine.submit(
-            prompt,
+        options = Options(
             max_tokens=self.resident.context if ask.max_tokens is None else max(ask.max_tokens, 1),
             sampling=sampling,
             draft_length=ask.draft_length,
             stop=ask.stop,
             thinking_budget=ask.thinking_budget,
             logprobs=ask.logprobs,
+            prompt_logprobs=ask.echo and ask.logprobs is not None and not number,
             logit_bias=ask.logit_bias,
             response_format=ask.response_format,
             tool_choice=ask.tool_choice,
@@ -159,10 +157,12 @@ class Job:
             scope=self.scope,
             adapter=ask.adapter,
         )
+        return engine.ask(Request(content=prompt), options)
 
-    def pump(self, choice: int, stream: Stream) -> None:
+    def pump(self, choice: int, begun: Sequence[Piece], stream: Stream) -> None:
+        """begun: what has been taken of it."""
         try:
-            for piece in stream:
+            for piece in chain(begun, stream):
                 if self.ask.max_tokens == 0:  # the prompt alone is asked for, but no reply has no token
                     piece = replace(piece, text="", token_ids=[], logprobs=None)
                 elif self.ask.echo and piece.end is not None:  # who scores texts counts all tokens, and drops the last

@@ -28,9 +28,9 @@ from mlx_gemma4.weights.load import (
     load_values,
     open_checkpoint,
 )
-from mlx_gemma4.weights.peers import give_up
+from mlx_gemma4.weights.peers import follows, give_up, hear, lead, release, tell
 
-logger = logging.getLogger("mlx_gemma4")
+logger = logging.getLogger("mlx_gemma4.serve")
 
 LAST_WORDS = 1  # seconds to send what is said last
 RETRY_SECONDS = 5  # after which a client that found the queue full may try again
@@ -71,8 +71,6 @@ class Resident:
 
     def __init__(self, settings: Settings, group: mx.distributed.Group | None = None):
         """group: of machines that share the model, each of which makes a Resident; all but the first `follow`."""
-        if group is not None and settings.unload_after is not None:
-            raise ValueError(f"unload_after is {settings.unload_after} and machines share the model; expected none")
         self.settings, self.group = settings, group
         self.store = self.new_store()
         folder = find_folder(settings.model)
@@ -90,7 +88,6 @@ class Resident:
         self.engine: Engine | None = None
         self.is_ready = False  # it has been loaded once; what is given back is loaded again
         self.lock = Lock()  # of what is loaded
-        self.scoring = Lock()  # one prompt at a time is scored: that takes caches which the engine does not count
         self.quiet = Lock()  # of what follows
         self.asked = 0  # replies that are on their way
         self.timer: Timer | None = None
@@ -114,6 +111,9 @@ class Resident:
         """The engine, once the weights are there. A thread that calls this ends with `mx.clear_streams()`."""
         with self.lock:
             if self.engine is None:
+                if self.is_ready and self.group is not None and not follows(self.group):
+                    lead()
+                    tell(True)  # those that follow load it again too
                 checkpoint, self.checkpoint = self.checkpoint or self.look(), None
                 for _ in load_values(checkpoint):
                     pass
@@ -121,6 +121,15 @@ class Resident:
                 self.is_ready = True
                 logger.info("%s is loaded", self.name)
             return self.engine
+
+    def follow(self) -> None:
+        """On the machines behind the first: answer with it, load and give back when it does, until it closes."""
+        while True:
+            self.load().follow()
+            self.give_back()
+            if hear() is None:
+                return
+            lead()  # as there, so that none goes on loading without the others
 
     def load_ahead(self) -> None:
         """As a thread of its own."""
@@ -172,16 +181,19 @@ class Resident:
             with self.quiet:
                 engine = None if self.asked else self.engine
             if engine is not None:
-                self.engine = None
                 engine.close()
-                if self.settings.store is not None:
-                    self.store.save()
-                self.store = self.new_store()
+                del engine
+                self.give_back()
                 logger.info("%s is given back", self.name)
-        del engine
+        mx.clear_streams()
+
+    def give_back(self) -> None:
+        self.engine = None
+        if self.settings.store is not None:
+            self.store.save()
+        self.store = self.new_store()
         gc.collect()
         mx.clear_cache()
-        mx.clear_streams()
 
     def close(self) -> None:
         """End what is not finished. While weights are being loaded this waits for them."""
@@ -191,3 +203,4 @@ class Resident:
             if self.engine is not None:
                 self.engine.close()
                 self.engine = None
+            release(self.group)  # for good

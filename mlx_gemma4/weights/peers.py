@@ -185,6 +185,7 @@ def listen(link: Peer) -> None:
                 if led:  # it has said why, and is to end first
                     time.sleep(BEAT)
                     give_up()
+                link.heard.put(None)
                 return
     time.sleep(BEAT / 2)  # MLX's ring writes of it too, from a thread of its own: this line stands alone, and last
     give_up(f"error: machine {link.name} is gone; expected all to stay until the end")

@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from machines import PATIENCE, SPLIT, Machine, patience, run_on
 from toy_checkpoint import tensors, write_checkpoint, write_drafter
+
+from mlx_gemma4 import Prompt, load
+from mlx_gemma4.model.split import SPLITS
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="MLX was built without its ring")
 
@@ -112,8 +116,8 @@ def test_figures_are_those_of_one_machine(run: Callable[..., Ends], split_folder
 
 
 @contextmanager
-def served(split_folder: Path, hosts: Path) -> Iterator[tuple[list[Machine], str]]:
-    machines = run_on(["-m", "mlx_gemma4.serve", "--model", str(split_folder), "--port", "0"], 2, hosts)
+def served(split_folder: Path, hosts: Path, *options: str) -> Iterator[tuple[list[Machine], str]]:
+    machines = run_on(["-m", "mlx_gemma4.serve", "--model", str(split_folder), "--port", "0", *options], 2, hosts)
     with patience(machines):
         assert machines[0].stderr is not None
         for line in machines[0].stderr:
@@ -140,10 +144,34 @@ def test_a_server_answers_and_when_it_is_told_to_stop_all_machines_do(split_fold
                 replies.append(json.load(answer))
         assert replies[0]["choices"] == replies[1]["choices"]
         assert replies[1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
-        with pytest.raises(urllib.error.HTTPError, match="400"):
-            urllib.request.urlopen(
-                urllib.request.Request(f"{url}/v1/completions", b'{"prompt": "a b", "echo": true, "logprobs": 1}')
-            )
+        machines[0].send_signal(signal.SIGTERM)
+        ends = [machine.communicate() for machine in machines]
+        assert [machine.returncode for machine in machines] == [0, 0], ends
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_prompt_is_scored_as_one_machine_does(split_folder: Path, tmp_path: Path, split: str) -> None:
+    model, _ = load(split_folder)
+    ids = [2, *range(20, 180)]
+    logits = np.array(model.logits(Prompt(ids)))[0]
+    expected = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, ids[1:], strict=False)]
+    with served(split_folder, tmp_path / "hosts.json", "--split", split) as (_, url):
+        body = json.dumps({"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 0}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=PATIENCE) as answer:
+            told = json.load(answer)["choices"][0]["logprobs"]["token_logprobs"]
+    assert told[0] is None and told[1:] == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_is_given_back_is_loaded_again_on_all_machines(split_folder: Path, tmp_path: Path) -> None:
+    """And they end together while it is not there."""
+    with served(split_folder, tmp_path / "hosts.json", "--unload-after", "0.5") as (machines, url):
+        replies = []
+        for _ in range(3):
+            with urllib.request.urlopen(asked(url, max_tokens=12), timeout=PATIENCE) as answer:
+                replies.append(json.load(answer)["choices"])
+            assert machines[0].stderr is not None
+            assert any("is given back" in line for line in machines[0].stderr)
+        assert replies[0] == replies[1] == replies[2]
         machines[0].send_signal(signal.SIGTERM)
         ends = [machine.communicate() for machine in machines]
         assert [machine.returncode for machine in machines] == [0, 0], ends

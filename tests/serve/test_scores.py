@@ -18,9 +18,9 @@ for library in ("starlette", "uvicorn", "prometheus_client", "pypdfium2", "pytho
 from serving import Running, served  # noqa: E402
 
 from mlx_gemma4 import Prompt, load  # noqa: E402
+from mlx_gemma4.engine import engine  # noqa: E402
 from mlx_gemma4.model.model import Model  # noqa: E402
 from mlx_gemma4.prompt.processor import Processor  # noqa: E402
-from mlx_gemma4.serve import job  # noqa: E402
 from mlx_gemma4.serve.completions import Completions  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
 
@@ -114,11 +114,24 @@ def test_of_tokens_that_are_one_text_the_likeliest_is_told(demo: tuple[Model, Pr
     assert told["top_logprobs"] == [{"�": -1.0}] * 2 and told["token_logprobs"] == [-1.0, -2.0]
 
 
-def test_what_cannot_be_read_is_not_scored(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scores(*args: object) -> None:
-        raise AssertionError("scored")
+def test_scores_are_the_same_whatever_is_in_the_store_and_however_many_replies(
+    server: Running, demo: tuple[Model, Processor]
+) -> None:
+    """Over several chunks; the replies go on as those of a prompt that is not scored."""
+    ids = [2, *ids_of(demo[1], TEXTS[3] * 60)]
+    law = law_of(demo[0], ids)
+    expected = [law[place, token] for place, token in enumerate(ids[1:])]
+    asked = SCORED | {"prompt": ids, "max_tokens": 12}
+    plain = completed(server, **asked | {"echo": False})["choices"][0]["text"]
+    for count in (1, 3):
+        choices = completed(server, **asked, n=count)["choices"]
+        for choice in choices:
+            found = choice["logprobs"]["token_logprobs"]
+            assert found[0] is None and found[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+            assert choice["text"].endswith(plain) and len(choice["logprobs"]["tokens"]) == len(found)
 
-    monkeypatch.setattr(job, "scores", scores)
+
+def test_what_cannot_be_read_is_refused(server: Running) -> None:
     for prompt, message in (
         ([2, 2**30], "vocab"),
         ([2] + [5] * 9000, "prompt is too long"),
@@ -130,21 +143,21 @@ def test_what_cannot_be_read_is_not_scored(server: Running, monkeypatch: pytest.
 
 
 def test_of_a_client_that_leaves_nothing_is_scored_further(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, ended = Event(), Event()
+    scored, begun = list[int](), Event()
 
-    def endless(*args: object) -> Iterator[dict[str, Any]]:
-        try:
-            while True:
-                yield {"token_id": 5, "logprob": -1.0, "top": {}}
-                begun.set()
-                time.sleep(0.01)
-        finally:
-            ended.set()
+    def slow(*args: Any) -> np.ndarray:
+        scored.append(len(args[2]))
+        begun.set()
+        time.sleep(0.1)
+        return prompt_told(*args)
 
-    monkeypatch.setattr(job, "scores", endless)
-    body = json.dumps(SCORED | {"prompt": "The ball"}).encode()
+    prompt_told = engine.prompt_told
+    monkeypatch.setattr(engine, "prompt_told", slow)
+    body = json.dumps(SCORED | {"prompt": [2] + [5] * 8000}).encode()
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n")
         client.sendall(b"content-length: %d\r\n\r\n%s" % (len(body), body))
         assert begun.wait(60)
-    assert ended.wait(60)
+    while server.app.resident.works():
+        time.sleep(0.01)
+    assert sum(scored) < 8000
