@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from conversing import picture, with_picture, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rounds import GREEDY
+from toy_checkpoint import TINY
 
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate
 from mlx_gemma4.decoding.disk import PAGE
 from mlx_gemma4.engine import engine
 from mlx_gemma4.engine.engine import Work
+from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.reply.reply import Piece
@@ -38,6 +41,8 @@ class Asked(NamedTuple):
     max_tokens: int
     sampling: int
     bias: bool
+    image: int  # soft tokens of a picture in its middle, if any
+    scored: bool  # how likely the prompt's tokens were is told too
 
 
 class Event(NamedTuple):
@@ -47,15 +52,21 @@ class Event(NamedTuple):
 
 
 asked = st.builds(
-    Asked, st.integers(0, 2), st.integers(1, 300), st.integers(1, 40), st.integers(0, len(SAMPLINGS) - 1), st.booleans()
-)
+    Asked, st.integers(0, 2), st.integers(1, 300), st.integers(1, 40), st.integers(0, len(SAMPLINGS) - 1),
+    st.booleans(), st.sampled_from([0, 0, 12, 140]), st.sampled_from([False, False, True]),
+)  # fmt: skip
 events = st.lists(
     st.builds(Event, asked, st.integers(0, 5), st.none() | st.integers(0, 6)), min_size=2, max_size=7
 )  # fmt: skip
 
 
 def prompt_of(own: Asked) -> Prompt:
-    return Prompt([2, *np.random.default_rng(own.family).integers(110, 500, own.length).tolist()])
+    ids = [2, *words(own.family, own.length)]
+    if not own.image:
+        return Prompt(ids)
+    half = len(ids) // 2
+    image = picture(TINY, own.family, half, own.image, 4)
+    return with_picture(TINY, ids[:half], image, ids[half:])
 
 
 def options_of(own: Asked) -> dict[str, Any]:
@@ -74,29 +85,48 @@ def alone(planted: Loaded) -> Any:
     return reply
 
 
+@pytest.fixture(scope="module")
+def likely(planted: Loaded) -> Any:
+    """How likely the tokens of a prompt are, behind those before them."""
+
+    @cache
+    def logprobs(family: int, length: int, image: int) -> np.ndarray:
+        prompt = prompt_of(Asked(family, length, 1, 0, False, image, True))
+        logits = np.asarray(planted[0].logits(prompt))[0]
+        chosen = np.take_along_axis(logits[:-1], np.array(prompt.token_ids[1:])[:, None], axis=1)[:, 0]
+        return chosen - np.logaddexp.reduce(logits[:-1], axis=1)
+
+    return logprobs
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=events, max_batch=st.integers(1, 5), stored=st.booleans())
 def test_whatever_comes_and_goes_each_gets_what_it_gets_alone(
-    planted: Loaded, alone: Any, schedule: list[Event], max_batch: int, stored: bool
+    planted: Loaded, alone: Any, likely: Any, schedule: list[Event], max_batch: int, stored: bool
 ) -> None:
     with Engine(*planted, max_batch=max_batch, store=PromptStore() if stored else None) as running:
         streams = []
-        found: list[list[Piece]] = []
+        taken: list[list[Piece]] = []
         for event in schedule:
             if streams:
-                found[0] += islice(streams[0], event.taken)
-            streams.append(running.submit(prompt_of(event.asked), **options_of(event.asked)))
-            found.append([])
-        for stream, own, event in zip(streams, found, schedule, strict=True):
+                taken[0] += islice(streams[0], event.taken)
+            options = Options(**options_of(event.asked), logprobs=0, prompt_logprobs=event.asked.scored)
+            streams.append(running.ask(Request(content=prompt_of(event.asked)), options))
+            taken.append([])
+        for stream, own, event in zip(streams, taken, schedule, strict=True):
             for piece in stream:
                 own.append(piece)
                 if event.cancelled is not None and len(own) > event.cancelled:
                     stream.close()
-    for own, event in zip(found, schedule, strict=True):
+    for stream, own, event in zip(streams, taken, schedule, strict=True):
+        what = event.asked
         tokens = [token for piece in own for token in piece.token_ids]
-        expected = alone(event.asked)
+        expected = alone(what)
         assert tokens == (expected if event.cancelled is None else expected[: len(tokens)])
         assert event.cancelled is not None or own[-1].finish_reason is not None
+        if what.scored and (own or event.cancelled is None):
+            found = [entry["logprob"] for entry in stream.work.row.scores[1:]]
+            assert found == pytest.approx(likely(what.family, what.length, what.image), abs=1e-3)
 
 
 # --- reading ------------------------------------------------------------------------------------
