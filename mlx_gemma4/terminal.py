@@ -89,8 +89,9 @@ def run(app: typer.Typer) -> int:
         leave_word(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        # Typer's own quote what they got, however long
-        text = clipped(error.format_message(), 2 * LONGEST) if isinstance(error, TyperException) else str(error)
+        text = error.format_message() if isinstance(error, TyperException) else str(error)
+        if isinstance(error, TyperException) or (isinstance(error, OSError) and error.errno is not None):
+            text = clipped(text, 2 * LONGEST)  # Typer's own and the system's quote what they got, however long
         if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
             text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
         print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)

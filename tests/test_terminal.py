@@ -213,3 +213,13 @@ def test_what_concerns_each_turn_is_said_once_and_what_a_server_says_each_time(
         for name in ("mlx_gemma4", "mlx_gemma4.serve"):
             news.emit(logging.makeLogRecord({"name": name, "msg": text, "levelno": logging.INFO}))
     assert capsys.readouterr().err.split() == ["a", "a", "a", "b", "b", "a", "c", "c", "a", "a"]
+
+
+@pytest.mark.parametrize(
+    "line", ["evaluate demo NAME --data x", "convert --hf-path NAME --mlx-path x", "fit --model NAME"]
+)
+def test_a_name_that_is_too_long_is_quoted_short(line: str) -> None:
+    name, *rest = line.replace("NAME", "x" * 3000).split()
+    done = subprocess.run(words(name, *rest), capture_output=True, text=True)
+    assert done.returncode in (1, 2) and done.stderr.startswith("error: ")
+    assert len(done.stderr) < 500 and done.stderr.count("\n") == 1
