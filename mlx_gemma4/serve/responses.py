@@ -85,6 +85,7 @@ class Message(Body):
 class Call(Body):
     call_id: Name
     name: Name
+    namespace: Name | None = None
 
 
 class FunctionCall(Call):
@@ -132,6 +133,14 @@ class File(Body):
     filename: str | None = None
 
 
+class MoreTools(Body):
+    tools: list[dict[str, Any]]
+
+
+class Namespace(MoreTools):
+    name: Name
+
+
 class Function(Body):
     name: Name
     description: str | None = None
@@ -165,14 +174,16 @@ def add_item(turns: Turns, item: Any, where: str) -> None:
         turns.think("\n".join(told if any(told) else [part.text for part in thought.summary or ()]))
     elif kind == "function_call":
         call = checked(FunctionCall, item, where)
-        turns.call(call.call_id, call.name, arguments_of(call.arguments, f"{where}.arguments"))
+        turns.call(
+            call.call_id, joined_name(call.namespace, call.name), arguments_of(call.arguments, f"{where}.arguments")
+        )
     elif kind == "custom_tool_call":
         custom = checked(CustomCall, item, where)
-        turns.call(custom.call_id, custom.name, {"input": custom.input})
+        turns.call(custom.call_id, joined_name(custom.namespace, custom.name), {"input": custom.input})
     elif kind in ("function_call_output", "custom_tool_call_output"):
         output = checked(Output, item, where)
         turns.result(output.call_id, parts_of(output.output, f"{where}.output"), f"{where}.call_id")
-    else:
+    elif kind != "additional_tools":  # these stand among the others
         turns.add("user", [as_text(item)])
 
 
@@ -228,21 +239,45 @@ def file_of(file: File, where: str) -> Part:
     return file_part(file.filename, file.file_data, f"{where}.file_data")
 
 
-def declared(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
-    """Functions, and which of them stand for tools that take any text. Tools of other kinds, such as web_search, are
-    their servers' or clients' own to run."""
-    functions, customs = [], set[str]()
+@dataclass(frozen=True)
+class Offered:
+    """What a client calls a tool, and whether that one takes any text."""
+
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False
+
+
+def declared(
+    tools: list[dict[str, Any]], where: str = "tools", namespace: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Offered]]:
+    """Functions, and by the name that each has there what it is to the client. Tools of other kinds, such as
+    web_search, are their servers' or clients' own to run."""
+    functions, offered = list[dict[str, Any]](), dict[str, Offered]()
     for n, tool in enumerate(tools):
-        where = f"tools[{n}]"
-        if tool.get("type") == "function":
-            told = checked(Function, tool, where)
-            functions.append(function_tool(told.name, told.description, told.parameters or schema_of({})))
-        elif tool.get("type") == "custom":
-            custom = checked(Custom, tool, where)
-            parameters = schema_of({"input": input_of(custom)}) | {"required": ["input"]}
-            functions.append(function_tool(custom.name, custom.description, parameters))
-            customs.add(custom.name)
-    return functions, customs
+        kind, here = tool.get("type"), f"{where}[{n}]"
+        if kind == "namespace" and namespace is None:
+            group = checked(Namespace, tool, here)
+            inner, told = declared(group.tools, f"{here}.tools", group.name)
+            functions += inner
+            offered |= told
+        elif kind in ("function", "custom"):
+            own = checked(Function, tool, here) if kind == "function" else checked(Custom, tool, here)
+            name = joined_name(namespace, own.name)
+            functions.append(function_tool(name, own.description, parameters_of(own)))
+            offered[name] = Offered(own.name, namespace, kind == "custom")
+    return functions, offered
+
+
+def joined_name(namespace: str | None, name: str) -> str:
+    """How the model calls a tool of a namespace, such as Codex makes of each MCP server: mcp__files__read."""
+    return name if namespace is None else f"{namespace.removesuffix('__')}__{name}"
+
+
+def parameters_of(tool: "Function | Custom") -> dict[str, Any]:
+    if isinstance(tool, Function):
+        return tool.parameters or schema_of({})
+    return schema_of({"input": input_of(tool)}) | {"required": ["input"]}
 
 
 def schema_of(properties: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +388,12 @@ class Responses:
             add_item(turns, item, f"input[{max(n - len(before), 0)}]")
         if not turns.messages:
             raise Refused("input is empty; expected a text or items", field="input")
-        tools, customs = declared(request.tools or [])
+        tools, offered = declared(request.tools or [])
+        for n, item in enumerate([*before, *new]):
+            if isinstance(item, dict) and item.get("type") == "additional_tools":
+                where = f"input[{max(n - len(before), 0)}]"
+                more, told = declared(checked(MoreTools, item, where).tools, f"{where}.tools")
+                tools, offered = [*tools, *more], offered | told
         tool_choice, tools = chosen(request.tool_choice, tools)
         if LOGPROBS in (request.include or ()):
             raise Refused(f"include holds {LOGPROBS}; expected it in /v1/chat/completions", field="include")
@@ -372,7 +412,7 @@ class Responses:
             sampling=Sampling(temperature=request.temperature, top_p=request.top_p),
             stream=bool(request.stream),
         )
-        return ask, ResponseWriter(self.model, request, body, customs, self.shelf, scope, before, new)
+        return ask, ResponseWriter(self.model, request, body, offered, self.shelf, scope, before, new)
 
     def referred(self, scope: str, item: Any, where: str) -> Any:
         """The item that a reference names, or the item itself."""
@@ -400,6 +440,7 @@ class Writing:
     kind: str
     said: str = ""
     name: str = ""
+    namespace: str | None = None
 
     def __post_init__(self) -> None:
         self.id, self.call_id = new_id(PREFIXES[self.kind]), new_id("call_")
@@ -415,12 +456,12 @@ class Writing:
 @dataclass
 class ResponseWriter:
     """body: the request as it came, of which a response repeats what was asked; before and new: the items that were
-    there and those that came with it; customs: the tools that take any text."""
+    there and those that came with it; offered: the tools, by the names that the model has for them."""
 
     model: str
     request: Request
     body: dict[str, Any]
-    customs: set[str]
+    offered: dict[str, Offered]
     shelf: Shelf
     scope: str
     before: list[Item]
@@ -493,7 +534,9 @@ class ResponseWriter:
     # --- items
 
     def call(self, name: str, arguments: str = "") -> Writing:
-        return Writing("custom_tool_call" if name in self.customs else "function_call", arguments, name)
+        tool = self.offered.get(name, Offered(name))
+        kind = "custom_tool_call" if tool.is_custom else "function_call"
+        return Writing(kind, arguments, tool.name, tool.namespace)
 
     def opened(self, item: Writing) -> Iterator[str]:
         yield from self.closed()
@@ -555,7 +598,8 @@ class ResponseWriter:
         if item.kind == "message":
             return head | {"role": "assistant", "content": parts}
         if item.kind in SAID:
-            return head | {"call_id": item.call_id, "name": item.name, SAID[item.kind]: item.text}
+            place = {} if item.namespace is None else {"namespace": item.namespace}
+            return head | {"call_id": item.call_id, "name": item.name, SAID[item.kind]: item.text} | place
         seal = sealed(item.said) if self.seals and parts else None
         summary, content = (parts, []) if self.summarized else ([], parts)
         return head | {"summary": summary, "content": content, "encrypted_content": seal}

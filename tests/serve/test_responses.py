@@ -101,7 +101,7 @@ def test_custom_tools_are_functions_of_one_text() -> None:
 
 def test_tools_that_others_run_are_skipped() -> None:
     others: list[dict[str, Any]] = [
-        {"type": "web_search"}, {"type": "namespace", "name": "mcp__x", "tools": [TOOL]}, {"type": "local_shell"},
+        {"type": "web_search"}, {"type": "namespace", "name": "mcp__x", "tools": []}, {"type": "local_shell"},
     ]  # fmt: skip
     tools = asked(tools=[*others, TOOL]).tools
     assert tools is not None and [tool["function"]["name"] for tool in tools] == ["get_weather"]
@@ -169,6 +169,46 @@ def test_options() -> None:
     assert asked(text={"format": {"type": "json_object"}}).response_format == "json"
     assert asked(text={"format": {"type": "text"}, "verbosity": "low"}).response_format is None
     assert asked().max_tokens is None
+
+
+@pytest.mark.parametrize("name", ["mcp__x", "mcp__x__"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_tools_of_a_namespace_are_called_by_it(name: str, streams: bool) -> None:
+    """As Codex has those of MCP servers: a call without its namespace is no tool's to it."""
+    group = {"type": "namespace", "name": name, "description": "Of x.", "tools": [TOOL, PATCH]}
+    ask, writer = parsed(tools=[TOOL, group])
+    assert [tool["function"]["name"] for tool in ask.tools or ()] == [
+        "get_weather", "mcp__x__get_weather", "mcp__x__apply_patch",
+    ]  # fmt: skip
+    arguments: list[dict[str, Any]] = [{"city": "Paris"}, {"city": "Rome"}, {"input": "x"}]
+    calls = list(zip(["get_weather", "mcp__x__get_weather", "mcp__x__apply_patch"], arguments, strict=True))
+    parts = [
+        called(n, *part) for n, (tool, told) in enumerate(calls) for part in ((tool, ""), (None, json.dumps(told)))
+    ]
+    events = streamed(writer, [*parts, last("stop", calls)])
+    response = events[-1]["response"] if streams else whole(writer, [last("stop", calls)])
+    told = [(item["type"], item["name"], item.get("namespace")) for item in response["output"]]
+    assert told == [
+        ("function_call", "get_weather", None), ("function_call", "get_weather", name),
+        ("custom_tool_call", "apply_patch", name),
+    ]  # fmt: skip
+    found = messages(HELLO, *response["output"])[1]["tool_calls"]
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in found] == calls
+
+
+def test_tools_that_come_with_the_input_stand_among_the_others() -> None:
+    """Codex's tools may: once, before all that is said."""
+    group = {"type": "namespace", "name": "functions", "description": "", "tools": [PATCH]}
+    more = {"type": "additional_tools", "role": "developer", "tools": [group]}
+    api = Responses("gemma", Shelf())
+    ask, writer = parsed(api, input=[more, HELLO], tools=[TOOL])
+    names = ["get_weather", "functions__apply_patch"]
+    assert ask.messages == [HELLO] and [tool["function"]["name"] for tool in ask.tools or ()] == names
+    response = whole(writer, [said("Hi"), last()])
+    again = parsed(api, tools=[TOOL], previous_response_id=response["id"])[0]
+    assert [tool["function"]["name"] for tool in again.tools or ()] == names
+    assert refusal(input=[{"type": "additional_tools"}, HELLO]).field == "input[0].tools"
+    assert refusal(input=[more | {"tools": [{"type": "function"}]}, HELLO]).field == "input[0].tools[0].name"
 
 
 @pytest.mark.parametrize(
