@@ -90,6 +90,7 @@ class Call(Body):
 
 class FunctionCall(Call):
     arguments: str
+    status: str | None = None
 
 
 class CustomCall(Call):
@@ -173,10 +174,7 @@ def add_item(turns: Turns, item: Any, where: str) -> None:
         told = [part.text for part in thought.content or ()] or [unsealed(thought.encrypted_content or "")]
         turns.think("\n".join(told if any(told) else [part.text for part in thought.summary or ()]))
     elif kind == "function_call":
-        call = checked(FunctionCall, item, where)
-        turns.call(
-            call.call_id, joined_name(call.namespace, call.name), arguments_of(call.arguments, f"{where}.arguments")
-        )
+        add_call(turns, checked(FunctionCall, item, where), f"{where}.arguments")
     elif kind == "custom_tool_call":
         custom = checked(CustomCall, item, where)
         turns.call(custom.call_id, joined_name(custom.namespace, custom.name), {"input": custom.input})
@@ -201,14 +199,15 @@ def add_message(turns: Turns, message: Message, where: str) -> None:
         turns.add("system", parts)
 
 
-def arguments_of(given: str, where: str) -> dict[str, Any]:
+def add_call(turns: Turns, call: FunctionCall, where: str) -> None:
     try:
-        arguments = json.loads(given) if given.strip() else {}
+        arguments = json.loads(call.arguments) if call.arguments.strip() else {}
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        raise Refused(f"{where} is {shown(given)}; expected a JSON object", field=where)
-    return arguments
+    if isinstance(arguments, dict):
+        turns.call(call.call_id, joined_name(call.namespace, call.name), arguments)
+    elif call.status != "incomplete":  # one that was cut has never been made
+        raise Refused(f"{where} is {shown(call.arguments)}; expected a JSON object", field=where)
 
 
 def parts_of(content: list[Any], where: str) -> list[Part]:

@@ -347,6 +347,17 @@ def test_a_reply_that_was_cut_is_incomplete(reason: str) -> None:
     assert streamed(parsed(tools=[PATCH])[1], cut)[-1]["response"]["output"][0]["input"] == "x}"
 
 
+def test_a_reply_that_was_cut_in_a_call_can_be_gone_on_from() -> None:
+    api = Responses("gemma", Shelf())
+    cut = [said("I ask."), called(0, "get_weather", ""), called(0, None, '{"city": "Pa'), last("length")]
+    response = streamed(parsed(api, tools=[TOOL])[1], cut)[-1]["response"]
+    assert response["output"][1]["arguments"] == '{"city": "Pa'
+    ask, _ = parsed(api, previous_response_id=response["id"], input="Go on.")
+    expected = [HELLO, {"role": "assistant", "content": "I ask."}, {"role": "user", "content": "Go on."}]
+    assert ask.messages == expected == messages(HELLO, *response["output"], HELLO | {"content": "Go on."})
+    assert refusal(input=[HELLO, CALL | {"arguments": '{"city": "Pa'}]).field == "input[1].arguments"
+
+
 def test_a_ping_is_an_event_and_a_failure_names_its_code() -> None:
     writer = parsed()[1]
     created, again = writer.ping().split("\n\n")[:2]  # a stream may begin with one, while a prompt is prepared
