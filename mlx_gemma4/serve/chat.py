@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,15 @@ class StreamOptions(Body):
 class Thinking(Body):
     type: str | None = None
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class Allowed(Body):
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+
+class AllowedTools(Body):
+    allowed_tools: Allowed
 
 
 class TemplateOptions(Body):
@@ -136,6 +145,16 @@ def file_of(file: Any, where: str) -> Part:
     return file_part(file.get("filename"), file["file_data"], f"{where}.file_data")
 
 
+def chosen(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """tool_choice in our words, and the tools that it leaves."""
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = checked(AllowedTools, choice, "tool_choice").allowed_tools
+        names = [tool_choice(tool) for tool in allowed.tools]
+        tools = [tool for tool in tools if tool_choice(tool) in names]
+        choice = allowed.mode
+    return choice_of(choice, tools), tools
+
+
 def choice_of(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> str:
     """tool_choice in our words; ValueError for a name that no tool has comes with the tools."""
     if choice is None or choice in ("auto", "none"):
@@ -161,12 +180,13 @@ def thinking_of(request: Request) -> tuple[bool | None, int | None]:
 
 def asked(request: Request) -> Ask:
     tools = [tool for tool in request.tools or () if tool.get("type", "function") == "function"]  # ours to call
+    choice, tools = chosen(request.tool_choice, tools)
     thinking, budget = thinking_of(request)
     options = request.chat_template_kwargs or TemplateOptions()
     return Ask(
         messages=conversation(request.messages),
         tools=tools or None,
-        tool_choice=choice_of(request.tool_choice, tools),
+        tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         response_format=request.response_format,
         thinking=thinking,

@@ -142,6 +142,23 @@ def test_tool_choice_binds(client: Any) -> None:
     assert not none.choices[0].message.tool_calls
 
 
+def test_allowed_tools_leave_the_others_out(client: Any) -> None:
+    other = {"type": "function", "function": {"name": "roll_dice", "parameters": {"type": "object", "properties": {}}}}
+
+    def allowed(mode: str) -> dict[str, Any]:
+        named = {"type": "function", "function": {"name": "get_weather"}}
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
+
+    more: dict[str, Any] = {"max_tokens": 60, "tools": [other, WEATHER]}
+    reply = ask(client, SUM, tool_choice=allowed("required"), **more)
+    assert {call.function.name for call in reply.choices[0].message.tool_calls} == {"get_weather"}
+    free = ask(client, SUM, tool_choice=allowed("auto"), **more)
+    assert free.usage.prompt_tokens == ask(client, SUM, tools=[WEATHER]).usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError) as found:
+        ask(client, SUM, tool_choice=allowed("often"), **more)
+    assert found.value.param == "tool_choice.allowed_tools.mode"
+
+
 def test_an_answer_is_parsed_into_a_model(client: Any) -> None:
     class Answer(BaseModel):
         kind: Literal["sum", "product"]
