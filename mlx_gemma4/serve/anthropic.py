@@ -61,7 +61,7 @@ class Output(Body):
 class Request(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     system: Blocks | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: the prompt is read for those that follow
     stop_sequences: list[Name] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -225,7 +225,7 @@ def test_a_reply_that_was_begun_is_gone_on_with() -> None:
         ("messages[1].content[0].thinking", {"messages": [*HELLO, assistant({"type": "thinking"}), *HELLO]}),
         ("messages", {"messages": [*HELLO, assistant(CALL)]}),
         ("system[0].type", {"system": [{"type": "image"}]}),
-        ("max_tokens", {"max_tokens": 0}),
+        ("max_tokens", {"max_tokens": -1}),
         ("max_tokens", {"max_tokens": True}),
         ("temperature", {"temperature": "hot"}),
         ("stop_sequences[0]", {"stop_sequences": [""]}),

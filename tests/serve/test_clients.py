@@ -81,6 +81,15 @@ def test_anthropic_answers_and_counts(claude: Any) -> None:
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 2)
 
 
+@pytest.mark.parametrize("word", ["cat", "dog"])
+def test_anthropic_has_a_prompt_read_before_it_is_needed(claude: Any, word: str) -> None:
+    messages = [{"role": "user", "content": f"Before it is needed: spell the word {word}."}]
+    read = claude.messages.create(model="x", max_tokens=0, messages=messages, **GREEDY)
+    assert (read.content, read.stop_reason, read.usage.output_tokens) == ([], "max_tokens", 0)
+    message = claude.messages.create(model="x", max_tokens=5, messages=messages, **GREEDY)
+    assert message.usage.cache_read_input_tokens > 5 * message.usage.input_tokens
+
+
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "enabled", "budget_tokens": 1024}])
 def test_anthropic_calls_a_tool(claude: Any, streams: bool, thinking: dict[str, Any]) -> None:

@@ -244,6 +244,7 @@ def test_a_prompts_own_tokens_are_scored(client: Any, server: Running, limit: in
     assert all(value < 0 for value in scores.token_logprobs) and len(scores.tokens) == len(scores.text_offset)
     assert all(map(lambda top, own: max(top.values()) >= own, scores.top_logprobs, scores.token_logprobs))
     assert (choice.text == "The ball is red") == (limit == 0)
+    assert (reply.usage.completion_tokens, choice.finish_reason) == (limit, "length")
 
 
 def test_a_text_that_ends_is_scored_to_its_end(client: Any) -> None:
