@@ -103,6 +103,8 @@ class Request(Drawn):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     thinking: Thinking | None = None
@@ -179,6 +181,10 @@ def thinking_of(request: Request) -> tuple[bool | None, int | None]:
 
 
 def asked(request: Request) -> Ask:
+    if request.functions:  # unheard, they would never be called
+        raise Refused("functions is not empty; expected none, and tools in their place", field="functions")
+    if "audio" in (request.modalities or ()):
+        raise Refused("modalities has audio; expected text alone", field="modalities")
     tools = [tool for tool in request.tools or () if tool.get("type", "function") == "function"]  # ours to call
     choice, tools = chosen(request.tool_choice, tools)
     thinking, budget = thinking_of(request)

@@ -303,6 +303,8 @@ def test_models_say_how_long_their_context_is(client: Any) -> None:
         ({"stream": "yes"}, "stream"),
         ({"stop": 5}, None),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"functions": [WEATHER["function"]], "function_call": "auto"}, "functions"),
+        ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "modalities"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_its_name(client: Any, more: dict[str, Any], field: str | None) -> None:
@@ -313,7 +315,15 @@ def test_what_cannot_be_done_is_refused_by_its_name(client: Any, more: dict[str,
 
 
 def test_what_is_unknown_and_harmless_is_ignored(client: Any) -> None:
-    odd = {"store": True, "metadata": {"a": "b"}, "verbosity": "low", "service_tier": "auto", "unknown": [1]}
+    odd = {
+        "functions": [],
+        "modalities": ["text"],
+        "store": True,
+        "metadata": {"a": "b"},
+        "verbosity": "low",
+        "service_tier": "auto",
+        "unknown": [1],
+    }
     part = {"type": "hologram", "hologram": "what is 3 + 4?"}
     tool = {"type": "web_search"}
     assert ask(client, [*user("Hello", part)], extra_body=odd, max_tokens=5, tools=[tool]).choices[0].message.content
