@@ -21,7 +21,7 @@ MOST_CHOICES = 16
 DONE = "data: [DONE]\n\n"
 PING = ": ping\n"  # not two line breaks, at which some clients look for an event
 
-TokenText = Callable[[int], str]
+TokenBytes = Callable[[int], bytes]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -220,10 +220,10 @@ def error_body(refused: Refused) -> dict[str, Any]:
 
 
 class OpenAI:
-    """model: the name that stands in replies, whatever name was asked for. token_text: what a token stands for."""
+    """model: the name that stands in replies, whatever name was asked for. token_bytes: what a token stands for."""
 
-    def __init__(self, model: str, token_text: TokenText):
-        self.model, self.token_text = model, token_text
+    def __init__(self, model: str, token_bytes: TokenBytes):
+        self.model, self.token_bytes = model, token_bytes
 
     def error(self, refused: Refused) -> dict[str, Any]:
         return error_body(refused)
@@ -233,12 +233,15 @@ class OpenAIWriter:
     """Of chat or text completions; kind: of the object that a chunk is."""
 
     def __init__(self, dialect: OpenAI, request: Drawn, prefix: str, kind: str):
-        self.token_text, self.request, self.kind = dialect.token_text, request, kind
+        self.token_bytes, self.request, self.kind = dialect.token_bytes, request, kind
         self.head = {"id": new_id(prefix), "created": int(time.time()), "model": dialect.model}
         self.stats: list[Stats] = []
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return event(self.head | {"object": self.kind, "choices": choices} | more)
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="replace")
 
     def end(self) -> Iterator[str]:
         if self.request.include_usage:
@@ -301,8 +304,7 @@ class ChatWriter(OpenAIWriter):
         return {"content": content, "refusal": None}
 
     def token(self, index: int, logprob: float) -> dict[str, Any]:
-        said = self.token_text(index)
-        return {"token": said, "logprob": logprob, "bytes": list(said.encode())}
+        return {"token": self.token_text(index), "logprob": logprob, "bytes": list(self.token_bytes(index))}
 
 
 def thought(said: str) -> dict[str, str]:

@@ -218,6 +218,18 @@ def test_each_token_tells_how_likely_it_was(client: Any, streams: bool) -> None:
     assert all(entry.top_logprobs[0].token == entry.token for entry in content)
 
 
+def test_the_bytes_of_tokens_add_up_to_their_text(client: Any, server: Running) -> None:
+    tokenizer = server.resident.processor.tokenizer
+    for character in ("é", "🙂"):
+        ids = tokenizer.encode(character, add_special_tokens=False).ids
+        assert len(ids) > 1
+        said = b""
+        for token in ids:  # each is made the next by its bias
+            reply = ask(client, SUM, logit_bias={str(token): 100}, logprobs=True, max_tokens=1)
+            said += bytes(reply.choices[0].logprobs.content[0].bytes)
+        assert said.decode() == character
+
+
 def test_a_biased_token_is_left_out(client: Any, server: Running) -> None:
     (seven,) = server.resident.processor.tokenizer.encode("7", add_special_tokens=False).ids
     assert "7" not in ask(client, SUM, logit_bias={str(seven): -100}).choices[0].message.content
