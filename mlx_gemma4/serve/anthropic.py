@@ -73,6 +73,7 @@ class Request(Body):
     output_config: Output | None = None
     output_format: Format | None = None
     mcp_servers: list[Any] | None = None
+    thread: dict[str, Any] | None = None
 
 
 class TextBlock(Body):
@@ -250,6 +251,9 @@ def asked(body: dict[str, Any]) -> tuple[Ask, Request]:
     request = checked(Request, body)
     if request.mcp_servers:
         raise Refused("mcp_servers is not empty; expected none: this server calls no others", field="mcp_servers")
+    if request.thread is not None:  # by this code clients know that they are to send all that was said, as before
+        message = "thread is given; expected the whole conversation: this server keeps none"
+        raise Refused(message, field="thread", code="thread_unsupported_request")
     turns = conversation(request)
     tools = functions(request.tools or [])
     output = request.output_config or Output()
@@ -398,7 +402,8 @@ def told(kind: str, fields: dict[str, Any] | None = None) -> str:
 
 
 def error_of(refused: Refused) -> dict[str, Any]:
-    return {"error": {"type": ERRORS.get(refused.status, "api_error"), "message": refused.message}}
+    details = {} if refused.code is None else {"details": {"error_code": refused.code}}
+    return {"error": {"type": ERRORS.get(refused.status, "api_error"), "message": refused.message} | details}
 
 
 def call_block(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,28 @@ def test_anthropic_calls_a_tool(claude: Any, streams: bool, thinking: dict[str, 
     assert second.usage.cache_read_input_tokens > second.usage.input_tokens
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_anthropic_runs_tools_itself(claude: Any, streams: bool) -> None:
+    import anthropic
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the current weather in a city."""
+        return weather(city)
+
+    runner = claude.beta.messages.tool_runner(
+        model="x",
+        max_tokens=100,
+        tools=[get_weather],
+        messages=[{"role": "user", "content": PARIS}],
+        stream=streams,
+        **GREEDY,
+    )
+    replies = [step.get_final_message() if streams else step for step in runner]
+    assert [reply.stop_reason for reply in replies] == ["tool_use", "end_turn"]
+    assert replies[-1].content[-1].text == "It is sunny and 21 degrees in Paris."
+
+
 def test_anthropic_streams_text(claude: Any) -> None:
     messages = [{"role": "user", "content": "Count from 1 to 5."}]
     with claude.messages.stream(model="x", max_tokens=100, messages=messages, **GREEDY) as stream:
