@@ -144,9 +144,10 @@ def add_system(turns: Turns, blocks: list[Any], where: str) -> None:
     parts: list[Part] = []
     for place, block in enumerate(blocks):
         here = f"{where}[{place}]"
-        if kind_of(block, here) != "text":
-            raise Refused(f"{here}.type is {shown(block['type'])}; expected text")
-        told = checked(TextBlock, block, here).text
+        kind = kind_of(block, here)
+        if kind in ("image", "document"):
+            raise Refused(f"{here}.type is {shown(kind)}; expected text")
+        told = checked(TextBlock, block, here).text if kind == "text" else as_text(block)["text"]
         told = told.partition("\n")[2] if told.startswith(BILLING) else told
         parts += [text(told)] if told else []
     if parts:
