@@ -415,7 +415,9 @@ class Responses:
 
     def referred(self, scope: str, item: Any, where: str) -> Any:
         """The item that a reference names, or the item itself."""
-        if isinstance(item, dict) and item.get("type") == "item_reference":
+        if not isinstance(item, dict):
+            return item
+        if item.get("type") == "item_reference" or (item.get("type") is None and item.keys() <= {"id", "type"}):
             return self.shelf.item(scope, checked(Reference, item, where).id, f"{where}.id")
         return item
 

@@ -308,7 +308,8 @@ def test_a_whole_reply_and_what_is_gone_on_from_it() -> None:
     ask, _ = parsed(api, input="Thanks", previous_response_id=second["id"])
     assert [message["content"] for message in ask.messages or ()] == ["Hello", "Wait.", "9:00", "9", "Thanks"]
     reference = {"type": "item_reference", "id": first["output"][1]["id"]}
-    assert parsed(api, input=[HELLO, reference, HELLO])[0].messages[1]["content"] == "Wait."  # type: ignore[index]
+    for named in (reference, {"id": reference["id"]}, reference | {"type": None}):  # the type may be left out
+        assert parsed(api, input=[HELLO, named, HELLO])[0].messages[1]["content"] == "Wait."  # type: ignore[index]
 
 
 def test_what_is_not_kept_is_not_found() -> None:
