@@ -61,7 +61,7 @@ class Output(Body):
 class Request(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     system: Blocks | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: the prompt is read for those that follow
     stop_sequences: list[Name] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -73,6 +73,7 @@ class Request(Body):
     output_config: Output | None = None
     output_format: Format | None = None
     mcp_servers: list[Any] | None = None
+    thread: dict[str, Any] | None = None
 
 
 class TextBlock(Body):
@@ -143,9 +144,10 @@ def add_system(turns: Turns, blocks: list[Any], where: str) -> None:
     parts: list[Part] = []
     for place, block in enumerate(blocks):
         here = f"{where}[{place}]"
-        if kind_of(block, here) != "text":
-            raise Refused(f"{here}.type is {shown(block['type'])}; expected text")
-        told = checked(TextBlock, block, here).text
+        kind = kind_of(block, here)
+        if kind in ("image", "document"):
+            raise Refused(f"{here}.type is {shown(kind)}; expected text")
+        told = checked(TextBlock, block, here).text if kind == "text" else as_text(block)["text"]
         told = told.partition("\n")[2] if told.startswith(BILLING) else told
         parts += [text(told)] if told else []
     if parts:
@@ -250,6 +252,9 @@ def asked(body: dict[str, Any]) -> tuple[Ask, Request]:
     request = checked(Request, body)
     if request.mcp_servers:
         raise Refused("mcp_servers is not empty; expected none: this server calls no others", field="mcp_servers")
+    if request.thread is not None:  # by this code clients know that they are to send all that was said, as before
+        message = "thread is given; expected the whole conversation: this server keeps none"
+        raise Refused(message, field="thread", code="thread_unsupported_request")
     turns = conversation(request)
     tools = functions(request.tools or [])
     output = request.output_config or Output()
@@ -398,7 +403,8 @@ def told(kind: str, fields: dict[str, Any] | None = None) -> str:
 
 
 def error_of(refused: Refused) -> dict[str, Any]:
-    return {"error": {"type": ERRORS.get(refused.status, "api_error"), "message": refused.message}}
+    details = {} if refused.code is None else {"details": {"error_code": refused.code}}
+    return {"error": {"type": ERRORS.get(refused.status, "api_error"), "message": refused.message} | details}
 
 
 def call_block(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

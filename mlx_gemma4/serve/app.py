@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,7 @@ READ = ("GET", "HEAD")
 OPEN = ("", "api/hello", "health", "ready")  # to be read without a key
 TRANSCRIPTIONS = "audio/transcriptions"
 COUNT = "messages/count_tokens"
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of the tokenizer's byte fallback
 LARGE = 2**17  # bytes of a body that a thread of its own makes sense of
 LEFT = 499  # the status of a client that did not wait, as nginx has it
 
@@ -61,15 +63,18 @@ class App:
         """By path, for a model of this name."""
         anthropic = Anthropic(name)
         return {
-            "chat/completions": Chat(name, self.token_text),
-            "completions": Completions(name, self.token_text),
+            "chat/completions": Chat(name, self.token_bytes),
+            "completions": Completions(name, self.token_bytes),
             "responses": Responses(name, shelf),
             "messages": anthropic,
             COUNT: anthropic,
         }
 
-    def token_text(self, token: int) -> str:
-        return self.resident.processor.tokenizer.decode([token], skip_special_tokens=False)
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for: text, or one byte of a character that takes several tokens."""
+        tokenizer = self.resident.processor.tokenizer
+        byte = BYTE.fullmatch(tokenizer.id_to_token(token) or "")
+        return bytes.fromhex(byte[1]) if byte else tokenizer.decode([token], skip_special_tokens=False).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

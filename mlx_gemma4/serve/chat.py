@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ MOST_CHOICES = 16
 DONE = "data: [DONE]\n\n"
 PING = ": ping\n"  # not two line breaks, at which some clients look for an event
 
-TokenText = Callable[[int], str]
+TokenBytes = Callable[[int], bytes]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -35,6 +35,15 @@ class StreamOptions(Body):
 class Thinking(Body):
     type: str | None = None
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class Allowed(Body):
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+
+class AllowedTools(Body):
+    allowed_tools: Allowed
 
 
 class TemplateOptions(Body):
@@ -94,6 +103,8 @@ class Request(Drawn):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     thinking: Thinking | None = None
@@ -136,6 +147,16 @@ def file_of(file: Any, where: str) -> Part:
     return file_part(file.get("filename"), file["file_data"], f"{where}.file_data")
 
 
+def chosen(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """tool_choice in our words, and the tools that it leaves."""
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = checked(AllowedTools, choice, "tool_choice").allowed_tools
+        names = [tool_choice(tool) for tool in allowed.tools]
+        tools = [tool for tool in tools if tool_choice(tool) in names]
+        choice = allowed.mode
+    return choice_of(choice, tools), tools
+
+
 def choice_of(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> str:
     """tool_choice in our words; ValueError for a name that no tool has comes with the tools."""
     if choice is None or choice in ("auto", "none"):
@@ -160,13 +181,18 @@ def thinking_of(request: Request) -> tuple[bool | None, int | None]:
 
 
 def asked(request: Request) -> Ask:
+    if request.functions:  # unheard, they would never be called
+        raise Refused("functions is not empty; expected none, and tools in their place", field="functions")
+    if "audio" in (request.modalities or ()):
+        raise Refused("modalities has audio; expected text alone", field="modalities")
     tools = [tool for tool in request.tools or () if tool.get("type", "function") == "function"]  # ours to call
+    choice, tools = chosen(request.tool_choice, tools)
     thinking, budget = thinking_of(request)
     options = request.chat_template_kwargs or TemplateOptions()
     return Ask(
         messages=conversation(request.messages),
         tools=tools or None,
-        tool_choice=choice_of(request.tool_choice, tools),
+        tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         response_format=request.response_format,
         thinking=thinking,
@@ -194,10 +220,10 @@ def error_body(refused: Refused) -> dict[str, Any]:
 
 
 class OpenAI:
-    """model: the name that stands in replies, whatever name was asked for. token_text: what a token stands for."""
+    """model: the name that stands in replies, whatever name was asked for. token_bytes: what a token stands for."""
 
-    def __init__(self, model: str, token_text: TokenText):
-        self.model, self.token_text = model, token_text
+    def __init__(self, model: str, token_bytes: TokenBytes):
+        self.model, self.token_bytes = model, token_bytes
 
     def error(self, refused: Refused) -> dict[str, Any]:
         return error_body(refused)
@@ -207,12 +233,15 @@ class OpenAIWriter:
     """Of chat or text completions; kind: of the object that a chunk is."""
 
     def __init__(self, dialect: OpenAI, request: Drawn, prefix: str, kind: str):
-        self.token_text, self.request, self.kind = dialect.token_text, request, kind
+        self.token_bytes, self.request, self.kind = dialect.token_bytes, request, kind
         self.head = {"id": new_id(prefix), "created": int(time.time()), "model": dialect.model}
         self.stats: list[Stats] = []
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return event(self.head | {"object": self.kind, "choices": choices} | more)
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode(errors="replace")
 
     def end(self) -> Iterator[str]:
         if self.request.include_usage:
@@ -275,8 +304,7 @@ class ChatWriter(OpenAIWriter):
         return {"content": content, "refusal": None}
 
     def token(self, index: int, logprob: float) -> dict[str, Any]:
-        said = self.token_text(index)
-        return {"token": said, "logprob": logprob, "bytes": list(said.encode())}
+        return {"token": self.token_text(index), "logprob": logprob, "bytes": list(self.token_bytes(index))}
 
 
 def thought(said: str) -> dict[str, str]:

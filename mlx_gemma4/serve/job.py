@@ -163,12 +163,13 @@ class Job:
         """begun: what has been taken of it."""
         try:
             for piece in chain(begun, stream):
-                if self.ask.max_tokens == 0:  # the prompt alone is asked for, but no reply has no token
-                    piece = replace(piece, text="", token_ids=[], logprobs=None)
+                if piece.stats is not None:
+                    self.metrics.count(piece.stats)
+                if self.ask.max_tokens == 0:
+                    piece = untold(piece)
                 elif self.ask.echo and piece.end is not None:  # who scores texts counts all tokens, and drops the last
                     piece = replace(piece, logprobs=[piece.end])
                 if piece.stats is not None:
-                    self.metrics.count(piece.stats)
                     piece = without_cut_call(piece)
                 self.put((choice, piece))
         except Exception as error:  # the others of the request's replies go on
@@ -195,6 +196,15 @@ def prompts(ask: Ask, resident: Resident) -> Iterator[tuple[Prompt, int]]:
         begin = processor.control.ids[processor.bos_token]
         added = [] if ids[:1] == [begin] else [begin]  # without it the model reads no text as text
         yield Prompt(added + ids), len(added)
+
+
+def untold(piece: Piece) -> Piece:
+    """What a client has of it who asks for the prompt alone: no reply has no token, but he is not told of it."""
+    told = Piece("", "", [])
+    if piece.stats is None:
+        return told
+    stats = replace(piece.stats, generation_tokens=0, thinking_tokens=0)
+    return replace(told, finish_reason="length", tool_calls=[], stats=stats)
 
 
 def without_cut_call(last: Piece) -> Piece:

@@ -85,10 +85,12 @@ class Message(Body):
 class Call(Body):
     call_id: Name
     name: Name
+    namespace: Name | None = None
 
 
 class FunctionCall(Call):
     arguments: str
+    status: str | None = None
 
 
 class CustomCall(Call):
@@ -132,6 +134,14 @@ class File(Body):
     filename: str | None = None
 
 
+class MoreTools(Body):
+    tools: list[dict[str, Any]]
+
+
+class Namespace(MoreTools):
+    name: Name
+
+
 class Function(Body):
     name: Name
     description: str | None = None
@@ -164,15 +174,14 @@ def add_item(turns: Turns, item: Any, where: str) -> None:
         told = [part.text for part in thought.content or ()] or [unsealed(thought.encrypted_content or "")]
         turns.think("\n".join(told if any(told) else [part.text for part in thought.summary or ()]))
     elif kind == "function_call":
-        call = checked(FunctionCall, item, where)
-        turns.call(call.call_id, call.name, arguments_of(call.arguments, f"{where}.arguments"))
+        add_call(turns, checked(FunctionCall, item, where), f"{where}.arguments")
     elif kind == "custom_tool_call":
         custom = checked(CustomCall, item, where)
-        turns.call(custom.call_id, custom.name, {"input": custom.input})
+        turns.call(custom.call_id, joined_name(custom.namespace, custom.name), {"input": custom.input})
     elif kind in ("function_call_output", "custom_tool_call_output"):
         output = checked(Output, item, where)
         turns.result(output.call_id, parts_of(output.output, f"{where}.output"), f"{where}.call_id")
-    else:
+    elif kind != "additional_tools":  # these stand among the others
         turns.add("user", [as_text(item)])
 
 
@@ -190,14 +199,15 @@ def add_message(turns: Turns, message: Message, where: str) -> None:
         turns.add("system", parts)
 
 
-def arguments_of(given: str, where: str) -> dict[str, Any]:
+def add_call(turns: Turns, call: FunctionCall, where: str) -> None:
     try:
-        arguments = json.loads(given) if given.strip() else {}
+        arguments = json.loads(call.arguments) if call.arguments.strip() else {}
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        raise Refused(f"{where} is {shown(given)}; expected a JSON object", field=where)
-    return arguments
+    if isinstance(arguments, dict):
+        turns.call(call.call_id, joined_name(call.namespace, call.name), arguments)
+    elif call.status != "incomplete":  # one that was cut has never been made
+        raise Refused(f"{where} is {shown(call.arguments)}; expected a JSON object", field=where)
 
 
 def parts_of(content: list[Any], where: str) -> list[Part]:
@@ -228,21 +238,45 @@ def file_of(file: File, where: str) -> Part:
     return file_part(file.filename, file.file_data, f"{where}.file_data")
 
 
-def declared(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
-    """Functions, and which of them stand for tools that take any text. Tools of other kinds, such as web_search, are
-    their servers' or clients' own to run."""
-    functions, customs = [], set[str]()
+@dataclass(frozen=True)
+class Offered:
+    """What a client calls a tool, and whether that one takes any text."""
+
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False
+
+
+def declared(
+    tools: list[dict[str, Any]], where: str = "tools", namespace: str | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Offered]]:
+    """Functions, and by the name that each has there what it is to the client. Tools of other kinds, such as
+    web_search, are their servers' or clients' own to run."""
+    functions, offered = list[dict[str, Any]](), dict[str, Offered]()
     for n, tool in enumerate(tools):
-        where = f"tools[{n}]"
-        if tool.get("type") == "function":
-            told = checked(Function, tool, where)
-            functions.append(function_tool(told.name, told.description, told.parameters or schema_of({})))
-        elif tool.get("type") == "custom":
-            custom = checked(Custom, tool, where)
-            parameters = schema_of({"input": input_of(custom)}) | {"required": ["input"]}
-            functions.append(function_tool(custom.name, custom.description, parameters))
-            customs.add(custom.name)
-    return functions, customs
+        kind, here = tool.get("type"), f"{where}[{n}]"
+        if kind == "namespace" and namespace is None:
+            group = checked(Namespace, tool, here)
+            inner, told = declared(group.tools, f"{here}.tools", group.name)
+            functions += inner
+            offered |= told
+        elif kind in ("function", "custom"):
+            own = checked(Function, tool, here) if kind == "function" else checked(Custom, tool, here)
+            name = joined_name(namespace, own.name)
+            functions.append(function_tool(name, own.description, parameters_of(own)))
+            offered[name] = Offered(own.name, namespace, kind == "custom")
+    return functions, offered
+
+
+def joined_name(namespace: str | None, name: str) -> str:
+    """How the model calls a tool of a namespace, such as Codex makes of each MCP server: mcp__files__read."""
+    return name if namespace is None else f"{namespace.removesuffix('__')}__{name}"
+
+
+def parameters_of(tool: "Function | Custom") -> dict[str, Any]:
+    if isinstance(tool, Function):
+        return tool.parameters or schema_of({})
+    return schema_of({"input": input_of(tool)}) | {"required": ["input"]}
 
 
 def schema_of(properties: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +387,12 @@ class Responses:
             add_item(turns, item, f"input[{max(n - len(before), 0)}]")
         if not turns.messages:
             raise Refused("input is empty; expected a text or items", field="input")
-        tools, customs = declared(request.tools or [])
+        tools, offered = declared(request.tools or [])
+        for n, item in enumerate([*before, *new]):
+            if isinstance(item, dict) and item.get("type") == "additional_tools":
+                where = f"input[{max(n - len(before), 0)}]"
+                more, told = declared(checked(MoreTools, item, where).tools, f"{where}.tools")
+                tools, offered = [*tools, *more], offered | told
         tool_choice, tools = chosen(request.tool_choice, tools)
         if LOGPROBS in (request.include or ()):
             raise Refused(f"include holds {LOGPROBS}; expected it in /v1/chat/completions", field="include")
@@ -372,11 +411,13 @@ class Responses:
             sampling=Sampling(temperature=request.temperature, top_p=request.top_p),
             stream=bool(request.stream),
         )
-        return ask, ResponseWriter(self.model, request, body, customs, self.shelf, scope, before, new)
+        return ask, ResponseWriter(self.model, request, body, offered, self.shelf, scope, before, new)
 
     def referred(self, scope: str, item: Any, where: str) -> Any:
         """The item that a reference names, or the item itself."""
-        if isinstance(item, dict) and item.get("type") == "item_reference":
+        if not isinstance(item, dict):
+            return item
+        if item.get("type") == "item_reference" or (item.get("type") is None and item.keys() <= {"id", "type"}):
             return self.shelf.item(scope, checked(Reference, item, where).id, f"{where}.id")
         return item
 
@@ -400,6 +441,7 @@ class Writing:
     kind: str
     said: str = ""
     name: str = ""
+    namespace: str | None = None
 
     def __post_init__(self) -> None:
         self.id, self.call_id = new_id(PREFIXES[self.kind]), new_id("call_")
@@ -415,12 +457,12 @@ class Writing:
 @dataclass
 class ResponseWriter:
     """body: the request as it came, of which a response repeats what was asked; before and new: the items that were
-    there and those that came with it; customs: the tools that take any text."""
+    there and those that came with it; offered: the tools, by the names that the model has for them."""
 
     model: str
     request: Request
     body: dict[str, Any]
-    customs: set[str]
+    offered: dict[str, Offered]
     shelf: Shelf
     scope: str
     before: list[Item]
@@ -493,7 +535,9 @@ class ResponseWriter:
     # --- items
 
     def call(self, name: str, arguments: str = "") -> Writing:
-        return Writing("custom_tool_call" if name in self.customs else "function_call", arguments, name)
+        tool = self.offered.get(name, Offered(name))
+        kind = "custom_tool_call" if tool.is_custom else "function_call"
+        return Writing(kind, arguments, tool.name, tool.namespace)
 
     def opened(self, item: Writing) -> Iterator[str]:
         yield from self.closed()
@@ -555,7 +599,8 @@ class ResponseWriter:
         if item.kind == "message":
             return head | {"role": "assistant", "content": parts}
         if item.kind in SAID:
-            return head | {"call_id": item.call_id, "name": item.name, SAID[item.kind]: item.text}
+            place = {} if item.namespace is None else {"namespace": item.namespace}
+            return head | {"call_id": item.call_id, "name": item.name, SAID[item.kind]: item.text} | place
         seal = sealed(item.said) if self.seals and parts else None
         summary, content = (parts, []) if self.summarized else ([], parts)
         return head | {"summary": summary, "content": content, "encrypted_content": seal}

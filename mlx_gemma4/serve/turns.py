@@ -62,9 +62,9 @@ def function_tool(name: str, description: str | None, parameters: dict[str, Any]
     return {"type": "function", "function": function}
 
 
-def as_text(block: Any) -> Part:
-    """A block of a kind that is not known."""
-    return text(json.dumps(block, ensure_ascii=False))
+def as_text(block: dict[str, Any]) -> Part:
+    """A block of a kind that is not known, without the mark of a cache, which clients move on with every turn."""
+    return text(json.dumps({key: value for key, value in block.items() if key != "cache_control"}, ensure_ascii=False))
 
 
 def file_part(name: str | None, data: str, where: str) -> Part:

@@ -126,6 +126,15 @@ def test_documents_are_pdfs_texts_or_blocks() -> None:
     assert messages(user(linked))[0]["content"][-1] == {"type": "pdf", "pdf": "https://x.test/a.pdf"}
 
 
+def test_what_becomes_text_has_no_marks_that_move_on() -> None:
+    block = {"type": "search_result", "source": "s", "title": "t", "content": []}
+    marked = block | {"cache_control": {"type": "ephemeral"}}
+    assert messages(user(block)) == messages(user(marked))
+    added = {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "x"}}
+    system = {"role": "system", "content": [added, {"type": "text", "text": "Now there is x."}]}
+    assert messages(*HELLO, system)[1]["content"] == f"{json.dumps(added)}\nNow there is x."
+
+
 def test_unknown_blocks_become_text() -> None:
     found = messages(user({"type": "search_result", "title": "é"}), assistant({"type": "server_tool_use", "id": "s"}))
     assert found[0]["content"] == '{"type": "search_result", "title": "é"}'
@@ -225,7 +234,7 @@ def test_a_reply_that_was_begun_is_gone_on_with() -> None:
         ("messages[1].content[0].thinking", {"messages": [*HELLO, assistant({"type": "thinking"}), *HELLO]}),
         ("messages", {"messages": [*HELLO, assistant(CALL)]}),
         ("system[0].type", {"system": [{"type": "image"}]}),
-        ("max_tokens", {"max_tokens": 0}),
+        ("max_tokens", {"max_tokens": -1}),
         ("max_tokens", {"max_tokens": True}),
         ("temperature", {"temperature": "hot"}),
         ("stop_sequences[0]", {"stop_sequences": [""]}),

@@ -81,6 +81,15 @@ def test_anthropic_answers_and_counts(claude: Any) -> None:
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 2)
 
 
+@pytest.mark.parametrize("word", ["cat", "dog"])
+def test_anthropic_has_a_prompt_read_before_it_is_needed(claude: Any, word: str) -> None:
+    messages = [{"role": "user", "content": f"Before it is needed: spell the word {word}."}]
+    read = claude.messages.create(model="x", max_tokens=0, messages=messages, **GREEDY)
+    assert (read.content, read.stop_reason, read.usage.output_tokens) == ([], "max_tokens", 0)
+    message = claude.messages.create(model="x", max_tokens=5, messages=messages, **GREEDY)
+    assert message.usage.cache_read_input_tokens > 5 * message.usage.input_tokens
+
+
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "enabled", "budget_tokens": 1024}])
 def test_anthropic_calls_a_tool(claude: Any, streams: bool, thinking: dict[str, Any]) -> None:
@@ -107,6 +116,28 @@ def test_anthropic_calls_a_tool(claude: Any, streams: bool, thinking: dict[str, 
     second = reply()
     assert second.content[-1].text == "It is sunny and 21 degrees in Paris." and second.stop_reason == "end_turn"
     assert second.usage.cache_read_input_tokens > second.usage.input_tokens
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_anthropic_runs_tools_itself(claude: Any, streams: bool) -> None:
+    import anthropic
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """Get the current weather in a city."""
+        return weather(city)
+
+    runner = claude.beta.messages.tool_runner(
+        model="x",
+        max_tokens=100,
+        tools=[get_weather],
+        messages=[{"role": "user", "content": PARIS}],
+        stream=streams,
+        **GREEDY,
+    )
+    replies = [step.get_final_message() if streams else step for step in runner]
+    assert [reply.stop_reason for reply in replies] == ["tool_use", "end_turn"]
+    assert replies[-1].content[-1].text == "It is sunny and 21 degrees in Paris."
 
 
 def test_anthropic_streams_text(claude: Any) -> None:

@@ -142,6 +142,23 @@ def test_tool_choice_binds(client: Any) -> None:
     assert not none.choices[0].message.tool_calls
 
 
+def test_allowed_tools_leave_the_others_out(client: Any) -> None:
+    other = {"type": "function", "function": {"name": "roll_dice", "parameters": {"type": "object", "properties": {}}}}
+
+    def allowed(mode: str) -> dict[str, Any]:
+        named = {"type": "function", "function": {"name": "get_weather"}}
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
+
+    more: dict[str, Any] = {"max_tokens": 60, "tools": [other, WEATHER]}
+    reply = ask(client, SUM, tool_choice=allowed("required"), **more)
+    assert {call.function.name for call in reply.choices[0].message.tool_calls} == {"get_weather"}
+    free = ask(client, SUM, tool_choice=allowed("auto"), **more)
+    assert free.usage.prompt_tokens == ask(client, SUM, tools=[WEATHER]).usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError) as found:
+        ask(client, SUM, tool_choice=allowed("often"), **more)
+    assert found.value.param == "tool_choice.allowed_tools.mode"
+
+
 def test_an_answer_is_parsed_into_a_model(client: Any) -> None:
     class Answer(BaseModel):
         kind: Literal["sum", "product"]
@@ -201,6 +218,18 @@ def test_each_token_tells_how_likely_it_was(client: Any, streams: bool) -> None:
     assert all(entry.top_logprobs[0].token == entry.token for entry in content)
 
 
+def test_the_bytes_of_tokens_add_up_to_their_text(client: Any, server: Running) -> None:
+    tokenizer = server.resident.processor.tokenizer
+    for character in ("é", "🙂"):
+        ids = tokenizer.encode(character, add_special_tokens=False).ids
+        assert len(ids) > 1
+        said = b""
+        for token in ids:  # each is made the next by its bias
+            reply = ask(client, SUM, logit_bias={str(token): 100}, logprobs=True, max_tokens=1)
+            said += bytes(reply.choices[0].logprobs.content[0].bytes)
+        assert said.decode() == character
+
+
 def test_a_biased_token_is_left_out(client: Any, server: Running) -> None:
     (seven,) = server.resident.processor.tokenizer.encode("7", add_special_tokens=False).ids
     assert "7" not in ask(client, SUM, logit_bias={str(seven): -100}).choices[0].message.content
@@ -227,6 +256,7 @@ def test_a_prompts_own_tokens_are_scored(client: Any, server: Running, limit: in
     assert all(value < 0 for value in scores.token_logprobs) and len(scores.tokens) == len(scores.text_offset)
     assert all(map(lambda top, own: max(top.values()) >= own, scores.top_logprobs, scores.token_logprobs))
     assert (choice.text == "The ball is red") == (limit == 0)
+    assert (reply.usage.completion_tokens, choice.finish_reason) == (limit, "length")
 
 
 def test_a_text_that_ends_is_scored_to_its_end(client: Any) -> None:
@@ -285,6 +315,8 @@ def test_models_say_how_long_their_context_is(client: Any) -> None:
         ({"stream": "yes"}, "stream"),
         ({"stop": 5}, None),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"functions": [WEATHER["function"]], "function_call": "auto"}, "functions"),
+        ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "modalities"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_its_name(client: Any, more: dict[str, Any], field: str | None) -> None:
@@ -295,7 +327,15 @@ def test_what_cannot_be_done_is_refused_by_its_name(client: Any, more: dict[str,
 
 
 def test_what_is_unknown_and_harmless_is_ignored(client: Any) -> None:
-    odd = {"store": True, "metadata": {"a": "b"}, "verbosity": "low", "service_tier": "auto", "unknown": [1]}
+    odd = {
+        "functions": [],
+        "modalities": ["text"],
+        "store": True,
+        "metadata": {"a": "b"},
+        "verbosity": "low",
+        "service_tier": "auto",
+        "unknown": [1],
+    }
     part = {"type": "hologram", "hologram": "what is 3 + 4?"}
     tool = {"type": "web_search"}
     assert ask(client, [*user("Hello", part)], extra_body=odd, max_tokens=5, tools=[tool]).choices[0].message.content

@@ -101,7 +101,7 @@ def test_custom_tools_are_functions_of_one_text() -> None:
 
 def test_tools_that_others_run_are_skipped() -> None:
     others: list[dict[str, Any]] = [
-        {"type": "web_search"}, {"type": "namespace", "name": "mcp__x", "tools": [TOOL]}, {"type": "local_shell"},
+        {"type": "web_search"}, {"type": "namespace", "name": "mcp__x", "tools": []}, {"type": "local_shell"},
     ]  # fmt: skip
     tools = asked(tools=[*others, TOOL]).tools
     assert tools is not None and [tool["function"]["name"] for tool in tools] == ["get_weather"]
@@ -169,6 +169,46 @@ def test_options() -> None:
     assert asked(text={"format": {"type": "json_object"}}).response_format == "json"
     assert asked(text={"format": {"type": "text"}, "verbosity": "low"}).response_format is None
     assert asked().max_tokens is None
+
+
+@pytest.mark.parametrize("name", ["mcp__x", "mcp__x__"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_tools_of_a_namespace_are_called_by_it(name: str, streams: bool) -> None:
+    """As Codex has those of MCP servers: a call without its namespace is no tool's to it."""
+    group = {"type": "namespace", "name": name, "description": "Of x.", "tools": [TOOL, PATCH]}
+    ask, writer = parsed(tools=[TOOL, group])
+    assert [tool["function"]["name"] for tool in ask.tools or ()] == [
+        "get_weather", "mcp__x__get_weather", "mcp__x__apply_patch",
+    ]  # fmt: skip
+    arguments: list[dict[str, Any]] = [{"city": "Paris"}, {"city": "Rome"}, {"input": "x"}]
+    calls = list(zip(["get_weather", "mcp__x__get_weather", "mcp__x__apply_patch"], arguments, strict=True))
+    parts = [
+        called(n, *part) for n, (tool, told) in enumerate(calls) for part in ((tool, ""), (None, json.dumps(told)))
+    ]
+    events = streamed(writer, [*parts, last("stop", calls)])
+    response = events[-1]["response"] if streams else whole(writer, [last("stop", calls)])
+    told = [(item["type"], item["name"], item.get("namespace")) for item in response["output"]]
+    assert told == [
+        ("function_call", "get_weather", None), ("function_call", "get_weather", name),
+        ("custom_tool_call", "apply_patch", name),
+    ]  # fmt: skip
+    found = messages(HELLO, *response["output"])[1]["tool_calls"]
+    assert [(call["function"]["name"], call["function"]["arguments"]) for call in found] == calls
+
+
+def test_tools_that_come_with_the_input_stand_among_the_others() -> None:
+    """Codex's tools may: once, before all that is said."""
+    group = {"type": "namespace", "name": "functions", "description": "", "tools": [PATCH]}
+    more = {"type": "additional_tools", "role": "developer", "tools": [group]}
+    api = Responses("gemma", Shelf())
+    ask, writer = parsed(api, input=[more, HELLO], tools=[TOOL])
+    names = ["get_weather", "functions__apply_patch"]
+    assert ask.messages == [HELLO] and [tool["function"]["name"] for tool in ask.tools or ()] == names
+    response = whole(writer, [said("Hi"), last()])
+    again = parsed(api, tools=[TOOL], previous_response_id=response["id"])[0]
+    assert [tool["function"]["name"] for tool in again.tools or ()] == names
+    assert refusal(input=[{"type": "additional_tools"}, HELLO]).field == "input[0].tools"
+    assert refusal(input=[more | {"tools": [{"type": "function"}]}, HELLO]).field == "input[0].tools[0].name"
 
 
 @pytest.mark.parametrize(
@@ -268,7 +308,8 @@ def test_a_whole_reply_and_what_is_gone_on_from_it() -> None:
     ask, _ = parsed(api, input="Thanks", previous_response_id=second["id"])
     assert [message["content"] for message in ask.messages or ()] == ["Hello", "Wait.", "9:00", "9", "Thanks"]
     reference = {"type": "item_reference", "id": first["output"][1]["id"]}
-    assert parsed(api, input=[HELLO, reference, HELLO])[0].messages[1]["content"] == "Wait."  # type: ignore[index]
+    for named in (reference, {"id": reference["id"]}, reference | {"type": None}):  # the type may be left out
+        assert parsed(api, input=[HELLO, named, HELLO])[0].messages[1]["content"] == "Wait."  # type: ignore[index]
 
 
 def test_what_is_not_kept_is_not_found() -> None:
@@ -305,6 +346,17 @@ def test_a_reply_that_was_cut_is_incomplete(reason: str) -> None:
     assert streamed(parsed()[1], [called(0, "f", ""), last(reason)])[-1]["response"]["output"] == []
     cut = [called(0, "apply_patch", ""), called(0, None, '{"input": "x}"'), last(reason)]
     assert streamed(parsed(tools=[PATCH])[1], cut)[-1]["response"]["output"][0]["input"] == "x}"
+
+
+def test_a_reply_that_was_cut_in_a_call_can_be_gone_on_from() -> None:
+    api = Responses("gemma", Shelf())
+    cut = [said("I ask."), called(0, "get_weather", ""), called(0, None, '{"city": "Pa'), last("length")]
+    response = streamed(parsed(api, tools=[TOOL])[1], cut)[-1]["response"]
+    assert response["output"][1]["arguments"] == '{"city": "Pa'
+    ask, _ = parsed(api, previous_response_id=response["id"], input="Go on.")
+    expected = [HELLO, {"role": "assistant", "content": "I ask."}, {"role": "user", "content": "Go on."}]
+    assert ask.messages == expected == messages(HELLO, *response["output"], HELLO | {"content": "Go on."})
+    assert refusal(input=[HELLO, CALL | {"arguments": '{"city": "Pa'}]).field == "input[1].arguments"
 
 
 def test_a_ping_is_an_event_and_a_failure_names_its_code() -> None:

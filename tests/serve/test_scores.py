@@ -107,7 +107,7 @@ def test_of_tokens_that_are_one_text_the_likeliest_is_told(demo: tuple[Model, Pr
     """Bytes that make no character alone are all �."""
     tokenizer = demo[1].tokenizer
     first, second = (tokenizer.token_to_id(f"<0x{byte}>") for byte in ("F0", "9F"))
-    completions = Completions("demo", lambda token: tokenizer.decode([token], skip_special_tokens=False))
+    completions = Completions("demo", lambda token: tokenizer.decode([token], skip_special_tokens=False).encode())
     _, writer = completions.parse({"prompt": "x", "logprobs": 2}, "")
     entry = {"token_id": first, "logprob": -1.0, "top": {first: -1.0, second: -2.0}}
     told = writer.logprobs(0, [entry, entry | {"token_id": second, "logprob": -2.0}])

@@ -110,6 +110,7 @@ def test_a_key_is_needed_where_there_are_keys_and_each_has_a_store_of_its_own() 
 
         one, two = {"Authorization": "Bearer one"}, {"x-api-key": "two"}
         assert cached(one) == 0 and cached(one) > 10 and cached(two) == 0
+        assert cached(one | {"x-api-key": "three"}) > 10  # a client that has a key of somebody else's sends both
 
 
 def test_names_and_pages_that_are_not_ours_are_refused(server: Running) -> None:
