@@ -47,7 +47,7 @@ class OpenCall:
             elif character in "{[":
                 self.depth += 1
                 if self.depth == 1:
-                    yield from self.begin("".join(self.pending))
+                    yield from self.begin("".join(self.pending), character)
                     self.pending = []
                     continue
             elif character in "}]":
@@ -58,12 +58,13 @@ class OpenCall:
                 continue
             self.pending.append(character)
 
-    def begin(self, head: str) -> Iterator[CallPart]:
-        word, _, name = head.strip().partition(":")
-        self.is_other = word != "call" or not name
-        if not self.is_other:
-            self.name = name
-            yield CallPart(self.index, name, "")
+    def begin(self, head: str, bracket: str) -> Iterator[CallPart]:
+        try:
+            self.name = parse_tool_call(f"{head}{bracket}}}", QUOTE_TOKEN)["name"]
+        except ValueError:
+            self.is_other = True
+            return
+        yield CallPart(self.index, self.name, "")
 
     def argument(self, text: str) -> Iterator[CallPart]:
         try:
