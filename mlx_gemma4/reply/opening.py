@@ -31,7 +31,7 @@ class OpenCall:
     def __init__(self, index: int) -> None:
         self.index = index
         self.name: str | None = None
-        self.sent = ""  # of the arguments
+        self.said: dict[str, str] = {}  # of the arguments, by key, as JSON
         self.depth = 0
         self.in_string = self.is_other = False
         self.pending: list[str] = []  # what stands before the first bracket, then what stands since the last comma
@@ -72,16 +72,21 @@ class OpenCall:
         except ValueError:
             self.is_other = True
             return
-        self.is_other = key.startswith(("'", '"'))  # which may be marks, not parts of it
+        # Quotes may be marks, not parts of it; of a key that comes twice the last counts, known at the end.
+        self.is_other = key.startswith(("'", '"')) or key in self.said
         if not self.is_other:
-            part = (", " if self.sent else "{") + as_json({key: value})[1:-1]
-            self.sent += part
-            yield CallPart(self.index, None, part)
+            yield CallPart(self.index, None, self.pair(key, as_json(value)))
+
+    def pair(self, key: str, value: str) -> str:
+        before = ", " if self.said else "{"
+        self.said[key] = value
+        return f"{before}{as_json(key)}: {value}"
 
     def finish(self, call: Call) -> Iterator[CallPart]:
-        """What is left to say of it."""
-        whole = as_json(call["arguments"])
+        """What is left to say of it; of a key that JSON has twice, readers take the last."""
         if self.name is None:
-            yield CallPart(self.index, call["name"], whole)
-        elif whole.startswith(self.sent):
-            yield CallPart(self.index, None, whole[len(self.sent) :])
+            yield whole_part(self.index, call)
+            return
+        values = {key: as_json(value) for key, value in call["arguments"].items()}
+        rest = "".join([self.pair(key, value) for key, value in values.items() if self.said.get(key) != value])
+        yield CallPart(self.index, None, rest + ("}" if self.said else "{}"))

@@ -32,6 +32,8 @@ CALLS = [
     'call:f{"a":1,"b":2}',  # not the template's form
     "f(a=1, b=2)",
     'call:f{a:<|"|>é and [<|"|>}',
+    "call:f{a:1,b:2,a:3}",
+    "call:f{a:1,a:1,b:{c:1,c:2}}",
     "call: f{a:1,b:2}",
     "call:f({a:1,b:2})",
 ]
