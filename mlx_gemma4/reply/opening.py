@@ -58,6 +58,10 @@ class OpenCall:
                 continue
             self.pending.append(character)
 
+    def wait(self) -> None:
+        """Say nothing more before its end: where its string ends is not known."""
+        self.is_other = True
+
     def begin(self, head: str, bracket: str) -> Iterator[CallPart]:
         try:
             self.name = parse_tool_call(f"{head}{bracket}}}", QUOTE_TOKEN)["name"]

@@ -399,6 +399,8 @@ class ReplyParser:
             if self._first_end is None:
                 self._first_end = len(self._call)
             self._call.append(symbol)
+            if self._open is not None:
+                self._open.wait()
         elif self._first_end is not None and not is_call(self._written(self._call)):
             self._end_call_at(self._first_end, symbol)
         else:

@@ -56,6 +56,18 @@ def test_each_argument_comes_before_the_next_is_written() -> None:
     assert parts == [(0, "f", ""), (0, None, '{"a": 1'), (0, None, ', "b": "x"'), (0, None, ', "c": 2}')]
 
 
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('a:1,b:<|"|>x <tool_call|> y<|"|>,c:2}<tool_call|>', ', "b": "x <tool_call|> y", "c": 2}'),
+        ('a:1,b:<|"|>x}<tool_call|><|tool_call>call:g{c:<|"|>, y<|"|>}<tool_call|>', ', "b": "x"}'),  # which lacks its end
+    ],
+)
+def test_of_a_string_with_a_control_token_nothing_is_said_before_the_end(text: str, rest: str) -> None:
+    parts, _ = written("<|tool_call>call:f{" + text)
+    assert [part for part in parts if part[0] == 0] == [(0, "f", ""), (0, None, '{"a": 1'), (0, None, rest)]
+
+
 def test_a_call_that_is_cut_leaves_its_beginning() -> None:
     parts, calls = written('<|tool_call>call:f{a:1,b:<|"|>x', "length")
     assert not calls
