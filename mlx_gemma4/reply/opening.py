@@ -12,7 +12,7 @@ from mlx_gemma4.reply.toolcall import QUOTE_TOKEN, Call, parse_tool_call
 class CallPart:
     """What became known of a tool call while it is written."""
 
-    index: int  # of the call among the reply's
+    index: int  # of the call among those that were begun: the reply's, and any that turned out to be none
     name: str | None  # with the first part of each call
     arguments: str  # JSON, which the parts of a call add up to; of a call that was cut, its beginning
 

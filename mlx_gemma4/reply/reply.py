@@ -239,6 +239,7 @@ class ReplyParser:
         self.tool_calls: list[dict[str, Any]] = []  # {"name": str, "arguments": dict}
         self.thinking_tokens = 0
         self._parts: list[CallPart] = []
+        self._begun = 0  # calls of which parts were given, those included that turned out to be none
         self._tokenizer = tokenizer
         self._controls = controls
         self._schemas = schemas or {}
@@ -348,7 +349,7 @@ class ReplyParser:
                 self._doubt = _Doubt()
             self._enter(_State.TOOL_CALL)
             if self._doubt is None:
-                self._open = OpenCall(len(self.tool_calls))
+                self._open = OpenCall(self._begun)
                 self._decoder = TokenDecoder(self._tokenizer, skip_special_tokens=False)
         elif self._state is _State.THOUGHT:
             self._think(self._decoder.step(symbol))
@@ -382,7 +383,8 @@ class ReplyParser:
             return
         self._thinking += doubt.as_thought if closed else doubt.as_reply
         if not closed:
-            self._parts += [whole_part(n, call) for n, call in enumerate(doubt.calls, len(self.tool_calls))]
+            self._parts += [whole_part(n, call) for n, call in enumerate(doubt.calls, self._begun)]
+            self._begun += len(doubt.calls)
             self.tool_calls += doubt.calls
             self._notes += doubt.notes
 
@@ -453,9 +455,10 @@ class ReplyParser:
             self._doubt.notes += notes
             self.think()
             return
-        for n, call in enumerate(calls or (), len(self.tool_calls)):
-            opened = self._open
+        opened = self._open
+        for n, call in enumerate(calls or (), self._begun):
             self._parts += opened.finish(call) if opened is not None and opened.index == n else [whole_part(n, call)]
+        self._begun += int(opened is not None and opened.name is not None) if calls is None else len(calls)
         self._enter(_State.ANSWER)
         self.tool_calls += calls or []
         self._text.append(kept if calls is None else "")

@@ -74,6 +74,12 @@ def test_a_call_that_is_cut_leaves_its_beginning() -> None:
     assert "".join(arguments for _, _, arguments in parts) == '{"a": 1'
 
 
+def test_a_call_that_turns_out_to_be_none_leaves_its_index_alone() -> None:
+    parts, calls = written("<|tool_call>call:f{a:1,b:2}no<tool_call|><|tool_call>f no<tool_call|><|tool_call>call:f{a:3}")
+    assert parts == [(0, "f", ""), (0, None, '{"a": 1'), (1, "f", ""), (1, None, '{"a": 3}')]
+    assert calls == [{"name": "f", "arguments": {"a": 3}}]
+
+
 def test_a_call_that_was_only_thought_of_is_not_given() -> None:
     parts, calls = written("<|channel>thought\n<|tool_call>call:f{a:1,b:2}<tool_call|>no<channel|>done")
     assert parts == calls == []
