@@ -20,7 +20,10 @@ TOOL_RESPONSE_OPEN = "<|tool_response>"
 END_OF_TEXT = "<eos>"
 THINK = "<|think|>"
 
+REPLY_ANCHORS = (f"{TURN_OPEN}model\n", "<tool_response|>")  # a reply begins behind the last of them
+
 THOUGHT_CHANNEL = "thought"
+THOUGHT_LINE = f"{THOUGHT_CHANNEL}\n"  # what a thought begins with whose channel token the model left out
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -254,6 +257,7 @@ class ReplyParser:
         self._doubt: _Doubt | None = None
         self._first_line: str | None = None  # of a thought, held back while it may be the channel's name
         self._first_line_in_prompt = ""  # the part of that line that the prompt holds
+        self._beginning: list[str] | None = None  # of the reply, while it may be a thought that nothing opened
         self._enter(_State.ANSWER)
         self._continue_prompt(prompt_ids)
 
@@ -317,6 +321,9 @@ class ReplyParser:
         """After a tool response the template opens the thought itself, and the reply begins inside it."""
         opened = self._controls.opened_thought(prompt_ids)
         if opened is None:
+            end = list(prompt_ids[-max(map(len, REPLY_ANCHORS)) :])
+            if not end or self._tokenizer.decode(end, skip_special_tokens=False).endswith(REPLY_ANCHORS):
+                self._beginning = []
             return
         self._enter(_State.THOUGHT)
         self._first_line_in_prompt = self._tokenizer.decode(list(prompt_ids[opened + 1 :]))
@@ -328,6 +335,7 @@ class ReplyParser:
             self._add_thought(self._first_line)  # the thought ended on its first line: that was no name
         self._first_line = "" if state is _State.THOUGHT else None
         self._first_line_in_prompt = ""
+        self._release()
         self._call, self._in_string, self._first_end = [], False, None
         self._open: OpenCall | None = None
         self._decoder = TokenDecoder(self._tokenizer, skip_special_tokens=True)
@@ -343,6 +351,10 @@ class ReplyParser:
             self._enter(_State.ANSWER)
             if self._doubt is not None:
                 self._settle(closed=True)
+        elif symbol == c.channel_close and self._beginning and "".join(self._beginning).startswith(THOUGHT_LINE):
+            self._thinking.append("".join(self._beginning).removeprefix(THOUGHT_LINE))
+            self._beginning = None
+            self._enter(_State.ANSWER)
         elif symbol == c.tool_call_open:
             if self._state is _State.THOUGHT and self._doubt is None:
                 self._enter(_State.THOUGHT)  # gives out a first line that was no name
@@ -354,7 +366,20 @@ class ReplyParser:
         elif self._state is _State.THOUGHT:
             self._think(self._decoder.step(symbol))
         else:
-            self._text.append(self._decoder.step(symbol))
+            self._answer(self._decoder.step(symbol))
+
+    def _answer(self, text: str) -> None:
+        if self._beginning is None or not text:
+            self._text.append(text)
+            return
+        self._beginning.append(text)
+        begun = "".join(self._beginning[: len(THOUGHT_LINE)])
+        if not (THOUGHT_LINE.startswith(begun) or begun.startswith(THOUGHT_LINE)):
+            self._release()
+
+    def _release(self) -> None:
+        self._text += self._beginning or []
+        self._beginning = None
 
     def _think(self, text: str) -> None:
         if self._first_line is None:

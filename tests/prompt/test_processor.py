@@ -424,6 +424,8 @@ def called(**arguments: Any) -> list[dict[str, Any]]:
         ("", "", None, []),
         (f"<|channel>thought\nhm\n<channel|>a {WRITTEN_CALL}<|tool_response>rest", "a ", "hm", called(a="x")),
         ("hm<channel|>a<turn|>\n<|turn>user\nb<turn|>", "a", "hm", []),
+        ("thought\n<channel|>a", "a", None, []),
+        (f"thought\nhm\n<channel|>{WRITTEN_CALL}", "", "hm", called(a="x")),
         (f"<bos><|turn>user\nb<turn|>\n<|turn>model\na{WRITTEN_CALL}", "a", None, called(a="x")),
         ('<|tool_call>call:f{a:<|"|>x}<turn|>\n<|turn>user\nb<turn|>', "", None, called(a="x")),
         ("<|tool_call>call:f(a='x'<turn|>", "", None, called(a="x")),

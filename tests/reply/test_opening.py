@@ -60,7 +60,7 @@ def test_each_argument_comes_before_the_next_is_written() -> None:
     ("text", "rest"),
     [
         ('a:1,b:<|"|>x <tool_call|> y<|"|>,c:2}<tool_call|>', ', "b": "x <tool_call|> y", "c": 2}'),
-        ('a:1,b:<|"|>x}<tool_call|><|tool_call>call:g{c:<|"|>, y<|"|>}<tool_call|>', ', "b": "x"}'),  # which lacks its end
+        ('a:1,b:<|"|>x}<tool_call|><|tool_call>call:g{c:<|"|>, y<|"|>}<tool_call|>', ', "b": "x"}'),  # no end
     ],
 )
 def test_of_a_string_with_a_control_token_nothing_is_said_before_the_end(text: str, rest: str) -> None:
@@ -75,7 +75,8 @@ def test_a_call_that_is_cut_leaves_its_beginning() -> None:
 
 
 def test_a_call_that_turns_out_to_be_none_leaves_its_index_alone() -> None:
-    parts, calls = written("<|tool_call>call:f{a:1,b:2}no<tool_call|><|tool_call>f no<tool_call|><|tool_call>call:f{a:3}")
+    none = "<|tool_call>call:f{a:1,b:2}no<tool_call|><|tool_call>f no<tool_call|>"
+    parts, calls = written(f"{none}<|tool_call>call:f{{a:3}}<tool_call|>")
     assert parts == [(0, "f", ""), (0, None, '{"a": 1'), (1, "f", ""), (1, None, '{"a": 3}')]
     assert calls == [{"name": "f", "arguments": {"a": 3}}]
 
