@@ -396,16 +396,18 @@ class LooseReader(Reader):
     def string(self, mark: str, place: Place) -> str:
         """Up to the first mark behind which the call goes on; a mark that seems to open another string is a doubt."""
         start = self.position
+        last: int | None = None  # behind the mark before
         for found in re.compile(re.escape(mark)).finditer(self.text, start):
-            behind = found.end()
+            opens = last is not None and self.text[last : found.start()].strip() in (",", ":", "=")
+            behind = last = found.end()
             if mark == "'" and self.text.startswith(self.quote, behind):
                 behind += len(self.quote)  # one mark of each kind: seen at the end of a string in single quotes
-            if place.goes_on.match(self.text, behind):
+            if not opens and place.goes_on.match(self.text, behind):
                 inner, self.position = self.text[start : found.start()], behind
                 if mark == '"' and "\\" in inner:
                     raise self.error("escapes of JSON")  # what it would be with them nobody knows
                 return spelled(inner.replace("\\'", "'") if mark == "'" else inner)
-            if self.text[max(start, found.start() - 40) : found.start()].rstrip().endswith((":", "=", ",")):
+            if opens or self.text[max(start, found.start() - 40) : found.start()].rstrip().endswith((":", "=", ",")):
                 self.position = found.start()
                 raise self.error(f"a closing {spelled(mark)}")
         return self.rest(mark, start)
