@@ -52,6 +52,7 @@ class OpenCall:
                     continue
             elif character in "}]":
                 self.depth -= 1
+                self.is_other = self.depth <= 0  # nothing follows in the template's form
             elif character == "," and self.depth == 1:
                 yield from self.argument("".join(self.pending))
                 self.pending = []

@@ -36,6 +36,7 @@ CALLS = [
     "call:f{a:1,a:1,b:{c:1,c:2}}",
     "call: f{a:1,b:2}",
     "call:f({a:1,b:2})",
+    "call:f{}call:g{b:2}",
 ]
 
 
@@ -72,6 +73,11 @@ def test_a_call_that_is_cut_leaves_its_beginning() -> None:
     parts, calls = written('<|tool_call>call:f{a:1,b:<|"|>x', "length")
     assert not calls
     assert "".join(arguments for _, _, arguments in parts) == '{"a": 1'
+
+
+def test_a_call_is_named_once() -> None:
+    parts, calls = written("<|tool_call>call:f{call: x]b:{c:1}<tool_call|>")
+    assert parts == [(0, "f", "")] and not calls
 
 
 def test_a_call_that_turns_out_to_be_none_leaves_its_index_alone() -> None:
