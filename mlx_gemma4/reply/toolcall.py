@@ -353,7 +353,7 @@ class LooseReader(Reader):
             if self.text.startswith(mark, self.position):
                 start = self.position + len(mark)
                 end = self.text.find(mark, start)
-                if end < 0:
+                if end < 0 or self.quote in self.text[start:end]:  # no key goes on behind a string
                     raise self.error(f"a closing {spelled(mark)}")
                 self.position = end + len(mark)
                 return spelled(self.text[start:end])
@@ -434,7 +434,7 @@ class LooseReader(Reader):
         end, marked = self.end_of_words(place)
         text = self.text[start:end].rstrip()
         self.position = end + (len(self.quote) if marked else 0)
-        if marked and not place.goes_on.match(self.text, self.position):
+        if marked and (text.endswith(",") or not place.goes_on.match(self.text, self.position)):  # or a key begins
             raise self.error("the end of a value")
         if not marked:
             literal = read_literal(text.strip(), schema)
