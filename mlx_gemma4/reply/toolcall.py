@@ -82,7 +82,7 @@ def read_tool_calls(
 def has_quoted_keys(call: Call, schemas: Mapping[str, Schema]) -> bool:
     """Whether a call's keys, legal as they are, are its tool's in single quotes."""
     known = schemas.get(call["name"], {}).get("properties", {})
-    return any(key[:1] == "'" == key[-1:] and key[1:-1] in known and key not in known for key in call["arguments"])
+    return any(key[:1] == "'" == key[1:][-1:] and key[1:-1] in known and key not in known for key in call["arguments"])
 
 
 def needs_quotes(key: str) -> bool:

@@ -234,6 +234,11 @@ def test_what_could_mean_two_things_is_refused_in_one_line(text: str) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
+def test_a_key_that_is_one_mark_is_no_key_in_quotes() -> None:
+    call = {"name": "h", "arguments": {"'": "x", "b": 1}}
+    assert read_tool_calls(f"call:h{{':{Q}x{Q},b:1}}", {"h": {"properties": {"": {}, "b": {}}}}) == [call]
+
+
 def test_two_calls_in_one_block_are_two() -> None:
     first, second = {"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": ["}"]}}
     for between in ("", "\n", ",", "; ", "}"):
