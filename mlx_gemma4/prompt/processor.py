@@ -19,7 +19,7 @@ from mlx_gemma4.prompt.messages import Part, check_messages, check_tools, media_
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_length
 from mlx_gemma4.prompt.template import compile_template, joins_turns, render_shielded, template_turns
 from mlx_gemma4.prompt.tools import argument_schemas, template_tools
-from mlx_gemma4.reply.reply import CHANNEL_CLOSE, CHANNEL_OPEN, Controls, ReplyParser
+from mlx_gemma4.reply.reply import CHANNEL_CLOSE, CHANNEL_OPEN, REPLY_ANCHORS, THOUGHT_LINE, Controls, ReplyParser
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -34,8 +34,6 @@ MOST_SOFT_TOKENS, MOST_FRAMES, MOST_SAMPLING_RATE = 1120, 2**18, 768_000
 
 PACKAGED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")  # as published on 2026-07-09
 OLD_TEMPLATE_BYTES = 17466  # of its predecessor, which leaks thoughts and loops on tools
-
-REPLY_ANCHORS = ("<|turn>model\n", "<tool_response|>")  # a reply begins behind the last of them
 
 # The config's ids that each kind of media is written with: begin, soft token, end. A video is a row of images.
 RUN_KEYS = {
@@ -217,8 +215,9 @@ class Processor:
         parser = ReplyParser(self.tokenizer, Controls.from_tokenizer(self.tokenizer), (), schemas)
         pieces = self.control.split.split(text[start:])
         channels = [piece for piece in pieces[1::2] if piece in (CHANNEL_OPEN, CHANNEL_CLOSE)]
-        if channels[:1] == [CHANNEL_CLOSE]:  # the prompt opened the thought
+        if channels[:1] == [CHANNEL_CLOSE]:  # the prompt opened the thought, or nothing did
             parser.think()
+            pieces[0] = pieces[0].removeprefix(THOUGHT_LINE)
         for index, piece in enumerate(pieces):
             token = self.control.ids[piece] if index % 2 else None
             if token is not None and parser.would_end(token):

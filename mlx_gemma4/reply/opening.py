@@ -12,7 +12,7 @@ from mlx_gemma4.reply.toolcall import QUOTE_TOKEN, Call, parse_tool_call
 class CallPart:
     """What became known of a tool call while it is written."""
 
-    index: int  # of the call among the reply's
+    index: int  # of the call among those that were begun: the reply's, and any that turned out to be none
     name: str | None  # with the first part of each call
     arguments: str  # JSON, which the parts of a call add up to; of a call that was cut, its beginning
 
@@ -31,7 +31,7 @@ class OpenCall:
     def __init__(self, index: int) -> None:
         self.index = index
         self.name: str | None = None
-        self.sent = ""  # of the arguments
+        self.said: dict[str, str] = {}  # of the arguments, by key, as JSON
         self.depth = 0
         self.in_string = self.is_other = False
         self.pending: list[str] = []  # what stands before the first bracket, then what stands since the last comma
@@ -47,23 +47,29 @@ class OpenCall:
             elif character in "{[":
                 self.depth += 1
                 if self.depth == 1:
-                    yield from self.begin("".join(self.pending))
+                    yield from self.begin("".join(self.pending), character)
                     self.pending = []
                     continue
             elif character in "}]":
                 self.depth -= 1
+                self.is_other = self.depth <= 0  # nothing follows in the template's form
             elif character == "," and self.depth == 1:
                 yield from self.argument("".join(self.pending))
                 self.pending = []
                 continue
             self.pending.append(character)
 
-    def begin(self, head: str) -> Iterator[CallPart]:
-        word, _, name = head.strip().partition(":")
-        self.is_other = word != "call" or not name
-        if not self.is_other:
-            self.name = name
-            yield CallPart(self.index, name, "")
+    def wait(self) -> None:
+        """Say nothing more before its end: where its string ends is not known."""
+        self.is_other = True
+
+    def begin(self, head: str, bracket: str) -> Iterator[CallPart]:
+        try:
+            self.name = parse_tool_call(f"{head}{bracket}}}", QUOTE_TOKEN)["name"]
+        except ValueError:
+            self.is_other = True
+            return
+        yield CallPart(self.index, self.name, "")
 
     def argument(self, text: str) -> Iterator[CallPart]:
         try:
@@ -71,16 +77,21 @@ class OpenCall:
         except ValueError:
             self.is_other = True
             return
-        self.is_other = key.startswith(("'", '"'))  # which may be marks, not parts of it
+        # Quotes may be marks, not parts of it; of a key that comes twice the last counts, known at the end.
+        self.is_other = key.startswith(("'", '"')) or key in self.said
         if not self.is_other:
-            part = (", " if self.sent else "{") + as_json({key: value})[1:-1]
-            self.sent += part
-            yield CallPart(self.index, None, part)
+            yield CallPart(self.index, None, self.pair(key, as_json(value)))
+
+    def pair(self, key: str, value: str) -> str:
+        before = ", " if self.said else "{"
+        self.said[key] = value
+        return f"{before}{as_json(key)}: {value}"
 
     def finish(self, call: Call) -> Iterator[CallPart]:
-        """What is left to say of it."""
-        whole = as_json(call["arguments"])
+        """What is left to say of it; of a key that JSON has twice, readers take the last."""
         if self.name is None:
-            yield CallPart(self.index, call["name"], whole)
-        elif whole.startswith(self.sent):
-            yield CallPart(self.index, None, whole[len(self.sent) :])
+            yield whole_part(self.index, call)
+            return
+        values = {key: as_json(value) for key, value in call["arguments"].items()}
+        rest = "".join([self.pair(key, value) for key, value in values.items() if self.said.get(key) != value])
+        yield CallPart(self.index, None, rest + ("}" if self.said else "{}"))

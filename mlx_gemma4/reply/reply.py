@@ -20,7 +20,10 @@ TOOL_RESPONSE_OPEN = "<|tool_response>"
 END_OF_TEXT = "<eos>"
 THINK = "<|think|>"
 
+REPLY_ANCHORS = (f"{TURN_OPEN}model\n", "<tool_response|>")  # a reply begins behind the last of them
+
 THOUGHT_CHANNEL = "thought"
+THOUGHT_LINE = f"{THOUGHT_CHANNEL}\n"  # what a thought begins with whose channel token the model left out
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -239,6 +242,7 @@ class ReplyParser:
         self.tool_calls: list[dict[str, Any]] = []  # {"name": str, "arguments": dict}
         self.thinking_tokens = 0
         self._parts: list[CallPart] = []
+        self._begun = 0  # calls of which parts were given, those included that turned out to be none
         self._tokenizer = tokenizer
         self._controls = controls
         self._schemas = schemas or {}
@@ -253,6 +257,7 @@ class ReplyParser:
         self._doubt: _Doubt | None = None
         self._first_line: str | None = None  # of a thought, held back while it may be the channel's name
         self._first_line_in_prompt = ""  # the part of that line that the prompt holds
+        self._beginning: list[str] | None = None  # of the reply, while it may be a thought that nothing opened
         self._enter(_State.ANSWER)
         self._continue_prompt(prompt_ids)
 
@@ -316,6 +321,9 @@ class ReplyParser:
         """After a tool response the template opens the thought itself, and the reply begins inside it."""
         opened = self._controls.opened_thought(prompt_ids)
         if opened is None:
+            end = list(prompt_ids[-max(map(len, REPLY_ANCHORS)) :])
+            if not end or self._tokenizer.decode(end, skip_special_tokens=False).endswith(REPLY_ANCHORS):
+                self._beginning = []
             return
         self._enter(_State.THOUGHT)
         self._first_line_in_prompt = self._tokenizer.decode(list(prompt_ids[opened + 1 :]))
@@ -327,6 +335,7 @@ class ReplyParser:
             self._add_thought(self._first_line)  # the thought ended on its first line: that was no name
         self._first_line = "" if state is _State.THOUGHT else None
         self._first_line_in_prompt = ""
+        self._release()
         self._call, self._in_string, self._first_end = [], False, None
         self._open: OpenCall | None = None
         self._decoder = TokenDecoder(self._tokenizer, skip_special_tokens=True)
@@ -342,18 +351,35 @@ class ReplyParser:
             self._enter(_State.ANSWER)
             if self._doubt is not None:
                 self._settle(closed=True)
+        elif symbol == c.channel_close and self._beginning and "".join(self._beginning).startswith(THOUGHT_LINE):
+            self._thinking.append("".join(self._beginning).removeprefix(THOUGHT_LINE))
+            self._beginning = None
+            self._enter(_State.ANSWER)
         elif symbol == c.tool_call_open:
             if self._state is _State.THOUGHT and self._doubt is None:
                 self._enter(_State.THOUGHT)  # gives out a first line that was no name
                 self._doubt = _Doubt()
             self._enter(_State.TOOL_CALL)
             if self._doubt is None:
-                self._open = OpenCall(len(self.tool_calls))
+                self._open = OpenCall(self._begun)
                 self._decoder = TokenDecoder(self._tokenizer, skip_special_tokens=False)
         elif self._state is _State.THOUGHT:
             self._think(self._decoder.step(symbol))
         else:
-            self._text.append(self._decoder.step(symbol))
+            self._answer(self._decoder.step(symbol))
+
+    def _answer(self, text: str) -> None:
+        if self._beginning is None or not text:
+            self._text.append(text)
+            return
+        self._beginning.append(text)
+        begun = "".join(self._beginning[: len(THOUGHT_LINE)])
+        if not (THOUGHT_LINE.startswith(begun) or begun.startswith(THOUGHT_LINE)):
+            self._release()
+
+    def _release(self) -> None:
+        self._text += self._beginning or []
+        self._beginning = None
 
     def _think(self, text: str) -> None:
         if self._first_line is None:
@@ -382,7 +408,8 @@ class ReplyParser:
             return
         self._thinking += doubt.as_thought if closed else doubt.as_reply
         if not closed:
-            self._parts += [whole_part(n, call) for n, call in enumerate(doubt.calls, len(self.tool_calls))]
+            self._parts += [whole_part(n, call) for n, call in enumerate(doubt.calls, self._begun)]
+            self._begun += len(doubt.calls)
             self.tool_calls += doubt.calls
             self._notes += doubt.notes
 
@@ -399,6 +426,8 @@ class ReplyParser:
             if self._first_end is None:
                 self._first_end = len(self._call)
             self._call.append(symbol)
+            if self._open is not None:
+                self._open.wait()
         elif self._first_end is not None and not is_call(self._written(self._call)):
             self._end_call_at(self._first_end, symbol)
         else:
@@ -451,9 +480,10 @@ class ReplyParser:
             self._doubt.notes += notes
             self.think()
             return
-        for n, call in enumerate(calls or (), len(self.tool_calls)):
-            opened = self._open
+        opened = self._open
+        for n, call in enumerate(calls or (), self._begun):
             self._parts += opened.finish(call) if opened is not None and opened.index == n else [whole_part(n, call)]
+        self._begun += int(opened is not None and opened.name is not None) if calls is None else len(calls)
         self._enter(_State.ANSWER)
         self.tool_calls += calls or []
         self._text.append(kept if calls is None else "")

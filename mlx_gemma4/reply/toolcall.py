@@ -82,7 +82,7 @@ def read_tool_calls(
 def has_quoted_keys(call: Call, schemas: Mapping[str, Schema]) -> bool:
     """Whether a call's keys, legal as they are, are its tool's in single quotes."""
     known = schemas.get(call["name"], {}).get("properties", {})
-    return any(key[:1] == "'" == key[-1:] and key[1:-1] in known and key not in known for key in call["arguments"])
+    return any(key[:1] == "'" == key[1:][-1:] and key[1:-1] in known and key not in known for key in call["arguments"])
 
 
 def needs_quotes(key: str) -> bool:
@@ -353,7 +353,7 @@ class LooseReader(Reader):
             if self.text.startswith(mark, self.position):
                 start = self.position + len(mark)
                 end = self.text.find(mark, start)
-                if end < 0:
+                if end < 0 or self.quote in self.text[start:end]:  # no key goes on behind a string
                     raise self.error(f"a closing {spelled(mark)}")
                 self.position = end + len(mark)
                 return spelled(self.text[start:end])
@@ -396,16 +396,18 @@ class LooseReader(Reader):
     def string(self, mark: str, place: Place) -> str:
         """Up to the first mark behind which the call goes on; a mark that seems to open another string is a doubt."""
         start = self.position
+        last: int | None = None  # behind the mark before
         for found in re.compile(re.escape(mark)).finditer(self.text, start):
-            behind = found.end()
+            opens = last is not None and self.text[last : found.start()].strip() in (",", ":", "=")
+            behind = last = found.end()
             if mark == "'" and self.text.startswith(self.quote, behind):
                 behind += len(self.quote)  # one mark of each kind: seen at the end of a string in single quotes
-            if place.goes_on.match(self.text, behind):
+            if not opens and place.goes_on.match(self.text, behind):
                 inner, self.position = self.text[start : found.start()], behind
                 if mark == '"' and "\\" in inner:
                     raise self.error("escapes of JSON")  # what it would be with them nobody knows
                 return spelled(inner.replace("\\'", "'") if mark == "'" else inner)
-            if self.text[max(start, found.start() - 40) : found.start()].rstrip().endswith((":", "=", ",")):
+            if opens or self.text[max(start, found.start() - 40) : found.start()].rstrip().endswith((":", "=", ",")):
                 self.position = found.start()
                 raise self.error(f"a closing {spelled(mark)}")
         return self.rest(mark, start)
@@ -432,7 +434,7 @@ class LooseReader(Reader):
         end, marked = self.end_of_words(place)
         text = self.text[start:end].rstrip()
         self.position = end + (len(self.quote) if marked else 0)
-        if marked and not place.goes_on.match(self.text, self.position):
+        if marked and (text.endswith(",") or not place.goes_on.match(self.text, self.position)):  # or a key begins
             raise self.error("the end of a value")
         if not marked:
             literal = read_literal(text.strip(), schema)

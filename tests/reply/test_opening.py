@@ -32,6 +32,11 @@ CALLS = [
     'call:f{"a":1,"b":2}',  # not the template's form
     "f(a=1, b=2)",
     'call:f{a:<|"|>é and [<|"|>}',
+    "call:f{a:1,b:2,a:3}",
+    "call:f{a:1,a:1,b:{c:1,c:2}}",
+    "call: f{a:1,b:2}",
+    "call:f({a:1,b:2})",
+    "call:f{}call:g{b:2}",
 ]
 
 
@@ -52,10 +57,34 @@ def test_each_argument_comes_before_the_next_is_written() -> None:
     assert parts == [(0, "f", ""), (0, None, '{"a": 1'), (0, None, ', "b": "x"'), (0, None, ', "c": 2}')]
 
 
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('a:1,b:<|"|>x <tool_call|> y<|"|>,c:2}<tool_call|>', ', "b": "x <tool_call|> y", "c": 2}'),
+        ('a:1,b:<|"|>x}<tool_call|><|tool_call>call:g{c:<|"|>, y<|"|>}<tool_call|>', ', "b": "x"}'),  # no end
+    ],
+)
+def test_of_a_string_with_a_control_token_nothing_is_said_before_the_end(text: str, rest: str) -> None:
+    parts, _ = written("<|tool_call>call:f{" + text)
+    assert [part for part in parts if part[0] == 0] == [(0, "f", ""), (0, None, '{"a": 1'), (0, None, rest)]
+
+
 def test_a_call_that_is_cut_leaves_its_beginning() -> None:
     parts, calls = written('<|tool_call>call:f{a:1,b:<|"|>x', "length")
     assert not calls
     assert "".join(arguments for _, _, arguments in parts) == '{"a": 1'
+
+
+def test_a_call_is_named_once() -> None:
+    parts, calls = written("<|tool_call>call:f{call: x]b:{c:1}<tool_call|>")
+    assert parts == [(0, "f", "")] and not calls
+
+
+def test_a_call_that_turns_out_to_be_none_leaves_its_index_alone() -> None:
+    none = "<|tool_call>call:f{a:1,b:2}no<tool_call|><|tool_call>f no<tool_call|>"
+    parts, calls = written(f"{none}<|tool_call>call:f{{a:3}}<tool_call|>")
+    assert parts == [(0, "f", ""), (0, None, '{"a": 1'), (1, "f", ""), (1, None, '{"a": 3}')]
+    assert calls == [{"name": "f", "arguments": {"a": 3}}]
 
 
 def test_a_call_that_was_only_thought_of_is_not_given() -> None:

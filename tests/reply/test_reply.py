@@ -305,6 +305,31 @@ def test_a_thought_without_its_name_keeps_its_first_line():
         assert parse([CHANNEL, *ids(first), *ids("b"), CHANNEL_END, *ids("c")]) == ("c", first + "b", [])
 
 
+@pytest.mark.parametrize(
+    ("reply", "text", "thinking"),
+    [
+        ("thought\n<channel|>Yes.", "Yes.", ""),
+        ("thought\nIs it?\nIt is.<channel|>Yes.", "Yes.", "Is it?\nIt is."),
+        ("thought\nnotion\nidea", "thought\nnotion\nidea", ""),
+        ("thought", "thought", ""),
+        ("thoughtful<channel|>", "thoughtful", ""),
+        ("Yes.\nthought\n<channel|>", "Yes.\nthought\n", ""),
+        ("thought\nx<|channel>thought\ny<channel|>z", "thought\nxz", "y"),
+    ],
+)
+def test_a_thought_may_lack_the_token_that_opens_it(reply: str, text: str, thinking: str):
+    """Seen behind a tool's result (ollama #15943): its name is there, and the token that closes it."""
+    for prompt in (ids("<|turn>model\n"), ids("<|tool_response>response:f{value:1}<tool_response|>"), []):
+        assert parse(ids(reply), prompt, range(len(reply))) == (text, thinking, [])
+
+
+def test_only_what_may_be_such_a_thought_is_held_back():
+    parser = ReplyParser(TOKENIZER, CONTROLS, ids("<|turn>model\n"))
+    assert [parser.feed([token])[0] for token in letters("those are")] == ["", "", "", "thos", *"e are"]
+    parser = ReplyParser(TOKENIZER, CONTROLS, ids("a first "))
+    assert [parser.feed([token])[0] for token in letters("thought\n")] == [*"thought\n"]
+
+
 def test_notes_come_once_and_those_of_the_prompt_first():
     parser = ReplyParser(TOKENIZER, CONTROLS, (), notes=["long"])
     parser.feed(ids("<|tool_call>call:f{a}<tool_call|>"))

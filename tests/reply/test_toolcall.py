@@ -224,6 +224,8 @@ def test_a_schema_decides_what_may_be_meant(text: str, arguments: dict[str, Any]
         "call:f{:1}", "call:f{n:many}", "call:unknown{a:hello, world}", "call:unknown{x:1 y:2}", "call:unknown{a:x\ny}",
         "call:unknown{a:hello", "print{x:1}", "call:f{a:'abc}", 'call:f{a:"C:\\users\\bob"}', "call:f{}call:g{a}",
         f"call:f{{a:{Q}one,b:{Q}two{Q}}}", f"call:unknown{{a:{Q}look{Q}n:90}}", "call:g{flag:maybe}",
+        f"call:f{{a:{Q}one{Q},{Q}}}", "call:f{a:'one' , '}", f"call:unknown{{':{Q}x{Q},':1",
+        f"call:f{{a:true,{Q}}}",
     ],
 )  # fmt: skip
 def test_what_could_mean_two_things_is_refused_in_one_line(text: str) -> None:
@@ -232,13 +234,20 @@ def test_what_could_mean_two_things_is_refused_in_one_line(text: str) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
+def test_a_key_that_is_one_mark_is_no_key_in_quotes() -> None:
+    call = {"name": "h", "arguments": {"'": "x", "b": 1}}
+    assert read_tool_calls(f"call:h{{':{Q}x{Q},b:1}}", {"h": {"properties": {"": {}, "b": {}}}}) == [call]
+
+
 def test_two_calls_in_one_block_are_two() -> None:
     first, second = {"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": ["}"]}}
     for between in ("", "\n", ",", "; ", "}"):
         assert read_tool_calls(f"call:f{{a:1}}{between}call:g{{b:[{Q}}}{Q}]}}") == [first, second]
 
 
-@pytest.mark.parametrize("body", [f"{{a:{Q}ls", f"{{a:{Q}ls{Q}", "{a:1", "{a:[1", "{a:Par"])
+@pytest.mark.parametrize(
+    "body", [f"{{a:{Q}ls", f"{{a:{Q}ls{Q}", "{a:1", "{a:[1", "{a:Par", f"{{a:{Q}ls{Q},{Q}}}", f"{{a:1,{Q}}}"]
+)
 def test_what_was_cut_off_is_not_completed(body: str) -> None:
     with pytest.raises(ValueError):
         read_tool_calls(f"call:f{body}", SCHEMAS, ended=False)
