@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Message, Receive, Scope, Send
 
+from mlx_gemma4.reply.reply import BYTE_TOKEN
 from mlx_gemma4.serve.answering import (
     Bodies,
     Gone,
@@ -40,7 +40,6 @@ READ = ("GET", "HEAD")
 OPEN = ("", "api/hello", "health", "ready")  # to be read without a key
 TRANSCRIPTIONS = "audio/transcriptions"
 COUNT = "messages/count_tokens"
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of the tokenizer's byte fallback
 LARGE = 2**17  # bytes of a body that a thread of its own makes sense of
 LEFT = 499  # the status of a client that did not wait, as nginx has it
 
@@ -73,7 +72,7 @@ class App:
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for: text, or one byte of a character that takes several tokens."""
         tokenizer = self.resident.processor.tokenizer
-        byte = BYTE.fullmatch(tokenizer.id_to_token(token) or "")
+        byte = BYTE_TOKEN.fullmatch(tokenizer.id_to_token(token) or "")
         return bytes.fromhex(byte[1]) if byte else tokenizer.decode([token], skip_special_tokens=False).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

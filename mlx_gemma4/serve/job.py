@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from threading import Thread
 from typing import Any
 
@@ -131,7 +131,7 @@ class Job:
             entries: list[dict[str, Any]] | None = None
             if ask.logprobs is not None:
                 stream = self.streams[first]
-                begun[first] = [piece for piece in [next(stream, None)] if piece is not None]
+                begun[first] = [*islice(stream, 1)]
                 row = stream.work.row
                 entries = [] if row is None else row.scores[added:]
             for number in range(ask.n):

@@ -181,7 +181,7 @@ def add_item(turns: Turns, item: Any, where: str) -> None:
     elif kind in ("function_call_output", "custom_tool_call_output"):
         output = checked(Output, item, where)
         turns.result(output.call_id, parts_of(output.output, f"{where}.output"), f"{where}.call_id")
-    elif kind != "additional_tools":  # these stand among the others
+    else:
         turns.add("user", [as_text(item)])
 
 
@@ -383,16 +383,19 @@ class Responses:
         turns = Turns()
         if request.instructions:
             turns.add("system", [text(request.instructions)])
+        more: list[tuple[Item, str]] = []
         for n, item in enumerate([*before, *new]):
-            add_item(turns, item, f"input[{max(n - len(before), 0)}]")
+            where = f"input[{max(n - len(before), 0)}]"
+            if isinstance(item, dict) and item.get("type") == "additional_tools":
+                more.append((item, where))
+            else:
+                add_item(turns, item, where)
         if not turns.messages:
             raise Refused("input is empty; expected a text or items", field="input")
         tools, offered = declared(request.tools or [])
-        for n, item in enumerate([*before, *new]):
-            if isinstance(item, dict) and item.get("type") == "additional_tools":
-                where = f"input[{max(n - len(before), 0)}]"
-                more, told = declared(checked(MoreTools, item, where).tools, f"{where}.tools")
-                tools, offered = [*tools, *more], offered | told
+        for item, where in more:
+            inner, told = declared(checked(MoreTools, item, where).tools, f"{where}.tools")
+            tools, offered = [*tools, *inner], offered | told
         tool_choice, tools = chosen(request.tool_choice, tools)
         if LOGPROBS in (request.include or ()):
             raise Refused(f"include holds {LOGPROBS}; expected it in /v1/chat/completions", field="include")
