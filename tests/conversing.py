@@ -59,6 +59,19 @@ def stored_logits(loaded: Loaded, store: PromptStore, prompt: Prompt, scope: str
     return logits, cached
 
 
+def law_of(model: Model, prompt: Prompt) -> np.ndarray:
+    """[L, V]: logarithms of how likely what follows each token is."""
+    logits = np.array(model.logits(prompt))[0].astype(np.float64)
+    highest = logits.max(axis=-1, keepdims=True)
+    return logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
+
+
+def logprobs_of(model: Model, prompt: Prompt) -> np.ndarray:
+    """[L - 1]: of the prompt's own tokens but the first."""
+    ids = np.array(prompt.token_ids[1:])
+    return np.take_along_axis(law_of(model, prompt)[:-1], ids[:, None], axis=1)[:, 0]
+
+
 def difference(found: mx.array, expected: mx.array) -> float:
     """The largest, as a part of the largest logit."""
     return (mx.abs(found - expected).max() / mx.abs(expected).max()).item()

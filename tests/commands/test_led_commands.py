@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
+from conversing import logprobs_of
 from machines import PATIENCE, SPLIT, Machine, patience, run_on
 from toy_checkpoint import tensors, write_checkpoint, write_drafter
 
@@ -153,8 +153,7 @@ def test_a_server_answers_and_when_it_is_told_to_stop_all_machines_do(split_fold
 def test_a_prompt_is_scored_as_one_machine_does(split_folder: Path, tmp_path: Path, split: str) -> None:
     model, _ = load(split_folder)
     ids = [2, *range(20, 180)]
-    logits = np.array(model.logits(Prompt(ids)))[0]
-    expected = [float(row[token] - np.logaddexp.reduce(row)) for row, token in zip(logits, ids[1:], strict=False)]
+    expected = logprobs_of(model, Prompt(ids))
     with served(split_folder, tmp_path / "hosts.json", "--split", split) as (_, url):
         body = json.dumps({"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 0}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=PATIENCE) as answer:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conversing import picture, with_picture, words
+from conversing import logprobs_of, picture, with_picture, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rounds import GREEDY
@@ -91,10 +91,7 @@ def likely(planted: Loaded) -> Any:
 
     @cache
     def logprobs(family: int, length: int, image: int) -> np.ndarray:
-        prompt = prompt_of(Asked(family, length, 1, 0, False, image, True))
-        logits = np.asarray(planted[0].logits(prompt))[0]
-        chosen = np.take_along_axis(logits[:-1], np.array(prompt.token_ids[1:])[:, None], axis=1)[:, 0]
-        return chosen - np.logaddexp.reduce(logits[:-1], axis=1)
+        return logprobs_of(planted[0], prompt_of(Asked(family, length, 1, 0, False, image, True)))
 
     return logprobs
 

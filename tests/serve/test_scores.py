@@ -15,6 +15,7 @@ import pytest
 for library in ("starlette", "uvicorn", "prometheus_client", "pypdfium2", "python_multipart"):
     pytest.importorskip(library, reason="needs the extra serve")
 
+from conversing import law_of  # noqa: E402
 from serving import Running, served  # noqa: E402
 
 from mlx_gemma4 import Prompt, load  # noqa: E402
@@ -46,13 +47,6 @@ def completed(server: Running, **body: Any) -> dict[str, Any]:
         return found
 
 
-def law_of(model: Model, ids: list[int]) -> np.ndarray:
-    """[L, V]: of what follows each token."""
-    logits = np.array(model.logits(Prompt(ids)))[0].astype(np.float64)
-    highest = logits.max(axis=-1, keepdims=True)
-    return logits - highest - np.log(np.exp(logits - highest).sum(axis=-1, keepdims=True))
-
-
 def ids_of(processor: Processor, text: str) -> list[int]:
     return processor.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -69,7 +63,7 @@ def test_ids_have_as_many_scores_as_they_are(server: Running, demo: tuple[Model,
         told = choice["logprobs"]
         assert {len(told[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")} == {len(ids) + 1}
         read = ids if begins else [begin, *ids]
-        law = law_of(model, read)
+        law = law_of(model, Prompt(read))
         expected = [law[place, token] for place, token in enumerate(read[1:])]
         assert (told["token_logprobs"][0] is None) == begins
         own = [value for value in told["token_logprobs"] if value is not None]
@@ -94,7 +88,7 @@ def test_a_text_is_echoed_as_it_was_given(server: Running, prompt: str) -> None:
 def test_the_likeliest_and_the_own_are_told(server: Running, demo: tuple[Model, Processor]) -> None:
     model, processor = demo
     ids = [processor.control.ids[processor.bos_token], *ids_of(processor, TEXTS[3])]
-    law = law_of(model, ids)
+    law = law_of(model, Prompt(ids))
     for tops in (0, 5):
         (choice,) = completed(server, **SCORED | {"prompt": ids, "logprobs": tops})["choices"]
         for place, top in enumerate(choice["logprobs"]["top_logprobs"][1:-1]):
@@ -119,7 +113,7 @@ def test_scores_are_the_same_whatever_is_in_the_store_and_however_many_replies(
 ) -> None:
     """Over several chunks; the replies go on as those of a prompt that is not scored."""
     ids = [2, *ids_of(demo[1], TEXTS[3] * 60)]
-    law = law_of(demo[0], ids)
+    law = law_of(demo[0], Prompt(ids))
     expected = [law[place, token] for place, token in enumerate(ids[1:])]
     asked = SCORED | {"prompt": ids, "max_tokens": 12}
     plain = completed(server, **asked | {"echo": False})["choices"][0]["text"]
