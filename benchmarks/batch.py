@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 import typer
 from against_mlx_vlm import load_peer, peer_version
-from decode import load_endless, machine, machine_line, random_prompt, run_script
+from decode import SPLIT_HELP, load_endless, machine, machine_line, random_prompt, run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,6 +35,7 @@ from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.reply.reply import Stats
+from mlx_gemma4.weights.peers import follows
 
 # What the lengths of prompt and reply are multiplied with, request by request.
 LENGTHS = {"short": ((1.0, 1.0),), "mixed": ((4, 1), (1, 0.25), (8, 0.5), (2, 1))}
@@ -62,12 +63,13 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of the longest replies.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count.")] = 5,
     seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
 ) -> None:
     """Medians of several turns, and of their ratios to plain decoding."""
     for name in load:
         if name not in LENGTHS:
             raise ValueError(f"load is {name!r}; expected {', '.join(LENGTHS)}")
-    loaded, processor = load_endless(model, drafter)
+    loaded, processor = load_endless(model, drafter, split)
     lengths = list(dict.fromkeys(["0", *length]))
     if loaded.drafter is None and lengths != ["0"]:
         raise ValueError(f"{model} has no drafter; expected one in its folder, or --drafter, or --length 0 alone")
@@ -75,8 +77,11 @@ def main(
     arrivals -= arrivals[0]
     rows: list[dict[str, Any]] = []
     with Engine(loaded, processor, max(requests)) as engine:
+        if follows(loaded.group):
+            engine.follow()
+            return
         ways: dict[str, Turn] = {name: partial(ours, engine, name) for name in lengths}
-        if find_spec("mlx_vlm") is not None and Path(model).is_dir():
+        if find_spec("mlx_vlm") is not None and Path(model).is_dir() and loaded.group is None:
             peer = load_peer(model, drafts=False)[0]
             ways["mlx-vlm"] = partial(theirs, peer)
         for name in load:

@@ -3,7 +3,8 @@
     python benchmarks/decode.py --model FOLDER --prompt-tokens 128 --prompt-tokens 2048
 
 Prompts are random token ids: the time does not depend on what they say. Stop tokens are written through, so that
-every run has its full length. The last line of standard output is JSON.
+every run has its full length. Under mlx.launch machines share the model, and the first one reports. The last line of
+standard output is JSON.
 """
 
 import json
@@ -29,6 +30,9 @@ from mlx_gemma4.errors import unbroken
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.reply.reply import Stats
+from mlx_gemma4.weights.peers import follows, launched
+
+SPLIT_HELP = "Under mlx.launch, of one model on several machines: tensors or layers; the faster by default."
 
 
 def main(
@@ -38,9 +42,10 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each length, after one that does not count.")] = 3,
     temp: Annotated[float, typer.Option(help="0 is greedy; above, the checkpoint's top-k and top-p apply.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the prompts and of sampling.")] = 0,
+    split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
 ) -> None:
     """Medians of several runs, the prompt lengths taking turns."""
-    loaded, processor = load_endless(model)
+    loaded, processor = load_endless(model, split=split)
     sampling = Sampling(temperature=temp, seed=seed)
     prompts = [random_prompt(loaded, processor, length, max_tokens, seed) for length in prompt_tokens]
     runs: list[list[Stats]] = [[] for _ in prompts]
@@ -51,12 +56,14 @@ def main(
             raise ValueError(f"a run gave {len(ids)} tokens; expected {max_tokens}")
         if turn:  # the first compiles and warms up
             runs[i].append(stats)
+    if follows(loaded.group):
+        return
     report(machine(), model, decoder_bytes(loaded), [summary(stats) for stats in runs], max_tokens, repeats, temp)
 
 
-def load_endless(path_or_hub_id: str, drafter: str | None = None) -> tuple[Model, Processor]:
-    """`load`, for a model that does not know stop tokens."""
-    model, processor = load(path_or_hub_id, drafter=drafter)
+def load_endless(path_or_hub_id: str, drafter: str | None = None, split: str | None = None) -> tuple[Model, Processor]:
+    """`load`, for a model that does not know stop tokens; under mlx.launch, of this machine's part of it."""
+    model, processor = load(path_or_hub_id, drafter=drafter, group=launched(), split=split)
     model.config = without_stops(model.config)
     return model, processor
 

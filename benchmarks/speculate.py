@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import mlx.core as mx
 import typer
-from decode import load_endless, machine, machine_line, measure, random_prompt, run_script
+from decode import SPLIT_HELP, load_endless, machine, machine_line, measure, random_prompt, run_script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,6 +22,7 @@ from rich.table import Table
 from mlx_gemma4 import Sampling
 from mlx_gemma4.decoding import round as speculate
 from mlx_gemma4.reply.reply import Stats
+from mlx_gemma4.weights.peers import follows
 
 Accepted = tuple[mx.array, mx.array]  # how many of each row's drafts, [B], and what the next is drawn from, [B, V]
 
@@ -36,9 +37,10 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, after one that does not count.")] = 5,
     temp: Annotated[float, typer.Option(help="0 is greedy; above, the checkpoint's top-k and top-p apply.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the prompt and of sampling.")] = 0,
+    split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
 ) -> None:
     """Medians of several runs, and their ratio to plain decoding."""
-    loaded, processor = load_endless(model, drafter)
+    loaded, processor = load_endless(model, drafter, split)
     if loaded.drafter is None:
         raise ValueError(f"{model} has no drafter; expected one in its folder, or --drafter")
     if acceptance is not None:
@@ -53,6 +55,8 @@ def main(
         stats, _ = measure(loaded, processor, prompt, max_tokens, sampling, drafts)
         if turn:  # the first compiles and warms up
             runs[name].append(stats)
+    if follows(loaded.group):
+        return
     report(machine(), model, acceptance, runs, max_tokens, repeats, temp)
 
 

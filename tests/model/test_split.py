@@ -33,12 +33,16 @@ pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason=
 
 SHAPE = Shape(hidden=64, mlp=192, heads=6, kv_heads=3, head_dim=16, global_head_dim=32, window=16, vocab=500)
 TWICE = replace(SHAPE, periods=2)  # so that of two machines that share layers the first has a full one too
+FOUR = replace(SHAPE, mlp=256, heads=8, kv_heads=4)
 LAYERS = 6
 ADAPTERS = ("one", "two")
 IDS = [2, *(110 + 7 * number % 300 for number in range(60))]
 QUESTION = [{"role": "user", "content": [
     {"type": "text", "text": "abc"}, {"type": "image", "image": DEMO / "samples/number.jpg"},
     {"type": "audio", "audio": DEMO / "samples/beeps.wav"},
+]}]  # fmt: skip
+FILM = [{"role": "user", "content": [
+    {"type": "text", "text": "abc"}, {"type": "video", "video": DEMO / "samples/film.mp4"}
 ]}]  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"draft_length": 0, "sampling": Sampling(temperature=0)},
@@ -100,13 +104,13 @@ mx.eval(mx.distributed.all_sum(mx.ones(1), group=group))
 
 
 def answers(model: Any, processor: Any) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    prompts = {"long": Prompt(IDS), "media": processor(QUESTION, image_budget=70)}
+    prompts = {"long": Prompt(IDS), "media": processor(QUESTION, image_budget=70), "film": processor(FILM)}
 
     def reply(prompt: Prompt, **way: Any) -> Any:
         return generate(model, processor, prompt, max_tokens=6, repetition_detection="off", **way)
 
     replies = {name: reply(prompts["long"], **way).token_ids for name, way in WAYS.items()}
-    replies["media"] = reply(prompts["media"], **WAYS["drafted"]).token_ids
+    replies |= {name: reply(prompts[name], **WAYS["drafted"]).token_ids for name in ("media", "film")}
     store = PromptStore()
     for turn in (IDS[:40], IDS):
         replies["stored"] = reply(Prompt(turn), store=store, **WAYS["drafted"]).token_ids
@@ -184,14 +188,15 @@ def alone(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
 @pytest.mark.parametrize(
     ("split", "memories", "shape"),
     [("tensors", (16, 16), SHAPE), ("tensors", (24, 16, 16), SHAPE), ("layers", (16, 16), SHAPE),
-     ("layers", (24, 16, 16), SHAPE), ("layers", (16, 16), TWICE)],
+     ("layers", (24, 16, 16), SHAPE), ("layers", (16, 16), TWICE), ("tensors", (16, 16, 16, 16), FOUR),
+     ("layers", (16, 24, 16, 16), FOUR)],
 )  # fmt: skip
 def test_machines_give_together_what_one_gives(
     folder: Path, alone: tuple[dict[str, np.ndarray], dict[str, list[int]]], split: str, memories: Sequence[int],
     shape: Shape, tmp_path: Path,
 ) -> None:  # fmt: skip
-    if shape == TWICE:
-        folder = written(tmp_path / "model", TWICE)
+    if shape != SHAPE:
+        folder = written(tmp_path / "model", shape)
         alone = answers(*load(folder))
     own = ",".join(map(str, memories))
     machines = started(MACHINE, len(memories), tmp_path / "hosts.json", folder, tmp_path, split, own)
