@@ -29,7 +29,7 @@ from mlx_gemma4.forms.lark import (
     literal,
     row,
 )
-from mlx_gemma4.forms.strings import FORMATS, whole_pattern
+from mlx_gemma4.forms.strings import FORMATS, matches_empty, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
 
@@ -271,7 +271,7 @@ class Compiler:
                     self.note("the pattern", place)
                 else:
                     patterns.append(pattern)
-                    empty = empty and re.search(given, "") is not None
+                    empty = empty and matches_empty(pattern)
         least = max(least, 1)
         patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
         too_long = most is not None and most < least

@@ -232,6 +232,16 @@ def test_any_text_is_a_literal(text: str) -> None:
     assert LLMatcher.validate_grammar_with_warnings(grammar) == (False, [])
 
 
+@pytest.mark.parametrize(("pattern", "empty"), [(r"^\p{L}*$", True), (r"^\p{Lu}+$", False)])
+def test_patterns_that_python_does_not_read_are_held(walker: Walker, pattern: str, empty: bool) -> None:
+    prompt = declared([tool("f", {"s": {"type": "string", "pattern": pattern}}, ["s"])])
+    constraint = walker.constraint(walker.form(prompt), prompt)
+    constraint.advance(walker.ids('<|tool_call>call:f{s:<|"|>'))
+    allowed = walker.bits(constraint.mask())
+    assert allowed[walker.ids("A")].all() and not allowed[walker.ids("1")].any()
+    assert allowed[walker.controls.quote] == empty
+
+
 @pytest.mark.parametrize("pattern", ["a^b", "a$b", r"\bword", "(^a)", "x|(y$)z", "(a", "a)"])
 def test_anchors_inside_a_pattern_are_not_understood(pattern: str) -> None:
     assert whole_pattern(pattern) is None
