@@ -176,7 +176,9 @@ class Compiler:
             if "$ref" in schema:
                 reference, schema = schema["$ref"], without(schema, "$ref")
                 members = [pointed(self.root, reference)]
-                if reference in following or not isinstance(members[0], (dict, bool)):
+                if reference in following:  # it holds already
+                    continue
+                if not isinstance(members[0], (dict, bool)):
                     self.note("$ref", place)
                     continue
                 following.append(reference)
@@ -199,6 +201,8 @@ class Compiler:
             kind, join = JOINS.get(key, (type(None), add))
             if own == value or key in REMARKS:
                 continue
+            elif key == "$ref":
+                result = self.both(result, {"allOf": [{key: value}]}, place)
             elif key == "type" and (common := common_types(types_of(one), types_of(other))):
                 result[key] = common
             elif key in ("type", "const"):

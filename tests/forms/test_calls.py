@@ -117,6 +117,22 @@ def test_a_call_of_constants_is_the_templates_own(walker: Walker, values: Schema
     assert constraint.advance(written) == len(written) and constraint.is_finished
 
 
+BASES = {
+    "allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
+    "$defs": {
+        "Base": {"properties": {"id": {"type": "integer"}}, "required": ["id"]},
+        "A": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"a": {"const": 1}}, "required": ["a"]},
+        "B": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"b": {"const": 2}}, "required": ["b"]},
+    },
+}
+
+
+def test_references_in_one_allOf_hold_together(walker: Walker, caplog: pytest.LogCaptureFixture) -> None:
+    """As services that inherit declare their arguments."""
+    assert all(own.keys() == {"a", "b", "id"} for own in arguments(walker, BASES))
+    assert not caplog.records
+
+
 RECURSIVE = {
     "$ref": "#/$defs/A",
     "$defs": {
