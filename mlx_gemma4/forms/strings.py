@@ -57,6 +57,7 @@ def letters() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-def matches_empty(pattern: str) -> bool:
-    """Whether a regular expression of llguidance, which others' engines may not read, matches the empty text."""
-    return LLMatcher(letters(), LLMatcher.grammar_from_regex(pattern), log_level=0).is_accepting()
+def matches(pattern: str, text: str) -> bool:
+    """Whether a regular expression of llguidance, which Python's engine may not read, matches a whole text."""
+    matcher = LLMatcher(letters(), LLMatcher.grammar_from_regex(pattern), log_level=0)
+    return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()

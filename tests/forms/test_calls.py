@@ -117,22 +117,6 @@ def test_a_call_of_constants_is_the_templates_own(walker: Walker, values: Schema
     assert constraint.advance(written) == len(written) and constraint.is_finished
 
 
-BASES = {
-    "allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
-    "$defs": {
-        "Base": {"properties": {"id": {"type": "integer"}}, "required": ["id"]},
-        "A": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"a": {"const": 1}}, "required": ["a"]},
-        "B": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"b": {"const": 2}}, "required": ["b"]},
-    },
-}
-
-
-def test_references_in_one_allOf_hold_together(walker: Walker, caplog: pytest.LogCaptureFixture) -> None:
-    """As services that inherit declare their arguments."""
-    assert all(own.keys() == {"a", "b", "id"} for own in arguments(walker, BASES))
-    assert not caplog.records
-
-
 RECURSIVE = {
     "$ref": "#/$defs/A",
     "$defs": {
@@ -188,6 +172,33 @@ def test_of_declared_arguments_no_others_are_made_up(walker: Walker) -> None:
     assert all(own == {} for own in arguments(walker, {"type": "object", "properties": {}}))
     for own in arguments(walker, {"type": "object", "properties": {"a": {"type": "integer"}}}):
         assert own.keys() <= {"a"}
+
+
+BASES = {
+    "allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
+    "$defs": {
+        "Base": {"properties": {"id": {"type": "integer"}}, "required": ["id"]},
+        "A": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"a": {"const": 1}}, "required": ["a"]},
+        "B": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"b": {"const": 2}}, "required": ["b"]},
+    },
+}
+
+
+def test_references_in_one_allOf_hold_together(walker: Walker, caplog: pytest.LogCaptureFixture) -> None:
+    """As services that inherit declare their arguments."""
+    assert all(own.keys() == {"a", "b", "id"} for own in arguments(walker, BASES))
+    assert not caplog.records
+
+
+def test_properties_that_a_pattern_names_come(walker: Walker, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where no others may: a map with names of a form is declared so."""
+    schema: Schema = {"type": "object", "patternProperties": {"^x": {"enum": [1, 2]}}, "additionalProperties": False}
+    assert any(arguments(walker, schema, 60))
+    assert all(own["x-a"] in (1, 2) for own in arguments(walker, schema | {"required": ["x-a"]}))
+    properties = {"x-a": {"enum": [2, 3]}, "y": {"type": "string"}}
+    more = {"properties": properties, "required": ["x-a"], "additionalProperties": {"type": "null"}}
+    assert all(own["x-a"] == 2 for own in arguments(walker, schema | more))
+    assert not caplog.records
 
 
 LOOP = {"properties": {"l": {"type": "array", "minItems": 1, "items": {"$ref": "#/properties/l"}}}, "required": ["l"]}
