@@ -45,8 +45,9 @@ LARGEST_WHOLE = 10**18  # of a number that is bounded on one side only
 # Ten digits more than a float's; a reader refuses what is no finite number.
 WHOLE = r"-?(0|[1-9][0-9]{0,30})"
 NUMBER = WHOLE + r"(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?"
-# Of any name that is read back as it is written. A bound of its length would cost milliseconds a mask.
-KEY = r"""[^\x00-\x20\x7f-\xa0\s:,{}\[\]"<▁]+"""
+# Of any name that is read back as it is written: words. A bound of its length would cost milliseconds a mask.
+WORD = r"""[^\x00-\x20\x7f-\xa0\s:,{}\[\]"<▁]+"""
+KEY = f"{WORD}( +{WORD})*"
 
 # Keywords that say something of the values and are not held.
 LOOSE = {

@@ -252,6 +252,18 @@ def test_keys_of_any_name_are_read_back(walker: Walker) -> None:
     assert sum(not needs_quotes(key) for own in found for key in own) > 10
 
 
+@pytest.mark.parametrize("key", ["my key", "a  b c"])
+def test_a_key_of_several_words_stands_bare(walker: Walker, key: str) -> None:
+    """As the template writes it; barred behind its first word, it would be another key."""
+    prompt = declared([tool("f", {"id": {"type": "null"}}, ["id"], additionalProperties={"type": "null"})])
+    constraint = walker.constraint(walker.form(prompt), prompt)
+    for token in walker.ids(f"<|tool_call>call:f{{id:null,{key}:null}}<tool_call|>"):
+        assert walker.bits(constraint.mask())[token]
+        constraint.advance([token])
+    [call] = walker.read(walker.ids(f"<|tool_call>call:f{{id:null,{key}:null}}<tool_call|>"), prompt).tool_calls
+    assert call["arguments"] == {"id": None, key: None}
+
+
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_a_literal(text: str) -> None:
