@@ -29,7 +29,7 @@ from mlx_gemma4.forms.lark import (
     literal,
     row,
 )
-from mlx_gemma4.forms.strings import FORMATS, whole_pattern
+from mlx_gemma4.forms.strings import FORMATS, matches, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
 
@@ -45,12 +45,13 @@ LARGEST_WHOLE = 10**18  # of a number that is bounded on one side only
 # Ten digits more than a float's; a reader refuses what is no finite number.
 WHOLE = r"-?(0|[1-9][0-9]{0,30})"
 NUMBER = WHOLE + r"(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,2})?"
-# Of any name that is read back as it is written. A bound of its length would cost milliseconds a mask.
-KEY = r"""[^\x00-\x20\x7f-\xa0\s:,{}\[\]"<▁]+"""
+# Of any name that is read back as it is written: words. A bound of its length would cost milliseconds a mask.
+WORD = r"""[^\x00-\x20\x7f-\xa0\s:,{}\[\]"<▁]+"""
+KEY = f"{WORD}( +{WORD})*"
 
 # Keywords that say something of the values and are not held.
 LOOSE = {
-    "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames", "patternProperties",
+    "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
     "unevaluatedProperties", "unevaluatedItems", "contains", "uniqueItems", "$dynamicRef", "$recursiveRef",
 }  # fmt: skip
 REMARKS = {"description", "title", "default", "examples", "$defs", "definitions"}
@@ -176,7 +177,9 @@ class Compiler:
             if "$ref" in schema:
                 reference, schema = schema["$ref"], without(schema, "$ref")
                 members = [pointed(self.root, reference)]
-                if reference in following or not isinstance(members[0], (dict, bool)):
+                if reference in following:  # it holds already
+                    continue
+                if not isinstance(members[0], (dict, bool)):
                     self.note("$ref", place)
                     continue
                 following.append(reference)
@@ -199,6 +202,8 @@ class Compiler:
             kind, join = JOINS.get(key, (type(None), add))
             if own == value or key in REMARKS:
                 continue
+            elif key == "$ref":
+                result = self.both(result, {"allOf": [{key: value}]}, place)
             elif key == "type" and (common := common_types(types_of(one), types_of(other))):
                 result[key] = common
             elif key in ("type", "const"):
@@ -266,12 +271,12 @@ class Compiler:
                 self.note(f"the format {given[:40]}", place)
         match schema.get("pattern"):
             case str(given):
-                pattern = whole_pattern(given)
-                if pattern is None or first_error(f"start: T\nT: /{pattern}/"):
+                pattern = held_pattern(given)
+                if pattern is None:
                     self.note("the pattern", place)
                 else:
                     patterns.append(pattern)
-                    empty = empty and re.search(given, "") is not None
+                    empty = empty and matches(pattern, "")
         least = max(least, 1)
         patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
         too_long = most is not None and most < least
@@ -310,14 +315,22 @@ class Compiler:
         given, more, listed = (schema.get(key) for key in ("properties", "additionalProperties", "required"))
         properties: Schema = given if isinstance(given, dict) else {}
         required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
-        declared = isinstance(given, dict) and required <= properties.keys()
-        names = in_order(properties.keys() | required)
-        # a call of what is declared, although more is not forbidden
-        others = NOTHING if more is False or (more is None and declared) else self.pairs(more, names, place)
+        patterns = self.patterns_of(schema, place)
+        rest = more if isinstance(more, dict) else True
+        named = {name: [properties[name]] if name in properties else [] for name in properties.keys() | required}
+        for name, schemas in named.items():
+            schemas += [inner for pattern, inner in patterns.items() if matches(pattern, name)]
+        declared = (isinstance(given, dict) or bool(patterns)) and all(named.values())
+        names = in_order(named)
+        pairs = [self.pairs(inner, names, place, pattern) for pattern, inner in patterns.items()]
+        if more is not False and not (more is None and declared):  # a call of what is declared, although more may come
+            pairs.append(self.pairs(rest, names, place, but="|".join(patterns)))
+        others = choice(*pairs)
         members = []
         for name in names:
-            own = properties.get(name, more if isinstance(more, dict) else True)
-            wanted = name in required or (isinstance(own, dict) and own.get("required") is True)
+            schemas = named[name] or [rest]
+            own = schemas[0] if len(schemas) == 1 else {"allOf": schemas}
+            wanted = name in required or (isinstance(schemas[0], dict) and schemas[0].get("required") is True)
             where = f"{place}.{name}"[-80:] if place else name[:80]
             value = self.value(own, where)
             if value == NOTHING and wanted:
@@ -336,13 +349,24 @@ class Compiler:
             after = self.rule(behind if wanted else choice(behind, after))
         return row('"{"', first, '"}"')
 
-    def pairs(self, more: Any, taken: Sequence[str], place: str) -> Node:
-        """A property of any other name, and its value."""
-        names = "|".join(regex_to_lark(re.escape(name)) for name in sorted(taken))
-        value = self.value(more, f"{place}.*") if isinstance(more, dict) else self.anything()
-        if names:
-            return row(self.terminal(f"/{KEY}/ & ~/({names})/"), '":"', value)
-        return row(self.any_key(), '":"', value)
+    def patterns_of(self, schema: Schema, place: str) -> Schema:
+        """The schemas of patternProperties, by what matches their whole names."""
+        given = schema.get("patternProperties")
+        found: Schema = {}
+        for name, inner in given.items() if isinstance(given, dict) else ():
+            pattern = held_pattern(name)
+            if pattern is None or found:  # of a name that several match, one holds
+                self.note("patternProperties", place)
+            found["(?s:.*)" if pattern is None else pattern] = True if pattern is None else inner
+        return found
+
+    def pairs(self, schema: Any, taken: Sequence[str], place: str, name: str = "", but: str = "") -> Node:
+        """A property of any other name, and its value. name, but: what its whole name matches, and does not."""
+        value = self.value(schema, f"{place}.*") if schema is not True else self.anything()
+        barred = "|".join([*(regex_to_lark(re.escape(own)) for own in sorted(taken)), *filter(None, [but])])
+        terms = [*([f"/{name}/"] if name else []), *([f"~/({barred})/"] if barred else [])]
+        bare, quoted = (" & ".join([f"/{pattern}/", *terms]) for pattern in (KEY, "(?s:.{1,})"))
+        return row(choice(self.terminal(bare), self.quoted(self.terminal(quoted))), '":"', value)
 
     def any_key(self) -> Node:
         return choice(self.terminal(f"/{KEY}/"), self.quoted(self.terminal("/(?s:.{1,})/")))
@@ -357,6 +381,12 @@ class Compiler:
                 choices += [row('"["', entries(inner), '"]"'), row('"{"', entries(pair), '"}"')]
             self.rules[name] = choice(*choices)
         return Rule(name)
+
+
+def held_pattern(given: str) -> str | None:
+    """What matches the whole text, as llguidance takes it; None for what it does not."""
+    pattern = whole_pattern(given)
+    return None if pattern is None or first_error(f"start: T\nT: /{pattern}/") else pattern
 
 
 def as_schema(given: Any) -> Schema:
@@ -420,6 +450,7 @@ def all_properties(one: Schema, other: Schema) -> Schema:
 # How two that a schema has of one keyword are one, where both are of these types.
 JOINS: dict[str, tuple[type | tuple[type, ...], Callable[[Any, Any], Any]]] = {
     "properties": (dict, all_properties),
+    "patternProperties": (dict, all_properties),
     "items": (object, together),
     "additionalProperties": (object, together),
     "anyOf": (list, both_unions),

@@ -269,7 +269,9 @@ class Ends:
         if kind == "object" and isinstance(schema.get("required"), list):
             properties = schema.get("properties")
             known = properties if isinstance(properties, dict) else {}
-            other = schema.get("additionalProperties", True)
+            named = schema.get("patternProperties")
+            others = [schema.get("additionalProperties", True), *(named.values() if isinstance(named, dict) else ())]
+            other = any(map(self.ends, others))  # which of them a name is of llguidance knows
             return all(self.ends(known.get(name, other)) for name in schema["required"] if isinstance(name, str))
         least = schema.get("minItems")
         if kind == "array" and isinstance(least, (int, float)) and least > 0:

@@ -1,8 +1,9 @@
 """What a JSON Schema says of strings: formats and patterns -> regular expressions of llguidance."""
 
 import re
+from functools import cache
 
-from llguidance import regex_to_lark
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
 MONTHS = r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
 DATE = rf"[12][0-9]{{3}}-{MONTHS}"
@@ -48,3 +49,15 @@ def whole_pattern(pattern: str) -> str | None:
         body = regex_to_lark("".join(inner), "dw")
         written.append(f"({'' if begins else '(?s:.*)'}({body}){'' if ends else '(?s:.*)'})")
     return "|".join(written) if depth == 0 else None
+
+
+@cache
+def letters() -> LLTokenizer:
+    """A vocabulary of bytes."""
+    return LLTokenizer("byte")
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a regular expression of llguidance, which Python's engine may not read, matches a whole text."""
+    matcher = LLMatcher(letters(), LLMatcher.grammar_from_regex(pattern), log_level=0)
+    return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()

@@ -174,6 +174,33 @@ def test_of_declared_arguments_no_others_are_made_up(walker: Walker) -> None:
         assert own.keys() <= {"a"}
 
 
+BASES = {
+    "allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
+    "$defs": {
+        "Base": {"properties": {"id": {"type": "integer"}}, "required": ["id"]},
+        "A": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"a": {"const": 1}}, "required": ["a"]},
+        "B": {"allOf": [{"$ref": "#/$defs/Base"}], "properties": {"b": {"const": 2}}, "required": ["b"]},
+    },
+}
+
+
+def test_references_in_one_allOf_hold_together(walker: Walker, caplog: pytest.LogCaptureFixture) -> None:
+    """As services that inherit declare their arguments."""
+    assert all(own.keys() == {"a", "b", "id"} for own in arguments(walker, BASES))
+    assert not caplog.records
+
+
+def test_properties_that_a_pattern_names_come(walker: Walker, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where no others may: a map with names of a form is declared so."""
+    schema: Schema = {"type": "object", "patternProperties": {"^x": {"enum": [1, 2]}}, "additionalProperties": False}
+    assert any(arguments(walker, schema, 60))
+    assert all(own["x-a"] in (1, 2) for own in arguments(walker, schema | {"required": ["x-a"]}))
+    properties = {"x-a": {"enum": [2, 3]}, "y": {"type": "string"}}
+    more = {"properties": properties, "required": ["x-a"], "additionalProperties": {"type": "null"}}
+    assert all(own["x-a"] == 2 for own in arguments(walker, schema | more))
+    assert not caplog.records
+
+
 LOOP = {"properties": {"l": {"type": "array", "minItems": 1, "items": {"$ref": "#/properties/l"}}}, "required": ["l"]}
 NOTHING = {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2}}, "required": ["a"]}
 
@@ -225,11 +252,33 @@ def test_keys_of_any_name_are_read_back(walker: Walker) -> None:
     assert sum(not needs_quotes(key) for own in found for key in own) > 10
 
 
+@pytest.mark.parametrize("key", ["my key", "a  b c"])
+def test_a_key_of_several_words_stands_bare(walker: Walker, key: str) -> None:
+    """As the template writes it; barred behind its first word, it would be another key."""
+    prompt = declared([tool("f", {"id": {"type": "null"}}, ["id"], additionalProperties={"type": "null"})])
+    constraint = walker.constraint(walker.form(prompt), prompt)
+    for token in walker.ids(f"<|tool_call>call:f{{id:null,{key}:null}}<tool_call|>"):
+        assert walker.bits(constraint.mask())[token]
+        constraint.advance([token])
+    [call] = walker.read(walker.ids(f"<|tool_call>call:f{{id:null,{key}:null}}<tool_call|>"), prompt).tool_calls
+    assert call["arguments"] == {"id": None, key: None}
+
+
 @given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_a_literal(text: str) -> None:
     grammar = LLMatcher.grammar_from_lark(f"start: {literal(text)}")
     assert LLMatcher.validate_grammar_with_warnings(grammar) == (False, [])
+
+
+@pytest.mark.parametrize(("pattern", "empty"), [(r"^\p{L}*$", True), (r"^\p{Lu}+$", False)])
+def test_patterns_that_python_does_not_read_are_held(walker: Walker, pattern: str, empty: bool) -> None:
+    prompt = declared([tool("f", {"s": {"type": "string", "pattern": pattern}}, ["s"])])
+    constraint = walker.constraint(walker.form(prompt), prompt)
+    constraint.advance(walker.ids('<|tool_call>call:f{s:<|"|>'))
+    allowed = walker.bits(constraint.mask())
+    assert allowed[walker.ids("A")].all() and not allowed[walker.ids("1")].any()
+    assert allowed[walker.controls.quote] == empty
 
 
 @pytest.mark.parametrize("pattern", ["a^b", "a$b", r"\bword", "(^a)", "x|(y$)z", "(a", "a)"])

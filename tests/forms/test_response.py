@@ -48,6 +48,12 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "string", "format": "date"},
     {"allOf": [{"type": "object", "properties": {"a": {"type": "null"}}}, {"required": ["a"]}]},
     {"if": True, "type": "null"},
+    {
+        "type": "object",
+        "patternProperties": {"^x": {"type": "null"}},
+        "required": ["x1"],
+        "additionalProperties": False,
+    },
     {},
 ]
 
