@@ -1,11 +1,11 @@
-"""Many conversations over several servers behind nginx, of which one is killed and one is told to stop.
+"""Many conversations over several servers behind a balancer, of which one is killed and one is told to stop.
 
-    python -m tests.balance
+    python -m tests.balance nginx       # or haproxy
 
-Three servers of a toy model, `deploy/nginx.conf` in front of them with other ports, and 32 clients that talk at once,
-each a conversation of its own. Every request of which no answer has begun is to be answered, a stream that breaks is to
-end in an error and not in silence, who stops finishes what it has taken, and nine in ten prompts find what was read of
-them before. The exit status is 1 if anything of that is not so. Needs nginx.
+Three servers of a toy model, the balancer's file of `deploy/` in front of them with other ports, and 32 clients that
+talk at once, each a conversation of its own. Every request of which no answer has begun is to be answered, a stream
+that breaks is to end in an error and not in silence, who stops finishes what it has taken, and nine in ten prompts find
+what was read of them before. The exit status is 1 if anything of that is not so. Needs the balancer.
 """
 
 import http.client
@@ -36,8 +36,8 @@ from load import HUNG, STORE_BYTES, WORDS, opened, server
 from machines import free_port
 from toy_checkpoint import Shape
 
-CONFIG = Path(__file__).parents[1] / "deploy" / "nginx.conf"
-PORTS = ("8080", "8081", "8082", "8083")  # there: nginx's own and three servers'
+DEPLOY = Path(__file__).parents[1] / "deploy"
+PORTS = ("8080", "8081", "8082", "8083")  # there: the balancer's own and three servers'
 MAX_TOKENS = 12
 OPENING = 8  # tokens at a prompt's end that open the reply, which the next prompt may have otherwise
 MOST_TRIES = 3
@@ -108,20 +108,32 @@ def reply(port: int, name: str, messages: list[dict[str, str]]) -> tuple[str, di
     return text, usage, "broken"
 
 
-@contextmanager
-def balancer(folder: Path, ports: list[int]) -> Iterator[None]:
-    """nginx as deploy/ has it, but for its ports and what it writes, once it answers."""
-    text = CONFIG.read_text(encoding="utf-8")
-    for published, port in zip(PORTS, ports, strict=True):
-        text = text.replace(f"127.0.0.1:{published}", f"127.0.0.1:{port}")
+def nginx(folder: Path, text: str) -> tuple[str, list[str | Path]]:
+    """Its file, but for what it writes, and how it is started."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     scratch = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
     text = text.replace("http {", f"http {{ access_log off; {scratch}")
-    config = folder / "nginx.conf"
-    config.write_text(f"daemon off; pid {folder}/pid; error_log {folder}/errors;\n{text}", encoding="utf-8")
-    with subprocess.Popen(
-        [shutil.which("nginx") or "nginx", "-c", config, "-p", folder, "-e", folder / "errors"]
-    ) as process:
+    text = f"daemon off; pid {folder}/pid; error_log {folder}/errors;\n{text}"
+    return text, ["-c", folder / "config", "-p", folder, "-e", folder / "errors"]
+
+
+def haproxy(folder: Path, text: str) -> tuple[str, list[str | Path]]:
+    return text, ["-q", "-f", folder / "config"]
+
+
+BALANCERS = {"nginx": ("nginx.conf", nginx), "haproxy": ("haproxy.cfg", haproxy)}
+
+
+@contextmanager
+def balancer(name: str, folder: Path, ports: list[int]) -> Iterator[None]:
+    """A balancer as deploy/ has it, but for its ports and what it writes, once it answers."""
+    file, prepared = BALANCERS[name]
+    text = (DEPLOY / file).read_text(encoding="utf-8")
+    for published, port in zip(PORTS, ports, strict=True):
+        text = text.replace(f"127.0.0.1:{published}", f"127.0.0.1:{port}")
+    text, arguments = prepared(folder, text)
+    (folder / "config").write_text(text, encoding="utf-8")
+    with subprocess.Popen([name, *arguments]) as process:
         try:
             while process.poll() is None:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", ports[0]), 1):
@@ -133,21 +145,22 @@ def balancer(folder: Path, ports: list[int]) -> Iterator[None]:
 
 
 def main(
+    name: Annotated[str, typer.Argument(help=f"The balancer: {' or '.join(BALANCERS)}.")],
     clients: Annotated[int, typer.Option(min=1, help="Conversations at once.")] = 32,
     turns: Annotated[int, typer.Option(min=2, help="Of each conversation.")] = 12,
 ) -> None:
     """Talk with all of them."""
-    if shutil.which("nginx") is None:
-        raise typer.BadParameter("nginx is not installed; expected apt-get install nginx-light, or the like")
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
+    if name not in BALANCERS or shutil.which(name) is None:
+        raise typer.BadParameter(f"{name} is no balancer that is installed; expected {' or '.join(BALANCERS)}")
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = Path(scratch)
         model = write_planted(folder / "model", Shape(window=256, context=4096), 1, 2.2)
         servers = [
             stack.enter_context(server(model, folder / f"log-{place}", "--store-bytes", STORE_BYTES))
             for place in range(3)
         ]
         own = free_port()
-        stack.enter_context(balancer(folder, [own, *(port for _, port in servers)]))
+        stack.enter_context(balancer(name, folder, [own, *(port for _, port in servers)]))
         course = Course()
         stopped, killed = servers[1][0], servers[0][0]
         course.events[clients * turns // 3] = killed.kill
