@@ -423,13 +423,14 @@ def write_peft(
 
 
 def save(folder: Path, name: str, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
+    """The configuration first: weights without it would be nobody's."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".part-{name}"  # MLX wants the suffix
-    mx.save_safetensors(str(part), {name: mx.contiguous(value) for name, value in tensors.items()}, {"format": "pt"})
-    part.replace(folder / name)
     part = folder / f".part-{CONFIG}"
     part.write_text(json.dumps(config, indent=4), encoding="utf-8")
     part.replace(folder / CONFIG)
+    part = folder / f".part-{name}"  # MLX wants the suffix
+    mx.save_safetensors(str(part), {name: mx.contiguous(value) for name, value in tensors.items()}, {"format": "pt"})
+    part.replace(folder / name)
 
 
 def read_weights(file: Path) -> dict[str, mx.array]:

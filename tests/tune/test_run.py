@@ -317,6 +317,20 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tiny_folder: Path, dat
     assert equal(tmp_path / "whole", out)
 
 
+def test_a_run_that_ended_before_its_first_state_begins_anew(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = options(tiny_folder, data, tmp_path / "out", "--iters", "4")
+    assert run(argv) == 0
+    kept = weights(tmp_path / "out")
+    (tmp_path / "out" / "state.safetensors").unlink()  # the weights were written before the first step, too
+    assert run([*argv, "--rank", "4"]) == run([*argv, "--seed", "1"]) == 2
+    assert "holds the adapter of another run" in capsys.readouterr().err
+    assert run(argv) == 0
+    found = weights(tmp_path / "out")
+    assert all(np.array_equal(kept[name], found[name]) for name in kept | found)
+
+
 def test_accumulated_batches_are_a_larger_one(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Though they have other numbers of learnt tokens."""
     one = options(tiny_folder, data, tmp_path / "one", "--iters", "4", "--batch-size", "6", "--warmup", "0")
