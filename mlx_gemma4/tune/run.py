@@ -21,9 +21,10 @@ from mlx_gemma4.tune.adapt import Adapter
 from mlx_gemma4.tune.data import Example
 from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Passage, Row, branches, capacity, packed, passages, row
-from mlx_gemma4.tune.state import flat, merge, save, trees_of, write_text
+from mlx_gemma4.tune.state import flat, merge, save, trees_of
 from mlx_gemma4.tune.step import Processes, Seen, measure, rate_at, update
 from mlx_gemma4.weights.adapter import CONFIG, WEIGHTS, write_adapter
+from mlx_gemma4.weights.writing import write_text
 
 STATE, CURVE = "state.safetensors", "loss.csv"
 COLUMNS = (

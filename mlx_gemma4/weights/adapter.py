@@ -29,6 +29,7 @@ from mlx_gemma4.weights.tensors import (
     module_path,
     tensors_in,
 )
+from mlx_gemma4.weights.writing import write_arrays, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PEFT_WEIGHTS = "adapters.safetensors", "adapter_model.safetensors"
@@ -425,12 +426,8 @@ def write_peft(
 def save(folder: Path, name: str, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
     """The configuration first: weights without it would be nobody's."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".part-{CONFIG}"
-    part.write_text(json.dumps(config, indent=4), encoding="utf-8")
-    part.replace(folder / CONFIG)
-    part = folder / f".part-{name}"  # MLX wants the suffix
-    mx.save_safetensors(str(part), {name: mx.contiguous(value) for name, value in tensors.items()}, {"format": "pt"})
-    part.replace(folder / name)
+    write_text(folder / CONFIG, json.dumps(config, indent=4))
+    write_arrays(folder / name, {name: mx.contiguous(value) for name, value in tensors.items()}, {"format": "pt"})
 
 
 def read_weights(file: Path) -> dict[str, mx.array]:

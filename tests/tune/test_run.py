@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -397,6 +398,20 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert run(options(tiny_folder, data, tmp_path / "out")) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'out' / 'adapters.safetensors'} cannot be written")
+    assert not list((tmp_path / "out").glob("*part*"))
 
 
 def test_long_examples_are_left_out_when_asked_and_counted(
