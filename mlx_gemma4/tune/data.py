@@ -149,9 +149,10 @@ def sharegpt(turns: Any, system: Any) -> list[Any]:
         value = turn.get("value", turn.get("content"))
         if role == "call":
             calls = from_json(value, f"conversations[{index}]") if isinstance(value, str) else value
-            found.append({"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]})
+            said = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
         else:
-            found.append({"role": role, "content": value, "weight": turn.get("weight", 1)})
+            said = {"role": role, "content": value}
+        found.append(said | {"weight": turn.get("weight", 1)})
     return found
 
 

@@ -160,6 +160,14 @@ def test_what_is_not_to_be_learnt_is_not(tiny: tuple[Model, Processor], folder: 
     assert [tiny[1].tokenizer.decode(branch.ids[branch.start :]) for branch in found] == ["d"]
     with pytest.raises(ValueError, match="line 1: the example has no token to learn"):
         branches(tiny[1], example(turns[:2], folder))
+    spoken = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "look"}', "weight": 0},
+        {"from": "observation", "value": "r"},
+        {"from": "gpt", "value": "d"},
+    ]
+    found, _ = branches(tiny[1], parse({"conversations": spoken}, "", folder))
+    assert [tiny[1].tokenizer.decode(branch.ids[branch.start :]) for branch in found] == ["d"]
 
 
 def same(processor: Processor, row: dict[str, Any], other: dict[str, Any], folder: Path) -> bool:
