@@ -247,7 +247,7 @@ class Run:
         assert self.valid is not None
         count, progress = len(self.valid.data.passages), self.progress
         if self.settings.val_batches >= 0:
-            count = min(count, self.settings.val_batches * self.settings.batch_size)
+            count = min(count, self.settings.val_batches * self.settings.batch_size * self.processes.size)
         loss = self.loss_of(self.valid, count)
         if loss < progress.best:
             progress.best, progress.best_at, progress.waited = loss, iteration, 0

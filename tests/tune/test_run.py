@@ -344,10 +344,11 @@ def test_accumulated_batches_are_a_larger_one(tiny_folder: Path, data: Path, tmp
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
-    assert run(options(tiny_folder, data, tmp_path / "one", "--iters", "6", "--batch-size", "4")) == 0
+    more = "--iters", "6", "--steps-per-eval", "2", "--val-batches", "1"
+    assert run(options(tiny_folder, data, tmp_path / "one", *more, "--batch-size", "4")) == 0
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
-    argv = options(tiny_folder, data, tmp_path / "two", "--iters", "6", "--batch-size", "2")
+    argv = options(tiny_folder, data, tmp_path / "two", *more, "--batch-size", "2")
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT,
@@ -358,6 +359,13 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Pat
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
+    losses = [validations(tmp_path / name) for name in ("one", "two")]
+    assert len(losses[0]) == 4 and np.allclose(*losses, rtol=1e-4)
+
+
+def validations(folder: Path) -> list[float]:
+    lines = [line.split(",") for line in (folder / "loss.csv").read_text().splitlines()[1:]]
+    return [float(line[2]) for line in lines if line[2]]
 
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
