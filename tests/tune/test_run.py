@@ -37,7 +37,7 @@ pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
 from mlx_gemma4.tune.adapt import Adapter, attach
 from mlx_gemma4.tune.drafter import followers, propose
-from mlx_gemma4.tune.step import gradients, rate_at
+from mlx_gemma4.tune.step import Processes, gradients, rate_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -359,13 +359,30 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Pat
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
-    losses = [validations(tmp_path / name) for name in ("one", "two")]
-    assert len(losses[0]) == 4 and np.allclose(*losses, rtol=1e-4)
+    ones, twos = validations(tmp_path / "one"), validations(tmp_path / "two")
+    assert len(ones) == 4 and np.allclose(ones, twos, rtol=1e-4)
 
 
 def validations(folder: Path) -> list[float]:
     lines = [line.split(",") for line in (folder / "loss.csv").read_text().splitlines()[1:]]
     return [float(line[2]) for line in lines if line[2]]
+
+
+def test_no_process_waits_while_the_first_teaches_the_drafter(
+    planted_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum that the others come to before it would end them."""
+    told: list[str] = []
+
+    def summed(self: Processes, arrays: list[mx.array]) -> list[mx.array]:
+        told.append("sum")
+        return arrays
+
+    monkeypatch.setattr(command, "teach_drafter", lambda *given: told.append("drafter"))
+    monkeypatch.setattr(Processes, "sum", summed)
+    argv = options(planted_folder, data, tmp_path / "out", "--iters", "1", "--train-drafter", "--test")
+    assert run(argv) == 0
+    assert "sum" in told and told[-1] == "drafter"
 
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
