@@ -186,6 +186,8 @@ def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int
     for name, value in (("warmup", warmup or 0), ("patience", patience), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} is {value}; expected 0 or more")
+    if seed >= 2**64:
+        raise ValueError(f"seed is {seed}; expected less than 2**64")
     if val_batches < 1 and val_batches != -1:
         raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):

@@ -240,6 +240,7 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
         ('{"conversations": [{"from": "human", "value": "a"}], "images": ["a.png"]}', "more than its messages"),
         ('{"text": ""}', "text is ''"),
         ('{"text": "<|image|>"}', "text has a place for image"),
+        (r'{"text": "a\ud800"}', "half of a surrogate pair"),
         ('{"prompt": 1, "completion": 2}', "prompt is an int"),
     ],
 )  # fmt: skip

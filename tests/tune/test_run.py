@@ -406,6 +406,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, da
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--iters", "0"], "expected a whole number above 0"),
         (["--val-batches", "0"], "val_batches is 0"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616; expected less than 2**64"),
         (["--fine-tune-type", "full"], "expected lora or dora"),
         (["--dtype", "float16"], "small gradients are lost"),
         (["--max-seq-length", "5"], "train.jsonl, line 1: the example has"),
