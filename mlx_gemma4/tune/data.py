@@ -88,7 +88,9 @@ def parse_row(row: Any, where: str, folder: Path) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"the example is {a(row)}; expected {FORMS['messages']}")
     forms = [key for key in FORMS if row.get(key) is not None]
-    if len(forms) != 1 or (forms == ["prompt"] and row.get("completion") is None):
+    if row.get("completion") is None and "prompt" in forms:  # the first message again, as UltraChat has it
+        forms.remove("prompt")
+    if len(forms) != 1:
         keys = ", ".join(map(str, row)) or "none"
         raise ValueError(f"the example has the keys {shown(keys)}; expected one of {', '.join(FORMS.values())}")
     tools = row.get("tools")

@@ -179,6 +179,7 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
     processor = tiny[1]
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert same(processor, {"prompt": "a", "completion": "b"}, chat, folder)
+    assert same(processor, chat | {"prompt": "a"}, chat, folder)
     assert same(processor, {"prompt": chat["messages"][:1], "completion": chat["messages"][1:]}, chat, folder)
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     assert same(processor, {"conversations": turns}, chat, folder)
