@@ -303,21 +303,23 @@ def quoted_properties(value: Any, mark: str) -> Any:
 
 
 def unused_character(value: Any) -> str:
-    """A private-use character that is in no string of a JSON-like value.
-
-    Raises ValueError if a string holds half a surrogate pair, which no tokenizer can encode.
-    """
+    """A private-use character that is in no string of a JSON-like value; ValueError if a string is not Unicode."""
     text = "".join(strings(value))
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise ValueError(f"a text holds {half!r}, half of a surrogate pair; expected valid Unicode") from None
+    check_unicode(text)
     used = set(text)
     free = next((chr(code) for code in chain(*PRIVATE_USE) if chr(code) not in used), None)
     if free is None:
         raise ValueError("the texts hold every private-use character of Unicode; expected one to be free")
     return free
+
+
+def check_unicode(text: str) -> None:
+    """ValueError if a text holds half a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"a text holds {half!r}, half of a surrogate pair; expected valid Unicode") from None
 
 
 def strings(value: Any) -> Iterator[str]:

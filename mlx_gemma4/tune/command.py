@@ -168,12 +168,14 @@ def tune(
         print(summary(own, adapter_path))
         if peft:
             write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
+    if test:  # before the drafter learns, for which the others would wait
+        processes.sum([mx.zeros(1)])  # until the first has written what all read
+        begin_with(network, adapter_path / WEIGHTS)
+        loss = own.loss_of(rows["test"])
     if train_drafter and processes.rank == 0:
         begin_with(network, adapter_path / WEIGHTS)
         teach_drafter(checkpoint, own, adapter_path / "drafter")
     if test:
-        begin_with(network, adapter_path / WEIGHTS)
-        loss = own.loss_of(rows["test"])
         del own, network, checkpoint  # room for the model as it is in use
         if processes.rank == 0:
             tuned, _ = load(model, adapter=adapter_path, dtype=dtype)
@@ -184,6 +186,8 @@ def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int
     for name, value in (("warmup", warmup or 0), ("patience", patience), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} is {value}; expected 0 or more")
+    if seed >= 2**64:
+        raise ValueError(f"seed is {seed}; expected less than 2**64")
     if val_batches < 1 and val_batches != -1:
         raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):

@@ -88,7 +88,9 @@ def parse_row(row: Any, where: str, folder: Path) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"the example is {a(row)}; expected {FORMS['messages']}")
     forms = [key for key in FORMS if row.get(key) is not None]
-    if len(forms) != 1 or (forms == ["prompt"] and row.get("completion") is None):
+    if row.get("completion") is None and "prompt" in forms:  # the first message again, as UltraChat has it
+        forms.remove("prompt")
+    if len(forms) != 1:
         keys = ", ".join(map(str, row)) or "none"
         raise ValueError(f"the example has the keys {shown(keys)}; expected one of {', '.join(FORMS.values())}")
     tools = row.get("tools")
@@ -149,9 +151,10 @@ def sharegpt(turns: Any, system: Any) -> list[Any]:
         value = turn.get("value", turn.get("content"))
         if role == "call":
             calls = from_json(value, f"conversations[{index}]") if isinstance(value, str) else value
-            found.append({"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]})
+            said = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
         else:
-            found.append({"role": role, "content": value, "weight": turn.get("weight", 1)})
+            said = {"role": role, "content": value}
+        found.append(said | {"weight": turn.get("weight", 1)})
     return found
 
 

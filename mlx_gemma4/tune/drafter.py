@@ -20,9 +20,9 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK
 from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
 from mlx_gemma4.tune.rows import Row
-from mlx_gemma4.tune.state import write_arrays, write_text
 from mlx_gemma4.tune.step import rate_at
 from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
+from mlx_gemma4.weights.writing import write_arrays, write_text
 
 PROPOSALS = 3  # learnt in a row: each further one starts from what the drafter itself has made
 RATE = 1e-3

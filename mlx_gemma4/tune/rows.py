@@ -16,6 +16,7 @@ from mlx_gemma4.model.mask import attention_mask
 from mlx_gemma4.prompt.messages import LEADING_THOUGHT, MEDIA, Part
 from mlx_gemma4.prompt.processor import Loaded, Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
+from mlx_gemma4.prompt.template import check_unicode
 from mlx_gemma4.reply.reply import CHANNEL_OPEN, END_OF_TEXT, THOUGHT_CHANNEL
 from mlx_gemma4.tune.data import Example, from_folder
 
@@ -92,6 +93,7 @@ def branches(
 
 
 def text_branch(processor: Processor, text: str) -> Branch:
+    check_unicode(text)
     ids: list[int] = processor.tokenizer.encode(text, add_special_tokens=False).ids
     begin, end = processor.control.ids[processor.bos_token], processor.control.ids.get(END_OF_TEXT)
     ids = ids if ids[:1] == [begin] else [begin, *ids]

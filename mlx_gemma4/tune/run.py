@@ -16,14 +16,15 @@ import numpy as np
 
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import Part
-from mlx_gemma4.prompt.processor import Loaded, Processor
+from mlx_gemma4.prompt.processor import Loaded, Processor, optional_json
 from mlx_gemma4.tune.adapt import Adapter
 from mlx_gemma4.tune.data import Example
 from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Passage, Row, branches, capacity, packed, passages, row
-from mlx_gemma4.tune.state import flat, merge, save, trees_of, write_text
+from mlx_gemma4.tune.state import flat, merge, save, trees_of
 from mlx_gemma4.tune.step import Processes, Seen, measure, rate_at, update
-from mlx_gemma4.weights.adapter import WEIGHTS, write_adapter
+from mlx_gemma4.weights.adapter import CONFIG, WEIGHTS, write_adapter
+from mlx_gemma4.weights.writing import write_text
 
 STATE, CURVE = "state.safetensors", "loss.csv"
 COLUMNS = (
@@ -183,8 +184,13 @@ class Run:
         )
         if (folder / STATE).exists():
             self.resume()
-        elif (folder / WEIGHTS).exists():
+        elif (folder / WEIGHTS).exists() and not self.has_begun():
             raise ValueError(f"{folder} holds the adapter of another run; expected a new folder, for --adapter-path")
+
+    def has_begun(self) -> bool:
+        """Whether the adapter in the folder is of this run, which ended before its first state."""
+        noted = optional_json(self.folder / CONFIG)
+        return all(noted.get(key) == value for key, value in self.about.items())
 
     def resume(self) -> None:
         trees, about = trees_of(self.folder / STATE)
@@ -241,7 +247,7 @@ class Run:
         assert self.valid is not None
         count, progress = len(self.valid.data.passages), self.progress
         if self.settings.val_batches >= 0:
-            count = min(count, self.settings.val_batches * self.settings.batch_size)
+            count = min(count, self.settings.val_batches * self.settings.batch_size * self.processes.size)
         loss = self.loss_of(self.valid, count)
         if loss < progress.best:
             progress.best, progress.best_at, progress.waited = loss, iteration, 0
@@ -281,7 +287,4 @@ class Run:
     def keep_adapter(self) -> None:
         if self.processes.rank == 0:
             own, weights = self.settings.adapter, dict(flat(self.model.trainable_parameters()))
-            write_adapter(
-                self.folder, weights, own.fine_tune_type, own.rank, own.scale, own.num_layers,
-                {key: value for key, value in self.about.items() if key != "adapter"},
-            )  # fmt: skip
+            write_adapter(self.folder, weights, own.fine_tune_type, own.rank, own.scale, own.num_layers, self.about)

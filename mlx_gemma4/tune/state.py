@@ -1,4 +1,4 @@
-"""A run's files beside its adapter, each whole or not at all."""
+"""A run's state: trees of arrays in one file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,30 +7,8 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import unbroken
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"part-{path.name}")
-    try:
-        with if_stopped(lambda: part.unlink(missing_ok=True)):
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, mx.array], about: Mapping[str, str]) -> None:
-    part = path.with_name(f"part-{path.name}")
-    try:
-        with if_stopped(lambda: part.unlink(missing_ok=True)):
-            mx.save_safetensors(str(part), dict(arrays), dict(about))
-            part.replace(path)
-    except RuntimeError as error:
-        raise OSError(f"{path} cannot be written: {unbroken(error)}") from None
-    finally:
-        part.unlink(missing_ok=True)
+from mlx_gemma4.weights.writing import write_arrays
 
 
 def save(path: Path, trees: Mapping[str, Any], about: Mapping[str, str]) -> None:

@@ -29,10 +29,16 @@ from mlx_gemma4.weights.tensors import (
     module_path,
     tensors_in,
 )
+from mlx_gemma4.weights.writing import write_arrays, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS, PEFT_WEIGHTS = "adapters.safetensors", "adapter_model.safetensors"
 PEFT_ROOT = "base_model.model."  # of the names in PEFT's files
+# Paths in `Model`, which are the checkpoint's, -> transformers', where it has names of its own: PEFT has those.
+PEFT_PATHS = {
+    "embed_vision.embedding_projection": "embed_vision.multimodal_embedder.embedding_projection",
+    "vision_embedder.patch_dense": "embed_vision.patch_dense",
+}
 
 # A tensor's name: the matrix, and which of its parts it is, in mlx-lm's spelling or PEFT's.
 NAME = re.compile(
@@ -237,7 +243,13 @@ def list_parts(file: Path) -> Parts:
 def adapted_path(name: str) -> str:
     """A matrix's name in any of the spellings -> its path in `Model`; of the decoder alone, layers are all there is."""
     path = module_path(name)
-    return TEXT + path if path.startswith("layers.") else path
+    renamed = {theirs: own for own, theirs in PEFT_PATHS.items()}
+    return TEXT + path if path.startswith("layers.") else renamed.get(path, path)
+
+
+def peft_path(path: str) -> str:
+    """A path in `Model` -> the matrix in transformers' model."""
+    return f"model.{PEFT_PATHS.get(path, path)}"
 
 
 def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None:
@@ -353,7 +365,7 @@ def peft_targets(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Sh
     return {
         path
         for path in matrices
-        if any(f".model.{path}".endswith(f".{name}") for name in names)
+        if any(f".{peft_path(path)}".endswith(f".{name}") for name in names)
         and (layers is None or layer_of(path) in layers)
         and (not is_text or layer_of(path) is not None)
     }
@@ -407,7 +419,7 @@ def write_peft(
     names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
     for path, value in weights.items():
         matrix, _, part = path.rpartition(".")
-        tensors[f"{PEFT_ROOT}model.{matrix}.{names[part]}"] = value.T
+        tensors[f"{PEFT_ROOT}{peft_path(matrix)}.{names[part]}"] = value.T
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -417,19 +429,16 @@ def write_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": kind == "dora",
-        "target_modules": sorted({f"model.{path.rpartition('.')[0]}" for path in weights}),
+        "target_modules": sorted({peft_path(path.rpartition(".")[0]) for path in weights}),
     }
     save(folder, PEFT_WEIGHTS, tensors, config)
 
 
 def save(folder: Path, name: str, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
+    """The configuration first: weights without it would be nobody's."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".part-{name}"  # MLX wants the suffix
-    mx.save_safetensors(str(part), {name: mx.contiguous(value) for name, value in tensors.items()}, {"format": "pt"})
-    part.replace(folder / name)
-    part = folder / f".part-{CONFIG}"
-    part.write_text(json.dumps(config, indent=4), encoding="utf-8")
-    part.replace(folder / CONFIG)
+    write_text(folder / CONFIG, json.dumps(config, indent=4))
+    write_arrays(folder / name, {name: mx.contiguous(value) for name, value in tensors.items()}, {"format": "pt"})
 
 
 def read_weights(file: Path) -> dict[str, mx.array]:

@@ -160,6 +160,14 @@ def test_what_is_not_to_be_learnt_is_not(tiny: tuple[Model, Processor], folder: 
     assert [tiny[1].tokenizer.decode(branch.ids[branch.start :]) for branch in found] == ["d"]
     with pytest.raises(ValueError, match="line 1: the example has no token to learn"):
         branches(tiny[1], example(turns[:2], folder))
+    spoken = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "look"}', "weight": 0},
+        {"from": "observation", "value": "r"},
+        {"from": "gpt", "value": "d"},
+    ]
+    found, _ = branches(tiny[1], parse({"conversations": spoken}, "", folder))
+    assert [tiny[1].tokenizer.decode(branch.ids[branch.start :]) for branch in found] == ["d"]
 
 
 def same(processor: Processor, row: dict[str, Any], other: dict[str, Any], folder: Path) -> bool:
@@ -171,6 +179,7 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
     processor = tiny[1]
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert same(processor, {"prompt": "a", "completion": "b"}, chat, folder)
+    assert same(processor, chat | {"prompt": "a"}, chat, folder)
     assert same(processor, {"prompt": chat["messages"][:1], "completion": chat["messages"][1:]}, chat, folder)
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     assert same(processor, {"conversations": turns}, chat, folder)
@@ -232,6 +241,7 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
         ('{"conversations": [{"from": "human", "value": "a"}], "images": ["a.png"]}', "more than its messages"),
         ('{"text": ""}', "text is ''"),
         ('{"text": "<|image|>"}', "text has a place for image"),
+        (r'{"text": "a\ud800"}', "half of a surrogate pair"),
         ('{"prompt": 1, "completion": 2}', "prompt is an int"),
     ],
 )  # fmt: skip

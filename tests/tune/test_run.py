@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
 from mlx_gemma4.tune.adapt import Adapter, attach
 from mlx_gemma4.tune.drafter import followers, propose
-from mlx_gemma4.tune.step import gradients, rate_at
+from mlx_gemma4.tune.step import Processes, gradients, rate_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -317,6 +318,20 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tiny_folder: Path, dat
     assert equal(tmp_path / "whole", out)
 
 
+def test_a_run_that_ended_before_its_first_state_begins_anew(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = options(tiny_folder, data, tmp_path / "out", "--iters", "4")
+    assert run(argv) == 0
+    kept = weights(tmp_path / "out")
+    (tmp_path / "out" / "state.safetensors").unlink()  # the weights were written before the first step, too
+    assert run([*argv, "--rank", "4"]) == run([*argv, "--seed", "1"]) == 2
+    assert "holds the adapter of another run" in capsys.readouterr().err
+    assert run(argv) == 0
+    found = weights(tmp_path / "out")
+    assert all(np.array_equal(kept[name], found[name]) for name in kept | found)
+
+
 def test_accumulated_batches_are_a_larger_one(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     """Though they have other numbers of learnt tokens."""
     one = options(tiny_folder, data, tmp_path / "one", "--iters", "4", "--batch-size", "6", "--warmup", "0")
@@ -329,10 +344,11 @@ def test_accumulated_batches_are_a_larger_one(tiny_folder: Path, data: Path, tmp
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
-    assert run(options(tiny_folder, data, tmp_path / "one", "--iters", "6", "--batch-size", "4")) == 0
+    more = "--iters", "6", "--steps-per-eval", "2", "--val-batches", "1"
+    assert run(options(tiny_folder, data, tmp_path / "one", *more, "--batch-size", "4")) == 0
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
-    argv = options(tiny_folder, data, tmp_path / "two", "--iters", "6", "--batch-size", "2")
+    argv = options(tiny_folder, data, tmp_path / "two", *more, "--batch-size", "2")
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT,
@@ -343,6 +359,30 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Pat
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
+    ones, twos = validations(tmp_path / "one"), validations(tmp_path / "two")
+    assert len(ones) == 4 and np.allclose(ones, twos, rtol=1e-4)
+
+
+def validations(folder: Path) -> list[float]:
+    lines = [line.split(",") for line in (folder / "loss.csv").read_text().splitlines()[1:]]
+    return [float(line[2]) for line in lines if line[2]]
+
+
+def test_no_process_waits_while_the_first_teaches_the_drafter(
+    planted_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum that the others come to before it would end them."""
+    told: list[str] = []
+
+    def summed(self: Processes, arrays: list[mx.array]) -> list[mx.array]:
+        told.append("sum")
+        return arrays
+
+    monkeypatch.setattr(command, "teach_drafter", lambda *given: told.append("drafter"))
+    monkeypatch.setattr(Processes, "sum", summed)
+    argv = options(planted_folder, data, tmp_path / "out", "--iters", "1", "--train-drafter", "--test")
+    assert run(argv) == 0
+    assert "sum" in told and told[-1] == "drafter"
 
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -366,6 +406,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, da
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--iters", "0"], "expected a whole number above 0"),
         (["--val-batches", "0"], "val_batches is 0"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616; expected less than 2**64"),
         (["--fine-tune-type", "full"], "expected lora or dora"),
         (["--dtype", "float16"], "small gradients are lost"),
         (["--max-seq-length", "5"], "train.jsonl, line 1: the example has"),
@@ -383,6 +424,20 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert run(options(tiny_folder, data, tmp_path / "out")) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'out' / 'adapters.safetensors'} cannot be written")
+    assert not list((tmp_path / "out").glob("*part*"))
 
 
 def test_long_examples_are_left_out_when_asked_and_counted(

@@ -216,6 +216,28 @@ def test_what_is_written_for_peft_is_the_same_adapter(source: Path, tmp_path: Pa
     assert same(source, tmp_path / "peft", tmp_path / "mlx")
 
 
+def test_media_s_matrices_have_transformers_names_for_peft(source: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(EVEN, MEDIA)
+    for part, shape in (("lora_a", (48 * 48 * 3, 3)), ("lora_b", (3, EVEN.hidden))):
+        adapter[f"vision_embedder.patch_dense.{part}"] = mx.random.normal(shape)
+    write_adapter(tmp_path / "mlx", adapter, "lora", 3, 2.0, -1)
+    write_peft(tmp_path / "peft", adapter, "lora", 3, 2.0, None)
+    names = [
+        "model.embed_audio.embedding_projection",
+        "model.embed_vision.multimodal_embedder.embedding_projection",
+        "model.embed_vision.patch_dense",
+    ]
+    config = json.loads((tmp_path / "peft" / CONFIG).read_text())
+    assert config["target_modules"] == names
+    assert {name.partition(".lora_")[0] for name in mx.load(str(tmp_path / "peft" / "adapter_model.safetensors"))} == {
+        f"base_model.model.{name}" for name in names
+    }
+    assert same(source, tmp_path / "peft", tmp_path / "mlx")
+    config["target_modules"] += ["mlp.up_proj"]
+    (tmp_path / "peft" / CONFIG).write_text(json.dumps(config))
+    refused(source, tmp_path / "peft", "has nothing for 6 of the 9 matrices")
+
+
 # --- what is wrong -----------------------------------------------------------------------------
 
 Edit = Callable[[dict[str, Any], dict[str, mx.array]], None]
