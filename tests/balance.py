@@ -32,13 +32,14 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import write_planted
-from load import HUNG, STORE_BYTES, WORDS, opened, server
+from load import HUNG, WORDS, opened, server
 from machines import free_port
 from toy_checkpoint import Shape
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 PORTS = ("8080", "8081", "8082", "8083")  # there: the balancer's own and three servers'
 MAX_TOKENS = 12
+STORE_BYTES = "300000000"  # room for all conversations on one server, which is what is left in the end
 OPENING = 8  # tokens at a prompt's end that open the reply, which the next prompt may have otherwise
 MOST_TRIES = 3
 
