@@ -189,7 +189,7 @@ class Session:
     def fork(self) -> "Session":
         """Another conversation that begins with the messages so far; what has been read of them serves both."""
         other = Session(self.model, self.processor, store=self.store)
-        other.settings, other.messages = self.settings, list(self.messages)
+        other.settings, other.messages = self.settings, copied(self.messages)
         return other
 
     # --- folders -------------------------------------------------------------------------------
@@ -234,6 +234,13 @@ class Session:
         own = cls(model, processor, store=PromptStore(folder=saved.folder / STORE_FOLDER) if store is None else store)
         own.settings, own.messages = saved.settings, saved.messages
         return own
+
+
+def copied(value: Any) -> Any:
+    """Messages of one's own, down to their media, which are shared: an edit here is none there."""
+    if isinstance(value, dict):
+        return {key: copied(own) for key, own in value.items()}
+    return [copied(own) for own in value] if isinstance(value, list) else value
 
 
 def continued(message: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
