@@ -29,7 +29,7 @@ from mlx_gemma4.evaluate.quality import (
     read_exchanges,
     unpack,
 )
-from mlx_gemma4.prompt.messages import json_lines
+from mlx_gemma4.prompt.messages import json_lines, with_media_from
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
@@ -114,7 +114,8 @@ def evaluate(
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Exchanges from JSON lines; ValueError that names the line if one is wrong."""
+    """Exchanges from JSON lines, paths of their media from where the file lies; ValueError that names the line if one
+    is wrong."""
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; expected one of JSON lines, for data")
     found = []
@@ -124,7 +125,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f'{file}, line {number}: expected {{"messages": [at least two], "tools": [if any]}}')
         if not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
             raise ValueError(f"{file}, line {number}: expected an answer, of the role assistant, as the last message")
-        found.append(line)
+        try:
+            found.append(with_media_from(file.parent, line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
     if not found:
         raise ValueError(f"{file} has no exchanges; expected one in each line")
     return found

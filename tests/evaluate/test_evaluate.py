@@ -278,6 +278,22 @@ def test_lines_end_where_a_line_ends(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "data.jsonl") == [{"messages": odd}]
 
 
+def test_media_lie_beside_the_data(tmp_path: Path) -> None:
+    """Also where the command is started elsewhere, as for `tune` and `batch`."""
+    asked = [{"type": "image", "image": "leaf.png"}, {"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]
+    line = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a leaf"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    (read,) = read_lines(tmp_path / "data.jsonl")
+    assert [part["image"] for part in read["messages"][0]["content"]] == [
+        str(tmp_path / "leaf.png"),
+        "https://a.b/c.png",
+    ]
+    asked[0]["image"] = ""
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 1: messages\[0\]\.content\[0\]"):
+        read_lines(tmp_path / "data.jsonl")
+
+
 @pytest.mark.parametrize("name", ["", "nothing.jsonl"])
 def test_data_that_are_not_there_are_one_line(tiny_folder: Path, tmp_path: Path, run: Run, name: str) -> None:
     status, out, err = run(tiny_folder, tiny_folder, "--data", tmp_path / name)
