@@ -79,13 +79,14 @@ def evaluate(
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
     if save_logits is not None:
+        save_logits = save_logits.expanduser()
         check_name(save_logits, "save-logits")
         check_name(part_of(save_logits), "save-logits")
     if save_logits is not None and (save_logits.suffix != SAVED or not save_logits.absolute().parent.is_dir()):
         raise ValueError(f"save-logits is {str(save_logits)!r}; expected a file in a folder, with a name in {SAVED}")
     for name in names if write_card else ():
-        quality_line(Path(name))
-    lines = read_lines(data or BUILT_IN)
+        quality_line(Path(name).expanduser())
+    lines = read_lines(BUILT_IN if data is None else data.expanduser())
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing, group)
     subjects = [open_subject(name, drafter, lines, max_tokens, computing, kv_bits, added, group) for name in names]
@@ -98,7 +99,7 @@ def evaluate(
     for name in names:
         results[name] = measure(subjects.pop(0), known)
         if write_card and not follows(group):
-            write_quality(Path(name), card_text(results[name], reference, len(lines)))
+            write_quality(Path(name).expanduser(), card_text(results[name], reference, len(lines)))
     if follows(group):
         hear()  # that the first one is done
         return

@@ -153,7 +153,7 @@ def tune(
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
-        begin_with(network, resume_adapter_file)
+        begin_with(network, resume_adapter_file.expanduser())
     adapter_path = adapter_path.expanduser()
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)

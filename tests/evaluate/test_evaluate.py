@@ -126,6 +126,16 @@ def test_saved_logits_give_the_same_figures(
     assert results(run(saved, relative, "--data", data)[1]) == results(run(tiny_folder, relative, "--data", data)[1])
 
 
+def test_the_shell_leaves_a_tilde_behind_an_equals_sign(
+    tiny_folder: Path, relative: Path, data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(data, tmp_path / "lines.jsonl")
+    saved = "--save-logits=~/reference.safetensors"
+    status, _, err = run(tiny_folder, relative, "--data=~/lines.jsonl", saved, "--max-tokens=2")
+    assert (status, err) == (0, "") and (tmp_path / "reference.safetensors").is_file()
+
+
 def test_only_the_first_tokens_count(tiny_folder: Path, relative: Path, data: Path, run: Run) -> None:
     (found,) = results(run(tiny_folder, relative, "--data", data, "--max-tokens", 3)[1])
     assert found["positions"] == 6
