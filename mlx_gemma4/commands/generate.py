@@ -107,6 +107,7 @@ def generate(
         max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
         stop=stop, response_format=read_schema(schema) if is_first and schema is not None else None,
     )  # fmt: skip
+    session = None if session is None else session.expanduser()
     if is_first:
         saved = None if session is None or not is_session(session) else read_saved(session)
         turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
