@@ -27,7 +27,7 @@ from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, adapter_of, follow
 from mlx_gemma4.engine.request import Options
-from mlx_gemma4.engine.session import STORE_FOLDER, Session, is_session, read_saved
+from mlx_gemma4.engine.session import Session, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped, leave
 from mlx_gemma4.errors import TooLongError, one_line, shown, unbroken
 from mlx_gemma4.media.source import local_path
@@ -128,7 +128,7 @@ def chat(
     checkpoint = find_checkpoint(model, drafter, computing, kv_bits, adapters_of(adapter), group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
-    kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)
+    kept = PromptStore(folder=store) if store is not None or folder is None else session_store(folder)
     if not is_first:
         load_shown(checkpoint)
         follow(checkpoint.model, processor, kept)

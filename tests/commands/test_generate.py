@@ -6,6 +6,7 @@ import pty
 import select
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -695,3 +696,5 @@ def test_a_session_goes_on_also_where_a_shell_leaves_the_tilde(
         assert status == 0, err
     messages = json.loads((tmp_path / "talk" / "messages.json").read_text())
     assert [message["content"] for message in messages if message["role"] == "user"] == ["one", "two"]
+    for path in [tmp_path / "talk", *(tmp_path / "talk").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
