@@ -474,6 +474,8 @@ def end_line(last: Piece, stats: Stats) -> str:
 
 
 def attach(chat: Chat, rest: str, kind: str) -> None:
+    if not rest:
+        raise ValueError(f"the {kind} has no name; expected /{kind} FILE [TEXT]")
     source, text = read_argument(rest)
     local_path(source, kind)
     chat.media.append((kind, source))
@@ -509,6 +511,8 @@ def save(chat: Chat, rest: str) -> None:
 def fork(chat: Chat, rest: str) -> None:
     if not rest:
         raise ValueError("the copy has no name; expected /fork NAME")
+    if session_folder(rest) == chat.folder:
+        raise ValueError(f"the conversation is {rest!r} itself; expected another name for the copy")
     chat.keep()
     save(chat, rest)
 

@@ -299,6 +299,8 @@ def test_names_of_sessions(tiny: Loaded, home: Path) -> None:
             chat.take(line)
     chat.take("/save first")
     chat.take("two")
+    with pytest.raises(ValueError, match="is 'first' itself; expected another name"):
+        chat.take("/fork first")  # a copy that is none would be written over
     chat.take("/fork second")
     chat.take("three")
     sessions = home / ".mlx_gemma4" / "sessions"
@@ -321,6 +323,8 @@ def test_thinking_is_switched(tiny: Loaded) -> None:
 
 def test_what_was_wrong_can_be_mended(tiny: Loaded, tmp_path: Path) -> None:
     chat, person = chat_of(tiny)
+    with pytest.raises(ValueError, match=r"^the image has no name; expected /image FILE \[TEXT\]$"):
+        chat.take("/image")
     (tmp_path / "no.png").write_text("no image")
     with pytest.raises(ValueError, match=r"no\.png"):
         chat.take(f"what is this {tmp_path}/no.png ")
