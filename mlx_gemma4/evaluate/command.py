@@ -48,7 +48,7 @@ def evaluate(
         str, typer.Argument(metavar="REFERENCE", help="A model folder, a hub id, or a file of --save-logits.")
     ],
     candidates: Annotated[
-        list[str] | None, typer.Argument(metavar="[CANDIDATE]...", help="Model folders or hub ids to compare with it.")
+        list[str] | None, typer.Argument(metavar="CANDIDATE", help="Model folders or hub ids to compare with it.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help='Lines of {"messages": [...], "tools": [...]}; else built-in.')
