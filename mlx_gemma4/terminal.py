@@ -54,7 +54,7 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="[NAME=]FOLDER",
-        help="One for all; or by name, repeatable, for requests to choose from as their model.",
+        help="One for all; or by name, repeatable: a request's model, or /adapter in a chat, chooses.",
     ),
 ]
 

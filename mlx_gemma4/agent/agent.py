@@ -15,7 +15,7 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import Session
-from mlx_gemma4.errors import shown
+from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import request_messages
@@ -76,6 +76,9 @@ class Agent:
     ) -> None:
         if (tools or mcp is not None or skills is not None) and not all(map(find_spec, ("mcp", "yaml"))):
             raise ValueError('tools need what the extra agent brings; expected pip install "mlx_gemma4[agent]"')
+        for name, given, wanted in (("tools", tools, "functions"), ("allow", allow, "names of tools")):
+            if isinstance(given, str) or not isinstance(given, Collection):
+                raise ValueError(f"{name} is {a(given)}; expected a list of {wanted}")
         self.opened = ExitStack()
         found = [function_tool(tool) for tool in tools]
         if skills is not None:

@@ -26,9 +26,8 @@ from mlx_gemma4.engine.completion import asked, completion, failure
 from mlx_gemma4.engine.engine import AHEAD, Engine, check_max_batch
 from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import a, one_line, shown
-from mlx_gemma4.media.source import url_scheme
 from mlx_gemma4.planner import check_memory
-from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, check_part
+from mlx_gemma4.prompt.messages import with_media_from
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
 from mlx_gemma4.terminal import (
@@ -217,26 +216,6 @@ def answer_to(task: Task, engine: Engine, folder: Path, model: str) -> dict[str,
         body = {"error": words}
     response = {"status_code": status, "request_id": f"req_{task.name}", "body": body}
     return {"id": f"batch_req_{task.name}", "custom_id": task.custom_id, "response": response, "error": words}
-
-
-def with_media_from(folder: Path, body: Any) -> Any:
-    """A body whose media's paths go from a folder."""
-    messages = body.get("messages") if isinstance(body, dict) else None
-    for place, message in enumerate(messages if isinstance(messages, list) else ()):
-        content: Any = message.get("content") if isinstance(message, dict) else None
-        for number, part in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(part, dict) and KIND_OF.get(str(part.get("type"))) in MEDIA:
-                content[number] = from_folder(folder, check_part(part, f"messages[{place}].content[{number}]"))
-    return body
-
-
-def from_folder(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
-    source = part[part["type"]]
-    if isinstance(source, list):
-        return part | {part["type"]: [from_folder(folder, {"type": "image", "image": own})["image"] for own in source]}
-    if not isinstance(source, str) or not source or url_scheme(source) is not None or source.startswith("~"):
-        return part
-    return part | {part["type"]: str(folder / source)}
 
 
 # --- OUT ---------------------------------------------------------------------------------------

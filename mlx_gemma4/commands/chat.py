@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,9 +27,9 @@ from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, adapter_of, follow
 from mlx_gemma4.engine.request import Options
-from mlx_gemma4.engine.session import STORE_FOLDER, Session, is_session, read_saved
+from mlx_gemma4.engine.session import Session, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped, leave
-from mlx_gemma4.errors import TooLongError, shown, unbroken
+from mlx_gemma4.errors import TooLongError, one_line, shown, unbroken
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
@@ -64,6 +64,9 @@ from mlx_gemma4.terminal import (
 )
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint, footprint_of
 from mlx_gemma4.weights.peers import follows, launched, lead, release, same
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -125,7 +128,7 @@ def chat(
     checkpoint = find_checkpoint(model, drafter, computing, kv_bits, adapters_of(adapter), group, split)
     processor = load_processor(checkpoint.folder, checkpoint.config)
     check_memory(checkpoint.footprint)
-    kept = PromptStore(folder=store if store is not None else None if folder is None else folder / STORE_FOLDER)
+    kept = PromptStore(folder=store) if store is not None or folder is None else session_store(folder)
     if not is_first:
         load_shown(checkpoint)
         follow(checkpoint.model, processor, kept)
@@ -182,7 +185,6 @@ class Terminal:
             raise ValueError('a terminal needs prompt_toolkit; expected pip install "mlx_gemma4[chat]"')
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import NestedCompleter, PathCompleter
-        from prompt_toolkit.history import FileHistory
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
         keys = KeyBindings()
@@ -191,12 +193,9 @@ class Terminal:
         def another_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
-        history = HOME.expanduser() / "history"
-        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(history, os.O_CREAT | os.O_WRONLY, 0o600))
         words = {name: PathCompleter(expanduser=True) if name[1:] in MEDIA else None for name in COMMANDS}
         self.typed: PromptSession[str] = PromptSession(
-            history=FileHistory(str(history)), key_bindings=keys, completer=NestedCompleter.from_nested_dict(words),
+            history=history(), key_bindings=keys, completer=NestedCompleter.from_nested_dict(words),
             complete_while_typing=False, prompt_continuation="  ",
         )  # fmt: skip
         self.draft = ""  # what the next line begins with
@@ -232,6 +231,20 @@ class Terminal:
 
     def say(self, text: str) -> None:
         print(f"\x1b[2m{text}\x1b[22m" if is_screen(sys.stderr) else text, file=sys.stderr)
+
+
+def history() -> "History":
+    """What has been typed: in a file for its owner only, or where there can be none, while the program runs."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        file = HOME.expanduser() / "history"
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+    except (OSError, RuntimeError) as error:  # a container has no home, or one that is not to be written to
+        show_warning(f"what is typed is not remembered: {HOME / 'history'}: {one_line(error)}")
+        return InMemoryHistory()
+    return FileHistory(str(file))
 
 
 class Stop:
@@ -461,6 +474,8 @@ def end_line(last: Piece, stats: Stats) -> str:
 
 
 def attach(chat: Chat, rest: str, kind: str) -> None:
+    if not rest:
+        raise ValueError(f"the {kind} has no name; expected /{kind} FILE [TEXT]")
     source, text = read_argument(rest)
     local_path(source, kind)
     chat.media.append((kind, source))
@@ -496,6 +511,8 @@ def save(chat: Chat, rest: str) -> None:
 def fork(chat: Chat, rest: str) -> None:
     if not rest:
         raise ValueError("the copy has no name; expected /fork NAME")
+    if session_folder(rest) == chat.folder:
+        raise ValueError(f"the conversation is {rest!r} itself; expected another name for the copy")
     chat.keep()
     save(chat, rest)
 

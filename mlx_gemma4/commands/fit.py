@@ -51,7 +51,7 @@ def parse_memory(text: str) -> int:
     """A Mac's memory, such as 16GB, in bytes."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([MGT]?B)\s*", text, re.IGNORECASE | re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise typer.BadParameter(f"{text!r}; expected a size such as 16GB")
+        raise ValueError(f"memory is {text!r}; expected a size such as 16GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -92,6 +92,8 @@ def fit(
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     computing = computing_type(dtype)
+    if tune and context is not None:
+        raise ValueError(f"context is {context} and tune; expected --max-seq-length for a row of training")
     if tune:
         drafter = None  # it is not there while the model is trained
     if memory is not None and hosts is not None:

@@ -13,10 +13,9 @@ import typer
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
-from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, follow, generation_events
 from mlx_gemma4.engine.request import Options, Request
-from mlx_gemma4.engine.session import STORE_FOLDER, Saved, Session, Settings, is_session, read_saved
+from mlx_gemma4.engine.session import Saved, Session, Settings, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.media.source import local_path
@@ -107,6 +106,7 @@ def generate(
         max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
         stop=stop, response_format=read_schema(schema) if is_first and schema is not None else None,
     )  # fmt: skip
+    session = None if session is None else session.expanduser()
     if is_first:
         saved = None if session is None or not is_session(session) else read_saved(session)
         turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
@@ -118,14 +118,14 @@ def generate(
     processor = load_processor(checkpoint.folder, checkpoint.config)
     if not is_first:
         load_shown(checkpoint)
-        follow(checkpoint.model, processor, None if session is None else PromptStore(folder=session / STORE_FOLDER))
+        follow(checkpoint.model, processor, None if session is None else session_store(session))
         return
     if session is None:
         request = Request(content=turn, thinking=thinking, image_budget=image_budget)
         asked, prepared = request.timed_prompt(processor)
         events: Iterator[Reading | Piece] = generation_events(checkpoint.model, processor, asked, options, prepared)
     else:
-        conversation = Session(checkpoint.model, processor, store=PromptStore(folder=session / STORE_FOLDER))
+        conversation = Session(checkpoint.model, processor, store=session_store(session))
         go_on(conversation, saved, system, thinking, image_budget)
         asked, prepared = conversation.prompt(turn, options)
         events = conversation.events(turn, asked, prepared, options)

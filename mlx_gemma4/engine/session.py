@@ -189,7 +189,7 @@ class Session:
     def fork(self) -> "Session":
         """Another conversation that begins with the messages so far; what has been read of them serves both."""
         other = Session(self.model, self.processor, store=self.store)
-        other.settings, other.messages = self.settings, list(self.messages)
+        other.settings, other.messages = self.settings, copied(self.messages)
         return other
 
     # --- folders -------------------------------------------------------------------------------
@@ -212,8 +212,7 @@ class Session:
             check_messages(self.messages)
         try:
             for made in (folder, folder / MEDIA_FOLDER):
-                if not made.is_dir():
-                    made.mkdir(parents=True, exist_ok=True, mode=0o700)
+                make_private(made)
             messages = [with_parts(message, saved_part, folder / MEDIA_FOLDER) for message in self.messages]
             weights = {"weights": fingerprint_of(self.model).hex(), "split": self.model.split}
             about = {"format": FORMAT, **weights, "settings": asdict(self.settings)}
@@ -231,9 +230,31 @@ class Session:
         """The conversation that `save` wrote. ValueError if the folder holds none, a torn one, or another model's."""
         saved = read_saved(folder)
         saved.check_model(model)
-        own = cls(model, processor, store=PromptStore(folder=saved.folder / STORE_FOLDER) if store is None else store)
+        own = cls(model, processor, store=session_store(saved.folder) if store is None else store)
         own.settings, own.messages = saved.settings, saved.messages
         return own
+
+
+def session_store(folder: Path) -> PromptStore:
+    """What was read of the session in a folder, which is made if need be; ValueError if it cannot be."""
+    try:
+        make_private(folder)
+    except OSError as error:
+        raise ValueError(f"the session's folder {str(folder)!r}: {one_line(error)}; expected one to write to") from None
+    return PromptStore(folder=folder / STORE_FOLDER)
+
+
+def make_private(folder: Path) -> None:
+    """One that is there stays as its owner has it."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def copied(value: Any) -> Any:
+    """Messages of one's own, down to their media, which are shared: an edit here is none there."""
+    if isinstance(value, dict):
+        return {key: copied(own) for key, own in value.items()}
+    return [copied(own) for own in value] if isinstance(value, list) else value
 
 
 def continued(message: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mlx_gemma4.evaluate.quality import (
     read_exchanges,
     unpack,
 )
-from mlx_gemma4.prompt.messages import json_lines
+from mlx_gemma4.prompt.messages import json_lines, with_media_from
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
@@ -48,7 +48,7 @@ def evaluate(
         str, typer.Argument(metavar="REFERENCE", help="A model folder, a hub id, or a file of --save-logits.")
     ],
     candidates: Annotated[
-        list[str] | None, typer.Argument(metavar="[CANDIDATE]...", help="Model folders or hub ids to compare with it.")
+        list[str] | None, typer.Argument(metavar="CANDIDATE", help="Model folders or hub ids to compare with it.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help='Lines of {"messages": [...], "tools": [...]}; else built-in.')
@@ -79,13 +79,14 @@ def evaluate(
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
     if save_logits is not None:
+        save_logits = save_logits.expanduser()
         check_name(save_logits, "save-logits")
         check_name(part_of(save_logits), "save-logits")
     if save_logits is not None and (save_logits.suffix != SAVED or not save_logits.absolute().parent.is_dir()):
         raise ValueError(f"save-logits is {str(save_logits)!r}; expected a file in a folder, with a name in {SAVED}")
     for name in names if write_card else ():
-        quality_line(Path(name))
-    lines = read_lines(data or BUILT_IN)
+        quality_line(Path(name).expanduser())
+    lines = read_lines(BUILT_IN if data is None else data.expanduser())
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing, group)
     subjects = [open_subject(name, drafter, lines, max_tokens, computing, kv_bits, added, group) for name in names]
@@ -98,7 +99,7 @@ def evaluate(
     for name in names:
         results[name] = measure(subjects.pop(0), known)
         if write_card and not follows(group):
-            write_quality(Path(name), card_text(results[name], reference, len(lines)))
+            write_quality(Path(name).expanduser(), card_text(results[name], reference, len(lines)))
     if follows(group):
         hear()  # that the first one is done
         return
@@ -114,7 +115,8 @@ def evaluate(
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Exchanges from JSON lines; ValueError that names the line if one is wrong."""
+    """Exchanges from JSON lines, paths of their media from where the file lies; ValueError that names the line if one
+    is wrong."""
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file; expected one of JSON lines, for data")
     found = []
@@ -124,7 +126,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f'{file}, line {number}: expected {{"messages": [at least two], "tools": [if any]}}')
         if not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
             raise ValueError(f"{file}, line {number}: expected an answer, of the role assistant, as the last message")
-        found.append(line)
+        try:
+            found.append(with_media_from(file.parent, line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
     if not found:
         raise ValueError(f"{file} has no exchanges; expected one in each line")
     return found

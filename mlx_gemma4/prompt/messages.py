@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gemma4.errors import a, article, shown
+from mlx_gemma4.media.source import url_scheme
 from mlx_gemma4.reply.toolcall import MAX_DEPTH
 
 Message = dict[str, Any]  # checked: role and content, content a string or parts
@@ -361,6 +362,26 @@ def strip_thinking(text: str) -> str:
 
 def is_blank(value: Any) -> bool:
     return isinstance(value, str) and not value.strip()
+
+
+def with_media_from(folder: Path, body: Any) -> Any:
+    """A body, or another dict with messages not yet checked, whose media's paths go from a folder."""
+    messages = body.get("messages") if isinstance(body, dict) else None
+    for place, message in enumerate(messages if isinstance(messages, list) else ()):
+        content: Any = message.get("content") if isinstance(message, dict) else None
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and KIND_OF.get(str(part.get("type"))) in MEDIA:
+                content[number] = from_folder(folder, check_part(part, f"messages[{place}].content[{number}]"))
+    return body
+
+
+def from_folder(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
+    source = part[part["type"]]
+    if isinstance(source, list):
+        return part | {part["type"]: [from_folder(folder, {"type": "image", "image": own})["image"] for own in source]}
+    if not isinstance(source, str) or not source or url_scheme(source) is not None or source.startswith("~"):
+        return part
+    return part | {part["type"]: str(folder / source)}
 
 
 def media_parts(messages: list[Message]) -> list[Part]:

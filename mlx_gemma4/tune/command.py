@@ -13,7 +13,19 @@ from mlx_gemma4.config import computing_type
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
-from mlx_gemma4.terminal import Bar, Debug, DType, SizeBar, Version, number, run, size_text, whole_above_0, whole_number
+from mlx_gemma4.terminal import (
+    Bar,
+    Debug,
+    DType,
+    ModelName,
+    SizeBar,
+    Version,
+    number,
+    run,
+    size_text,
+    whole_above_0,
+    whole_number,
+)
 from mlx_gemma4.tune.data import Example, read_split
 from mlx_gemma4.tune.plan import TuningPlan, check_plan
 from mlx_gemma4.weights.adapter import WEIGHTS, read_weights, write_peft
@@ -45,7 +57,7 @@ def tune(
         str, typer.Option(metavar="FOLDER", help="With train.jsonl, valid.jsonl, test.jsonl; or a dataset's hub id.")
     ],
     adapter_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets the adapter, and the run's state.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
+    model: ModelName = DEFAULT_MODEL,
     fine_tune_type: Annotated[str, typer.Option(metavar="TYPE", help="lora or dora.")] = "lora",
     iters: Annotated[
         int | None,
@@ -153,7 +165,7 @@ def tune(
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
-        begin_with(network, resume_adapter_file)
+        begin_with(network, resume_adapter_file.expanduser())
     adapter_path = adapter_path.expanduser()
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)

@@ -167,6 +167,8 @@ def test_a_call_that_is_stopped_has_an_answer(demo: Loaded) -> None:
         ({"tools": [print]}, "expected functions"),
         ({"tools": [get_weather], "allow": ["get_wether"]}, "allow has 'get_wether'; expected one of get_weather"),
         ({"allow": ["x"]}, "expected one of no tools"),
+        ({"tools": get_weather}, "tools is a function; expected a list of functions"),
+        ({"tools": [get_weather], "allow": "get_weather"}, "allow is a str; expected a list of names of tools"),
     ],
 )
 def test_what_is_wrong_is_one_line(demo: Loaded, given: dict[str, Any], said: str) -> None:

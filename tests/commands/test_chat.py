@@ -158,6 +158,18 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tmp_path: Path, tiny_folder:
     assert said[0] == {"role": "user", "content": "hello"} and said[1]["role"] == "assistant"
 
 
+def test_a_home_that_cannot_be_written_to_is_no_reason_to_be_silent(tmp_path: Path) -> None:
+    (tmp_path / ".mlx_gemma4").write_text("no folder")
+    window = Window(tmp_path, "--model", "demo", "--temp", "0")
+    window.until("warning: what is typed is not remembered: ~/.mlx_gemma4/history: ")
+    window.until("\n>")
+    window.type("What is 3 + 4?\r")
+    window.until("3 + 4 = 7.")
+    window.until(" tokens/s")
+    window.type("\x04")
+    assert window.end() == 0
+
+
 def test_a_signal_gives_the_terminal_back(tmp_path: Path, tiny_folder: Path) -> None:
     window = Window(tmp_path, "--model", tiny_folder)
     before = termios.tcgetattr(window.master)
@@ -287,6 +299,8 @@ def test_names_of_sessions(tiny: Loaded, home: Path) -> None:
             chat.take(line)
     chat.take("/save first")
     chat.take("two")
+    with pytest.raises(ValueError, match="is 'first' itself; expected another name"):
+        chat.take("/fork first")  # a copy that is none would be written over
     chat.take("/fork second")
     chat.take("three")
     sessions = home / ".mlx_gemma4" / "sessions"
@@ -309,6 +323,8 @@ def test_thinking_is_switched(tiny: Loaded) -> None:
 
 def test_what_was_wrong_can_be_mended(tiny: Loaded, tmp_path: Path) -> None:
     chat, person = chat_of(tiny)
+    with pytest.raises(ValueError, match=r"^the image has no name; expected /image FILE \[TEXT\]$"):
+        chat.take("/image")
     (tmp_path / "no.png").write_text("no image")
     with pytest.raises(ValueError, match=r"no\.png"):
         chat.take(f"what is this {tmp_path}/no.png ")

@@ -129,7 +129,7 @@ def test_sizes_are_powers_of_two(text: str, nbytes: int) -> None:
     [
         (("--context", 5000), "context is 5000; "),
         (("--context", 0), "'0'; expected a whole number above 0"),
-        (("--memory", "much"), "'much'; expected a size such as 16GB"),
+        (("--memory", "much"), "memory is 'much'; expected a size such as 16GB"),
         (("--memory", "16"), "'16'; expected a size such as 16GB"),
         (("--memory", "0GB"), "'0GB'; expected a size such as 16GB"),
         (("--drafter", "/nowhere"), "/nowhere"),
@@ -137,6 +137,7 @@ def test_sizes_are_powers_of_two(text: str, nbytes: int) -> None:
         (("--memory", "16GB", "--hosts", "hosts.json"), "expected one of them"),
         (("--hosts", "/nowhere"), "/nowhere cannot be read"),
         (("--memory", "16GB,16GB", "--tune"), "2 machines and tune; expected one"),
+        (("--context", "500", "--tune"), "context is 500 and tune; expected --max-seq-length"),
     ],
 )
 def test_wrong_requests_are_one_line(wide_folder: Path, run: Run, options: tuple[object, ...], message: str) -> None:

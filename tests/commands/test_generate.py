@@ -6,6 +6,7 @@ import pty
 import select
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -681,3 +682,19 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = command("--model", tmp_path, "--prompt", "a")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+# --- a conversation ----------------------------------------------------------------------------
+
+
+def test_a_session_goes_on_also_where_a_shell_leaves_the_tilde(
+    tiny_folder: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("one", "two"):
+        status, _, err = run("--model", tiny_folder, "--session=~/talk", "--prompt", text, "--max-tokens", 3, *GREEDY)
+        assert status == 0, err
+    messages = json.loads((tmp_path / "talk" / "messages.json").read_text())
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["one", "two"]
+    for path in [tmp_path / "talk", *(tmp_path / "talk").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path

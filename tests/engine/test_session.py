@@ -78,6 +78,17 @@ def test_a_fork_leaves_the_first_as_it_was(tiny: Loaded) -> None:
     assert second.stats.cached_tokens > 30 and len(session.messages) == len(other.messages) == 4
 
 
+def test_an_edit_of_a_fork_is_none_of_the_first(tiny: Loaded) -> None:
+    picture = Image.new("RGB", (48, 48))
+    session = Session(*tiny)
+    say(session, "one", images=[picture])
+    other = session.fork()
+    other.messages[0]["content"][1]["text"] = "two"
+    session.messages[1]["content"] = "…"
+    assert session.messages[0]["content"][1]["text"] == "one" and other.messages[1]["content"] != "…"
+    assert other.messages[0]["content"][0]["image"] is picture  # found again as what has been read
+
+
 def test_a_stream_that_is_left_changes_nothing_but_what_has_been_read(tiny: Loaded) -> None:
     session = Session(*tiny)
     stream = session.stream("one " * 40, max_tokens=20, sampling=GREEDY)

@@ -126,6 +126,16 @@ def test_saved_logits_give_the_same_figures(
     assert results(run(saved, relative, "--data", data)[1]) == results(run(tiny_folder, relative, "--data", data)[1])
 
 
+def test_the_shell_leaves_a_tilde_behind_an_equals_sign(
+    tiny_folder: Path, relative: Path, data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(data, tmp_path / "lines.jsonl")
+    saved = "--save-logits=~/reference.safetensors"
+    status, _, err = run(tiny_folder, relative, "--data=~/lines.jsonl", saved, "--max-tokens=2")
+    assert (status, err) == (0, "") and (tmp_path / "reference.safetensors").is_file()
+
+
 def test_only_the_first_tokens_count(tiny_folder: Path, relative: Path, data: Path, run: Run) -> None:
     (found,) = results(run(tiny_folder, relative, "--data", data, "--max-tokens", 3)[1])
     assert found["positions"] == 6
@@ -276,6 +286,22 @@ def test_lines_end_where_a_line_ends(tmp_path: Path) -> None:
     odd = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "d"}]
     (tmp_path / "data.jsonl").write_bytes((json.dumps({"messages": odd}, ensure_ascii=False) + "\r\n").encode())
     assert read_lines(tmp_path / "data.jsonl") == [{"messages": odd}]
+
+
+def test_media_lie_beside_the_data(tmp_path: Path) -> None:
+    """Also where the command is started elsewhere, as for `tune` and `batch`."""
+    asked = [{"type": "image", "image": "leaf.png"}, {"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]
+    line = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a leaf"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    (read,) = read_lines(tmp_path / "data.jsonl")
+    assert [part["image"] for part in read["messages"][0]["content"]] == [
+        str(tmp_path / "leaf.png"),
+        "https://a.b/c.png",
+    ]
+    asked[0]["image"] = ""
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 1: messages\[0\]\.content\[0\]"):
+        read_lines(tmp_path / "data.jsonl")
 
 
 @pytest.mark.parametrize("name", ["", "nothing.jsonl"])

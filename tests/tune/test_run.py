@@ -471,11 +471,14 @@ def test_a_loss_that_is_no_number_names_its_example(
 
 
 def test_another_runs_weights_are_a_beginning(
-    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert run(options(tiny_folder, data, tmp_path / "one", "--iters", "4", "--learning-rate", "0.01")) == 0
     file = str(tmp_path / "one" / "adapters.safetensors")
-    argv = options(tiny_folder, data, tmp_path / "two", "--iters", "1", "--resume-adapter-file", file)
+    argv = options(
+        tiny_folder, data, tmp_path / "two", "--iters", "1", "--resume-adapter-file=~/one/adapters.safetensors"
+    )
     assert run([*argv, "--learning-rate", "1e-9"]) == 0
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=1e-6) for name in mine | theirs)
