@@ -11,6 +11,7 @@ from llguidance import LLMatcher
 
 from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
 from mlx_gemma4.forms.lark import validation
+from mlx_gemma4.forms.strings import FORMATS as PATTERNS
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
 
@@ -24,6 +25,11 @@ LONGEST = 1_000_000  # characters of a schema or grammar
 
 FORMS = '"json", a JSON schema, or a dict with the type regex, lark, json_schema or json_object'
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
+MOMENTS = {
+    "date",
+    "time",
+    "date-time",
+}  # llguidance's know a February 29 of every year and a 61st second: as patterns, they do not
 # Keywords that say something of the values and that no grammar of llguidance holds.
 UNHELD = {
     "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
@@ -190,10 +196,13 @@ def held(schema: Any, unheld: set[str], dropped: set[str]) -> Any:
     schema = inner_schemas(schema, lambda inner: held(inner, unheld, dropped))
     drop_what_says_nothing(schema)
     unheld |= UNHELD & schema.keys()
-    form = schema.get("format")
-    if isinstance(form, str) and form not in FORMATS:
-        dropped.add(form[:40])
-        del schema["format"]
+    match schema.get("format"):
+        case str(form) if form not in FORMATS:
+            dropped.add(form[:40])
+            del schema["format"]
+        case str(form) if form in MOMENTS and "pattern" not in schema:
+            del schema["format"]
+            schema["pattern"] = f"^({PATTERNS[form]})$"
     return with_null(schema) if schema.pop("nullable", False) is True else schema
 
 

@@ -7,10 +7,12 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 from walks import Walker
 
 from mlx_gemma4 import Prompt
 from mlx_gemma4.forms.response import response_grammar
+from mlx_gemma4.forms.strings import letters
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 
@@ -64,6 +66,20 @@ def test_finished_answers_fit_the_schema(walker: Walker, schema: dict[str, Any])
     assert found
     for text in found:
         jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "fits"),
+    [
+        ("date", "2024-02-28", True), ("date", "2021-02-29", False), ("date", "2021-04-31", False),
+        ("time", "23:59:59Z", True), ("time", "12:00:60Z", False), ("date-time", "2024-12-31T00:00:00.5+01:00", True),
+        ("date-time", "2024-13-01T00:00:00Z", False),
+    ],
+)  # fmt: skip
+def test_moments_are_those_of_the_calendar(form: str, text: str, fits: bool) -> None:
+    grammar = response_grammar({"type": "string", "format": form})
+    matcher = LLMatcher(letters(), grammar)
+    assert (matcher.consume_tokens([*json.dumps(text).encode()]) and matcher.is_accepting()) is fits
 
 
 @pytest.mark.parametrize(
