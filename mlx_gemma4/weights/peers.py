@@ -149,8 +149,21 @@ def leave_word(error: BaseException) -> None:
 
 
 def hosts() -> list[list[str]]:
-    """The addresses of each machine, as `mlx.launch` tells them to the ring."""
-    return json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text()) if "MLX_HOSTFILE" in os.environ else []
+    """The addresses of each machine, as `mlx.launch` tells them to the ring. ValueError if the file has none."""
+    if "MLX_HOSTFILE" not in os.environ:
+        return []
+    file = os.environ["MLX_HOSTFILE"]
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the hostfile {file!r} cannot be read: {one_line(error)}; expected mlx.launch's") from None
+    if not isinstance(found, list) or not found or not all(map(is_machine, found)):
+        raise ValueError(f'{file!r} is no hostfile; expected [["address:port"], …], as mlx.launch writes it')
+    return found
+
+
+def is_machine(own: Any) -> bool:
+    return isinstance(own, list) and own != [] and all(isinstance(one, str) and ":" in one for one in own)
 
 
 def first_address() -> str:

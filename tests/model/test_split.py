@@ -315,6 +315,25 @@ def test_an_address_is_one_machine_s(tmp_path: Path, monkeypatch: pytest.MonkeyP
         together()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read: "), ("{bad", "cannot be read: "), ("[]", "is no hostfile"), ("[[]]", "is no hostfile"),
+     ('["10.0.0.1:5000"]', "is no hostfile"), ('[["10.0.0.1"]]', "is no hostfile"),
+     ('[{"ssh": "one"}]', "is no hostfile")],
+)  # fmt: skip
+def test_a_hostfile_that_says_no_machines_is_told(
+    text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX divides by the number of machines, and the process ends by a signal."""
+    file = tmp_path / "hosts.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(file))
+    with pytest.raises(ValueError, match=message):
+        together()
+
+
 @given(st.integers(1, 40), st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
 def test_parts_are_as_the_weights_and_none_is_empty(count: int, weights: list[int]) -> None:
     if len(weights) > count:
