@@ -20,12 +20,14 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import request_messages
 from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.prompt.prompt import is_whole
 from mlx_gemma4.reply.reply import Piece, Reply, assistant_message, collect, whole_thought
 from mlx_gemma4.weights.load import footprint_of
 
 MOST_TOKENS = 10_000  # of a result; in a small context a quarter of it
 LONGEST_TOKEN = 40  # characters, far more than they have on average
 MAX_STEPS = 25
+LONGEST_WAIT = 10**6  # seconds
 
 
 @dataclass
@@ -79,6 +81,14 @@ class Agent:
         for name, given, wanted in (("tools", tools, "functions"), ("allow", allow, "names of tools")):
             if isinstance(given, str) or not isinstance(given, Collection):
                 raise ValueError(f"{name} is {a(given)}; expected a list of {wanted}")
+        if not is_whole(max_steps) or max_steps < 1:
+            raise ValueError(f"max_steps is {shown(max_steps)}; expected a whole number above 0")
+        for name, seconds in (("start_timeout", start_timeout), ("call_timeout", call_timeout)):
+            numeric = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not numeric or not 0 < seconds <= LONGEST_WAIT:
+                raise ValueError(f"{name} is {shown(seconds)}; expected seconds, above 0 and at most {LONGEST_WAIT}")
+        if skills is not None and not isinstance(skills, (str, Path)):
+            raise ValueError(f"skills is {a(skills)}; expected a folder")
         self.opened = ExitStack()
         found = [function_tool(tool) for tool in tools]
         if skills is not None:

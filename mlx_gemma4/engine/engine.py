@@ -27,6 +27,7 @@ from mlx_gemma4.decoding.store import PromptStore, units
 from mlx_gemma4.engine.generation import (
     adapter_of,
     bounded_memory,
+    check_given,
     drafts_of,
     first_token,
     prompt_told,
@@ -152,13 +153,8 @@ class Engine:
     """
 
     def __init__(self, model: Model, processor: Processor, max_batch: int = 8, store: PromptStore | None = None):
-        if not isinstance(model, Model):
-            raise ValueError(f"model is {a(model)}; expected what load returns")
-        if not isinstance(processor, Processor):
-            raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
+        check_given(model, processor, store)
         check_max_batch(max_batch)
-        if store is not None and not isinstance(store, PromptStore):
-            raise ValueError(f"store is {a(store)}; expected a PromptStore, or None")
         self.model, self.processor, self.max_batch, self.store = model, processor, int(max_batch), store
         self.shelf = PromptStore() if store is None else store  # for rows that are parked
         self.footprint = footprint(model.config, parameters(model))

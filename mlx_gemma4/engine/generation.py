@@ -131,8 +131,7 @@ def stream_generate(
     adapter: str | None = None,
 ) -> Iterator[Piece]:
     """The reply piece by piece; takes what `generate` takes. Request and memory are checked when this is called."""
-    if not isinstance(model, Model):
-        raise ValueError(f"model is {a(model)}; expected what load returns")
+    check_given(model, processor, store)
     options = Options(
         max_tokens=max_tokens, sampling=sampling, draft_length=draft_length, repetition_detection=repetition_detection,
         stop=stop, logprobs=logprobs, logit_bias=logit_bias,
@@ -148,6 +147,16 @@ def stream_generate(
     events = generation_events(model, processor, prompt, options, prepared, store)
     check_memory(footprint_of(model), len(prompt), options.max_tokens)
     return (event for event in events if isinstance(event, Piece))
+
+
+def check_given(model: Any, processor: Any, store: Any) -> None:
+    """ValueError for what `load` did not return, and for what is no store."""
+    if not isinstance(model, Model):
+        raise ValueError(f"model is {a(model)}; expected what load returns")
+    if not isinstance(processor, Processor):
+        raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
+    if store is not None and not isinstance(store, PromptStore):
+        raise ValueError(f"store is {a(store)}; expected a PromptStore, or None")
 
 
 def generation_events(

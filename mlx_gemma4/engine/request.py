@@ -149,8 +149,6 @@ class Request:
     def prompt(self, processor: Processor) -> Prompt:
         """ValueError if any of it is wrong."""
         content, media = self.content, (self.images, self.audios, self.videos)
-        if not isinstance(processor, Processor):
-            raise ValueError(f"processor is {a(processor)}; expected what load returns beside the model")
         if isinstance(content, str):
             content = request_messages(content, self.images, self.audios, self.videos, self.system)
         elif not isinstance(content, (list, tuple, Prompt)):

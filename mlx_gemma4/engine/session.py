@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading, adapter_of, generation_events
+from mlx_gemma4.engine.generation import Reading, adapter_of, check_given, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of, space_of
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.entry import if_stopped
@@ -60,6 +60,7 @@ class Session:
         store: PromptStore | None = None,
         adapter: str | None = None,
     ) -> None:
+        check_given(model, processor, store)
         adapter_of(model, adapter)
         self.model, self.processor = model, processor
         self.settings = Settings(tools, thinking, image_budget, adapter)
@@ -199,7 +200,7 @@ class Session:
 
         ValueError if messages or media cannot be written as they are; what was saved before is then still there.
         """
-        folder = Path(folder).expanduser()
+        folder = session_path(folder)
         self.save_messages(folder)
         # of a store that conversations share, no more than this one's
         adapter = adapter_of(self.model, self.settings.adapter)
@@ -233,6 +234,12 @@ class Session:
         own = cls(model, processor, store=session_store(saved.folder) if store is None else store)
         own.settings, own.messages = saved.settings, saved.messages
         return own
+
+
+def session_path(folder: Any) -> Path:
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"folder is {a(folder)}; expected a session's folder")
+    return Path(folder).expanduser()
 
 
 def session_store(folder: Path) -> PromptStore:
@@ -298,7 +305,7 @@ def is_session(folder: Path) -> bool:
 
 def read_saved(folder: str | Path) -> Saved:
     """ValueError if there is no session in the folder, or not a whole one."""
-    folder = Path(folder).expanduser()
+    folder = session_path(folder)
     about, messages = (read_part(folder, name) for name in (ABOUT, MESSAGES))
     found = about.get("settings") if isinstance(about, dict) and about.get("format") == FORMAT else None
     if isinstance(found, dict):

@@ -41,13 +41,15 @@ def request_messages(
 ) -> list[Message]:
     """One user turn, the media before the text as the model card recommends, behind a system message if one is given.
 
-    Raises ValueError if there is nothing to ask, if media are given as anything but a list or a tuple, or if the system
-    message is no string.
+    Raises ValueError if there is nothing to ask, if media are given as anything but a list or a tuple, or if text or
+    system message is no string.
     """
     given = {"image": images, "audio": audios, "video": videos}
     for kind, sources in given.items():
         if not isinstance(sources, (list, tuple)):
             raise ValueError(f"{kind}s is {a(sources)}; expected a list, with one entry for each {kind}")
+    if not isinstance(request, str):
+        raise ValueError(f"the prompt is {a(request)}; expected a string")
     if system is not None and not isinstance(system, str):
         raise ValueError(f"system is {a(system)}; expected a string")
     parts: list[Part] = [{"type": kind, kind: source} for kind, sources in given.items() for source in sources]

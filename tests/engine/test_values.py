@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_gemma4 import Prompt, Sampling, generate, load
+from mlx_gemma4 import Agent, Engine, Prompt, Sampling, Session, generate, load, stream_generate
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import SoftTokens
@@ -46,6 +47,30 @@ def changed(prompt: Prompt, **fields: Any) -> Prompt:
 
 
 ODD: list[Any] = [10**400, -(10**5000), float("nan"), float("inf"), "3", [1], {"a": 1}, np.zeros((2, 2)), True, b"x"]
+
+
+@pytest.mark.parametrize("given", [{"model": 3}, {"processor": None}, {"store": "folder"}], ids=str)
+def test_what_load_did_not_return_is_told_at_once(demo: Loaded, given: dict[str, Any]) -> None:
+    own = {"model": demo[0], "processor": demo[1]} | given
+    (name,) = given
+    for call in (Session, Agent, Engine, partial(stream_generate, request="hi")):
+        refused(lambda call=call: call(**own), f"{name} is")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field", ["max_steps", "start_timeout", "call_timeout"])
+def test_an_agent_takes_no_odd_number(demo: Loaded, field: str) -> None:
+    for value in (*ODD[1:], -1, 0):  # steps may be as many as one likes
+        refused(lambda value=value: Agent(*demo, **{field: value}), field)  # type: ignore[misc]
+
+
+def test_a_session_takes_no_odd_text_or_folder(demo: Loaded) -> None:
+    session = Session(*demo)
+    for value in (3, b"x", ["hi"]):
+        refused(lambda value=value: session.send(value), "the prompt is")  # type: ignore[misc]
+        refused(lambda value=value: session.save(value), "folder is")  # type: ignore[misc]
+        refused(lambda value=value: Session.load(value, *demo), "folder is")  # type: ignore[misc]
+    refused(lambda: Agent(*demo, skills=3), "skills is")  # type: ignore[arg-type]
+    assert session.messages == []
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"])
