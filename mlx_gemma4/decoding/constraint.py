@@ -158,12 +158,14 @@ class Constraint:
         if self.form.answer is None:
             return
         try:
-            self.advance(tokens)
+            fits = self.advance(tokens) == len(tokens)
         except DeadEndError:
+            fits = False
+        if not fits:
             raise ValueError(
                 "the last message does not begin as its response_format wants; expected that, or no "
                 "continue_final_message"
-            ) from None
+            )
         self.count = 0
 
     @property
