@@ -249,6 +249,7 @@ class ReplyParser:
         self._notes = list(notes)
         self._stop = StopTexts(stop)
         self._text: list[str] = []
+        self._cut = ""  # a call that the reply ends in, as text: no text to stop at is looked for in it
         self._thinking: list[str] = []
         self._given: list[tuple[str, str]] = []
         self._call: list[int | str] = []  # what stands in it so far
@@ -463,6 +464,8 @@ class ReplyParser:
             calls = self._read(text, ended=not cut)
         except ValueError:
             self._leave_call(text, "", None, "the reply ends inside it")
+            if self._doubt is None:
+                self._cut = self._text.pop()
         else:
             self._leave_call(text, "", calls, "")
 
@@ -495,8 +498,10 @@ class ReplyParser:
         return "".join(decoder.step(QUOTE_TOKEN if symbol == self._controls.quote else symbol) for symbol in call)
 
     def _take(self, *, last: bool = False) -> tuple[str, str]:
-        printable = self._stop.feed("".join(self._text), last=last), "".join(self._thinking)
-        self._text, self._thinking = [], []
+        last = last or (self._state is _State.TOOL_CALL and self._doubt is None)  # no text to stop at spans a call
+        text = self._stop.feed("".join(self._text), last=last)
+        printable = text + ("" if self.stopped else self._cut), "".join(self._thinking)
+        self._text, self._thinking, self._cut = [], [], ""
         self._given.append(printable)
         return printable
 

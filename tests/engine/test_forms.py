@@ -120,6 +120,13 @@ def test_the_same_call_again_ends_the_reply_and_counts_once(eager: Loaded) -> No
     assert len(reply.message["tool_calls"]) == 1
 
 
+def test_a_text_to_stop_at_ends_no_call(eager: Loaded) -> None:
+    """Nor is a reply that is cut inside one taken for finished, whose text has it."""
+    for count in range(3, 20):
+        reply = generate(*eager, prompt([CHOICE]), max_tokens=count, sampling=GREEDY, stop=["pi", "call"])
+        assert reply.finish_reason == "length" and len(reply.token_ids) == count
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_rows_of_a_batch_are_held_as_they_are_alone(planted: Loaded, drafts: int) -> None:
     asked: list[dict[str, Any]] = [
