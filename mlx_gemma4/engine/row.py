@@ -59,7 +59,10 @@ class Row:
         self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
         controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
         self.logprobs, stop = options.logprobs, check_stop(options.stop)
-        self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes, stop)
+        calls_end_thoughts = constraint is not None and constraint.form.call is not None
+        self.parser = ReplyParser(
+            processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes, stop, calls_end_thoughts
+        )
         repetition = parse_repetition_detection(options.repetition_detection)
         self.repetition = None if repetition is None else Repetition(repetition)
         self.count = 0

@@ -228,6 +228,7 @@ class ReplyParser:
     It goes by token ids: text that merely looks like a control token stays text. Text may be fed between ids, as it is.
     No sequence makes it raise. schemas: of the arguments of each tool, by name, for calls that are nearly right; notes:
     what to say with the first piece; stop: texts before which the answer ends: it is `stopped` then.
+    calls_end_thoughts: the reply is held to that; else a call inside a thought is one if the thought does not close.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class ReplyParser:
         schemas: Mapping[str, Schema] | None = None,
         notes: Iterable[str] = (),
         stop: Sequence[str] = (),
+        calls_end_thoughts: bool = False,
     ) -> None:
         self.tool_calls: list[dict[str, Any]] = []  # {"name": str, "arguments": dict}
         self.thinking_tokens = 0
@@ -248,6 +250,7 @@ class ReplyParser:
         self._schemas = schemas or {}
         self._notes = list(notes)
         self._stop = StopTexts(stop)
+        self._calls_end_thoughts = calls_end_thoughts
         self._text: list[str] = []
         self._cut = ""  # a call that the reply ends in, as text: no text to stop at is looked for in it
         self._thinking: list[str] = []
@@ -357,7 +360,7 @@ class ReplyParser:
             self._beginning = None
             self._enter(_State.ANSWER)
         elif symbol == c.tool_call_open:
-            if self._state is _State.THOUGHT and self._doubt is None:
+            if self._state is _State.THOUGHT and self._doubt is None and not self._calls_end_thoughts:
                 self._enter(_State.THOUGHT)  # gives out a first line that was no name
                 self._doubt = _Doubt()
             self._enter(_State.TOOL_CALL)

@@ -120,6 +120,12 @@ def test_the_same_call_again_ends_the_reply_and_counts_once(eager: Loaded) -> No
     assert len(reply.message["tool_calls"]) == 1
 
 
+def test_a_call_in_a_thought_is_one_though_the_reply_is_cut_behind_it(eager: Loaded) -> None:
+    reply = generate(*eager, Prompt([*IDS, 100], tools=prompt([CHOICE]).tools), max_tokens=60)
+    assert reply.finish_reason == "length" and reply.tool_calls and "call:" not in (reply.thinking or "")
+    assert not any("inside the thought" in note for note in reply.notes)
+
+
 def test_a_text_to_stop_at_ends_no_call(eager: Loaded) -> None:
     """Nor is a reply that is cut inside one taken for finished, whose text has it."""
     for count in range(3, 20):

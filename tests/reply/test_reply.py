@@ -82,6 +82,16 @@ def test_no_text_to_stop_at_is_looked_for_in_a_call_that_the_reply_ends_in(reaso
     assert parser.finish(reason) == ("<|tool_call>call:f{", "") and not parser.stopped
 
 
+def test_calls_that_end_a_thought_are_calls_at_once():
+    """As a reply is held that may have some."""
+    parser = ReplyParser(TOKENIZER, CONTROLS, (), calls_end_thoughts=True)
+    call = [CALL, *ids("call:f{}"), CALL_END]
+    parser.feed([CHANNEL, *ids("thought\nzz"), *call, CALL, *ids("call:g{")])
+    assert parser.tool_calls == [{"name": "f", "arguments": {}}] and not parser.in_thought
+    assert [part.name for part in parser.take_calls()] == ["f", None, "g"]
+    assert parser.finish("length") == ("<|tool_call>call:g{", "") and parser.message["reasoning"] == "zz"
+
+
 def test_leading_and_repeated_spaces_are_kept():
     assert parse(ids("  the  quick ")) == ("  the  quick ", "", [])
 
