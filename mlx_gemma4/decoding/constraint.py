@@ -191,6 +191,12 @@ class Constraint:
         """Whether the reply can only end here."""
         return self.phase is Phase.DONE
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the call that is open, or was the last one, is so far an earlier one again."""
+        is_open = self.phase is Phase.CALL
+        return self.repeated or (is_open and any(own[: len(self.text)] == self.text for own in self.calls))
+
     def mask(self) -> Mask:
         """[V / 32]: the tokens that may come next."""
         found = self.bits()
