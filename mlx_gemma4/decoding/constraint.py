@@ -158,12 +158,14 @@ class Constraint:
         if self.form.answer is None:
             return
         try:
-            self.advance(tokens)
+            fits = self.advance(tokens) == len(tokens)
         except DeadEndError:
+            fits = False
+        if not fits:
             raise ValueError(
                 "the last message does not begin as its response_format wants; expected that, or no "
                 "continue_final_message"
-            ) from None
+            )
         self.count = 0
 
     @property
@@ -188,6 +190,12 @@ class Constraint:
     def is_finished(self) -> bool:
         """Whether the reply can only end here."""
         return self.phase is Phase.DONE
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the call that is open, or was the last one, is so far an earlier one again."""
+        is_open = self.phase is Phase.CALL
+        return self.repeated or (is_open and any(own[: len(self.text)] == self.text for own in self.calls))
 
     def mask(self) -> Mask:
         """[V / 32]: the tokens that may come next."""

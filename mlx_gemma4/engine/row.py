@@ -13,6 +13,7 @@ from mlx_gemma4.engine.request import Options
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.prompt.tools import argument_schemas
+from mlx_gemma4.reply.opening import CallPart
 from mlx_gemma4.reply.repetition import Repetition, parse_repetition_detection
 from mlx_gemma4.reply.reply import Controls, Piece, ReplyParser, Stats
 from mlx_gemma4.reply.stop import check_stop
@@ -59,7 +60,11 @@ class Row:
         self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
         controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
         self.logprobs, stop = options.logprobs, check_stop(options.stop)
-        self.parser = ReplyParser(processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes, stop)
+        calls_end_thoughts = constraint is not None and constraint.form.call is not None
+        self.parser = ReplyParser(
+            processor.tokenizer, controls, prompt.token_ids, schemas, prompt.notes, stop, calls_end_thoughts
+        )
+        self.withheld: list[CallPart] = []  # of a call that may be an earlier one again
         repetition = parse_repetition_detection(options.repetition_detection)
         self.repetition = None if repetition is None else Repetition(repetition)
         self.count = 0
@@ -102,8 +107,15 @@ class Row:
         if told is not None and self.finish_reason == "stop" and not self.parser.stopped and len(ids) < len(tokens):
             self.end = self.entry(tokens[len(ids)], told[len(ids)])
         logprobs = None if told is None else [self.entry(*pair) for pair in zip(ids, told, strict=False)]
-        notes, calls = self.parser.take_notes(), self.parser.take_calls()
+        notes, calls = self.parser.take_notes(), self.take_calls()
         return Piece("".join(text), "".join(thinking), ids, notes=notes, calls=calls, logprobs=logprobs)
+
+    def take_calls(self) -> list[CallPart]:
+        """What became known of calls, but for one that is so far an earlier one again: that would not count."""
+        parts = [*self.withheld, *self.parser.take_calls()]
+        repeats = self.constraint is not None and self.constraint.repeats
+        self.withheld = [part for part in parts if repeats and part.index == parts[-1].index]
+        return parts[: len(parts) - len(self.withheld)]
 
     def score(self, start: int, told: np.ndarray) -> None:
         """How likely the prompt's tokens from `start` on were: sampling.told, a row for each."""
@@ -126,11 +138,14 @@ class Row:
         if parser.stopped:
             self.finish_reason = "stop"
         notes += parser.take_notes()
+        calls = self.take_calls()
         if self.constraint is not None and self.constraint.repeated and len(parser.tool_calls) > 1:
             parser.tool_calls.pop()
             notes.append("the reply ended at a call that it had made before")
+        else:
+            calls += self.withheld
         return Piece(
-            *rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message, parser.take_calls(),
+            *rest, [], self.finish_reason, parser.tool_calls, self.stats(), notes, parser.message, calls,
             stop=parser.stopped, end=self.end,
         )  # fmt: skip
 

@@ -9,8 +9,9 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from functools import lru_cache
-from operator import add
+from operator import add, ge, gt, le, lt
 from typing import Any, TypeGuard
 
 from llguidance import LLMatcher, regex_to_lark
@@ -54,8 +55,28 @@ LOOSE = {
     "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
     "unevaluatedProperties", "unevaluatedItems", "contains", "uniqueItems", "$dynamicRef", "$recursiveRef",
 }  # fmt: skip
+# Values of these with which they say nothing, or what is held in another way.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "not": (False,),
+    "propertyNames": (True, {}),
+    "unevaluatedProperties": (True, {}, False),
+    "unevaluatedItems": (True, {}, False),
+    "uniqueItems": (False,),
+    **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
+}
 REMARKS = {"description", "title", "default", "examples", "$defs", "definitions"}
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+INNER = {  # what says something of the parts of a value
+    "items", "prefixItems", "additionalItems", "minItems", "maxItems", "properties", "patternProperties",
+    "additionalProperties", "required", "minProperties", "maxProperties",
+}  # fmt: skip
+# Of numbers: whether one keeps to it.
+BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": ge,
+    "maximum": le,
+    "exclusiveMinimum": gt,
+    "exclusiveMaximum": lt,
+    "multipleOf": lambda value, step: step <= 0 or (Fraction(str(value)) / Fraction(str(step))).denominator == 1,
+}
 IMPOSSIBLE: Schema = {"enum": []}
 
 
@@ -159,10 +180,10 @@ class Compiler:
                 rest = without(schema, union)
                 return choice(*(self.value(self.member(rest, as_schema(own), place), place) for own in schema[union]))
         for key in sorted(LOOSE & schema.keys()):
-            if schema[key]:
+            if schema[key] not in NEUTRAL.get(key, ()):
                 self.note(key, place)
         if "const" in schema or "enum" in schema:
-            return self.one_of(schema)
+            return self.one_of(schema, place)
         return choice(*(self.of_type(kind, schema, place) for kind in types_of(schema)))
 
     # schemas joined
@@ -216,12 +237,32 @@ class Compiler:
 
     # values as they are written
 
-    def one_of(self, schema: Schema) -> Node:
+    def one_of(self, schema: Schema, place: str) -> Node:
+        """Of the values that a schema lists those that fit what stands beside them."""
         listed = schema.get("enum")
         values = [schema["const"]] if "const" in schema else listed if isinstance(listed, list) else []
         kinds = set(types_of({"type": schema["type"]})) if "type" in schema else {"any"}
         found = [value for value in values if fits(value, kinds) and (not isinstance(listed, list) or value in listed)]
-        return choice(*map(self.written, found))
+        if any(isinstance(value, (list, dict)) for value in found):
+            for key in sorted(INNER & schema.keys()):
+                self.note(f"{key} beside the values", place)
+        return choice(*(self.written(value) for value in found if self.is_within(value, schema, place)))
+
+    def is_within(self, value: Any, schema: Schema, place: str) -> bool:
+        """Whether a string or a number keeps to the bounds of a schema."""
+        if is_number(value):
+            return all(keeps(value, schema[key]) for key, keeps in BOUNDS.items() if is_number(schema.get(key)))
+        if not isinstance(value, str):
+            return True
+        least, most = bounds_of("Length", schema)
+        in_bounds = least <= len(value) and (most is None or len(value) <= most)
+        given = schema.get("pattern")
+        if not in_bounds or not isinstance(given, str):
+            return in_bounds
+        pattern = held_pattern(given)
+        if pattern is None:
+            self.note("the pattern", place)
+        return pattern is None or matches(pattern, value)
 
     def written(self, value: Any) -> Node:
         """A value as the template writes it."""
@@ -298,7 +339,8 @@ class Compiler:
     def array(self, schema: Schema, place: str) -> Node:
         """As many of the entries that have schemas of their own as there may be, and others behind them."""
         least, most = bounds_of("Items", schema)
-        items, first = schema.get("items", True), schema.get("prefixItems")
+        items = schema.get("items", schema.get("unevaluatedItems") is not False)
+        first = schema.get("prefixItems")
         if isinstance(items, list):  # as drafts before 2020 had it
             items, first = schema.get("additionalItems", True), items
         first = first[:most] if isinstance(first, list) else []
@@ -313,6 +355,8 @@ class Compiler:
 
     def mapping(self, schema: Schema, place: str) -> Node:
         given, more, listed = (schema.get(key) for key in ("properties", "additionalProperties", "required"))
+        if more is None and schema.get("unevaluatedProperties") is False:
+            more = False
         properties: Schema = given if isinstance(given, dict) else {}
         required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
         patterns = self.patterns_of(schema, place)
@@ -383,6 +427,7 @@ class Compiler:
         return Rule(name)
 
 
+@lru_cache(maxsize=256)
 def held_pattern(given: str) -> str | None:
     """What matches the whole text, as llguidance takes it; None for what it does not."""
     pattern = whole_pattern(given)

@@ -228,6 +228,7 @@ class ReplyParser:
     It goes by token ids: text that merely looks like a control token stays text. Text may be fed between ids, as it is.
     No sequence makes it raise. schemas: of the arguments of each tool, by name, for calls that are nearly right; notes:
     what to say with the first piece; stop: texts before which the answer ends: it is `stopped` then.
+    calls_end_thoughts: the reply is held to that; else a call inside a thought is one if the thought does not close.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class ReplyParser:
         schemas: Mapping[str, Schema] | None = None,
         notes: Iterable[str] = (),
         stop: Sequence[str] = (),
+        calls_end_thoughts: bool = False,
     ) -> None:
         self.tool_calls: list[dict[str, Any]] = []  # {"name": str, "arguments": dict}
         self.thinking_tokens = 0
@@ -248,7 +250,9 @@ class ReplyParser:
         self._schemas = schemas or {}
         self._notes = list(notes)
         self._stop = StopTexts(stop)
+        self._calls_end_thoughts = calls_end_thoughts
         self._text: list[str] = []
+        self._cut = ""  # a call that the reply ends in, as text: no text to stop at is looked for in it
         self._thinking: list[str] = []
         self._given: list[tuple[str, str]] = []
         self._call: list[int | str] = []  # what stands in it so far
@@ -356,7 +360,7 @@ class ReplyParser:
             self._beginning = None
             self._enter(_State.ANSWER)
         elif symbol == c.tool_call_open:
-            if self._state is _State.THOUGHT and self._doubt is None:
+            if self._state is _State.THOUGHT and self._doubt is None and not self._calls_end_thoughts:
                 self._enter(_State.THOUGHT)  # gives out a first line that was no name
                 self._doubt = _Doubt()
             self._enter(_State.TOOL_CALL)
@@ -463,6 +467,8 @@ class ReplyParser:
             calls = self._read(text, ended=not cut)
         except ValueError:
             self._leave_call(text, "", None, "the reply ends inside it")
+            if self._doubt is None:
+                self._cut = self._text.pop()
         else:
             self._leave_call(text, "", calls, "")
 
@@ -495,8 +501,10 @@ class ReplyParser:
         return "".join(decoder.step(QUOTE_TOKEN if symbol == self._controls.quote else symbol) for symbol in call)
 
     def _take(self, *, last: bool = False) -> tuple[str, str]:
-        printable = self._stop.feed("".join(self._text), last=last), "".join(self._thinking)
-        self._text, self._thinking = [], []
+        last = last or (self._state is _State.TOOL_CALL and self._doubt is None)  # no text to stop at spans a call
+        text = self._stop.feed("".join(self._text), last=last)
+        printable = text + ("" if self.stopped else self._cut), "".join(self._thinking)
+        self._text, self._thinking, self._cut = [], [], ""
         self._given.append(printable)
         return printable
 

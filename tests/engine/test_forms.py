@@ -113,11 +113,39 @@ def test_a_call_is_held_from_its_first_token(eager: Loaded, drafts: int) -> None
 
 def test_the_same_call_again_ends_the_reply_and_counts_once(eager: Loaded) -> None:
     only = {"name": "f", "description": "", "parameters": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
-    reply = generate(*eager, prompt([only]), max_tokens=200, sampling=GREEDY)
+    pieces = [*stream_generate(*eager, prompt([only]), max_tokens=200, sampling=GREEDY)]
+    reply = collect(pieces)
+    parts = [part for piece in pieces for part in piece.calls]
+    assert {part.index for part in parts} == {0} and "".join(part.arguments for part in parts) == '{"a": 1}'
     assert reply.finish_reason == "stop"
     assert reply.tool_calls == [{"name": "f", "arguments": {"a": 1}}]
     assert reply.notes == ["the reply ended at a call that it had made before"]
     assert len(reply.message["tool_calls"]) == 1
+
+
+def test_a_call_that_only_begins_as_an_earlier_one_is_streamed_like_any(eager: Loaded) -> None:
+    for seed in range(3):
+        own = replace(WARM, seed=seed)
+        pieces = [*stream_generate(*eager, prompt([CHOICE]), max_tokens=100, sampling=own)]
+        told: dict[int, str] = {}
+        for part in (part for piece in pieces for part in piece.calls):
+            told[part.index] = told.get(part.index, "") + part.arguments
+        calls = collect(pieces).tool_calls
+        assert len(calls) > 1
+        assert [json.loads(told[n]) for n in range(len(calls))] == [own["arguments"] for own in calls]
+
+
+def test_a_call_in_a_thought_is_one_though_the_reply_is_cut_behind_it(eager: Loaded) -> None:
+    reply = generate(*eager, Prompt([*IDS, 100], tools=prompt([CHOICE]).tools), max_tokens=60)
+    assert reply.finish_reason == "length" and reply.tool_calls and "call:" not in (reply.thinking or "")
+    assert not any("inside the thought" in note for note in reply.notes)
+
+
+def test_a_text_to_stop_at_ends_no_call(eager: Loaded) -> None:
+    """Nor is a reply that is cut inside one taken for finished, whose text has it."""
+    for count in range(3, 20):
+        reply = generate(*eager, prompt([CHOICE]), max_tokens=count, sampling=GREEDY, stop=["pi", "call"])
+        assert reply.finish_reason == "length" and len(reply.token_ids) == count
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

@@ -309,9 +309,10 @@ def test_a_form_holds_the_whole_of_a_message_that_goes_on(planted: Loaded) -> No
     begun = {"role": "assistant", "content": "no, "}
     reply = generate(*planted, [USER, begun], continue_final_message=True, response_format=form, max_tokens=9)
     assert len(reply.text) == 3 and set(reply.text) <= {"a", "b"} and reply.finish_reason == "stop"
-    with pytest.raises(ValueError, match=r"^the last message does not begin as its response_format wants"):
-        other = begun | {"content": "maybe"}
-        generate(*planted, [USER, other], continue_final_message=True, response_format=form)
+    for text in ("maybe", "no, aba, and more"):
+        with pytest.raises(ValueError, match=r"^the last message does not begin as its response_format wants"):
+            other = begun | {"content": text}
+            generate(*planted, [USER, other], continue_final_message=True, response_format=form)
 
 
 def test_a_session_goes_on_in_its_last_message(planted: Loaded) -> None:

@@ -153,6 +153,14 @@ RECURSIVE = {
         },
         {"properties": {"a": {"items": {"allOf": [{"const": 1}, {"const": 2}]}, "type": "array"}}, "required": ["a"]},
         {"type": "object", "properties": {"a": {"type": "integer", "enum": [1, "x", 2.0, 2.5]}}, "required": ["a"]},
+        {"properties": {"a": {"enum": [1, 2, 2.5, 6, 9, "1"], "minimum": 2, "multipleOf": 1.5}}, "required": ["a"]},
+        {"properties": {"a": {"allOf": [{"enum": [1, 2, 3]}, {"exclusiveMaximum": 2}]}}, "required": ["a"]},
+        {
+            "properties": {"a": {"enum": ["a", "ab", "bb", "bbb", 1], "maxLength": 2, "pattern": "^b"}},
+            "required": ["a"],
+        },
+        {"type": "object", "unevaluatedProperties": False},
+        {"properties": {"l": {"prefixItems": [{"type": "null"}], "unevaluatedItems": False}}, "required": ["l"]},
         {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}, "required": ["d"]},
         {"type": "object", "properties": {"A": {"type": "boolean"}, "a": {"type": "null"}, "_": {"type": "array"}}},
         {},
@@ -201,6 +209,16 @@ def test_properties_that_a_pattern_names_come(walker: Walker, caplog: pytest.Log
     assert not caplog.records
 
 
+def test_what_says_nothing_is_not_noted(caplog: pytest.LogCaptureFixture) -> None:
+    neutral = {
+        "not": False, "propertyNames": {}, "unevaluatedProperties": False, "dependentRequired": {},
+        "uniqueItems": False, "properties": {"a": {"enum": [[1]], "type": "array", "unevaluatedItems": True}},
+    }  # fmt: skip
+    odd = {"type": "function", "function": {"name": "neutral", "description": "", "parameters": neutral}}
+    call_grammar(check_tools([odd]), None, 52, 49)
+    assert not caplog.records
+
+
 LOOP = {"properties": {"l": {"type": "array", "minItems": 1, "items": {"$ref": "#/properties/l"}}}, "required": ["l"]}
 NOTHING = {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2}}, "required": ["a"]}
 
@@ -210,6 +228,12 @@ NOTHING = {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2
     [
         ({"properties": {"a": {"type": "array", "items": {"const": 1}, "uniqueItems": True}}}, "uniqueItems of a"),
         ({"properties": {"a": {"not": {"type": "string"}}}}, "not of a"),
+        ({"properties": {"a": {"not": {}}}}, "not of a"),
+        ({"properties": {"a": {"type": "array", "contains": False}}}, "contains of a"),
+        ({"type": "object", "propertyNames": False}, "propertyNames of its arguments"),
+        ({"properties": {"a": {"enum": [[], [1]], "minItems": 1}}}, "minItems beside the values of a"),
+        ({"properties": {"a": {"enum": ["x", "y"], "pattern": "(?=x)"}}}, "the pattern of a"),
+        ({"properties": {"a": {"const": 1, "maximum": 0}}, "required": ["a"]}, "a, which nothing fits"),
         ({"properties": {"a": {"$ref": "https://example.com/x"}}, "required": ["a"]}, r"\$ref of a"),
         ({"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}, "the pattern of a"),
         ({"properties": {"a": {"type": "string", "format": "int64"}}}, "the format int64 of a"),

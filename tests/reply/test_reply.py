@@ -67,6 +67,31 @@ def test_joined_text_is_what_the_tokenizer_decodes(text: str, cuts: list[int]):
     assert parse([CHANNEL, *ids("thought\n"), *reply, CHANNEL_END], cuts=cuts) == ("", TOKENIZER.decode(reply), [])
 
 
+def test_text_comes_out_before_the_call_behind_it():
+    """A text to stop at, of which it may be the beginning, spans no call."""
+    parser = ReplyParser(TOKENIZER, CONTROLS, (), stop=["the end"])
+    assert [parser.feed([token])[0] for token in [*letters("so the"), CALL]][-4:] == ["", "", "", "the"]
+    parser.feed(ids("call:f{}"))
+    assert parser.take_calls() and parser.feed([CALL_END]) == parser.finish() == ("", "")
+
+
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_no_text_to_stop_at_is_looked_for_in_a_call_that_the_reply_ends_in(reason: str):
+    parser = ReplyParser(TOKENIZER, CONTROLS, (), stop=["a"])
+    parser.feed([*letters("so"), CALL, *letters("call:f{")])
+    assert parser.finish(reason) == ("<|tool_call>call:f{", "") and not parser.stopped
+
+
+def test_calls_that_end_a_thought_are_calls_at_once():
+    """As a reply is held that may have some."""
+    parser = ReplyParser(TOKENIZER, CONTROLS, (), calls_end_thoughts=True)
+    call = [CALL, *ids("call:f{}"), CALL_END]
+    parser.feed([CHANNEL, *ids("thought\nzz"), *call, CALL, *ids("call:g{")])
+    assert parser.tool_calls == [{"name": "f", "arguments": {}}] and not parser.in_thought
+    assert [part.name for part in parser.take_calls()] == ["f", None, "g"]
+    assert parser.finish("length") == ("<|tool_call>call:g{", "") and parser.message["reasoning"] == "zz"
+
+
 def test_leading_and_repeated_spaces_are_kept():
     assert parse(ids("  the  quick ")) == ("  the  quick ", "", [])
 
