@@ -229,8 +229,8 @@ class Constraint:
                     break
                 own.advance(following)
                 found += following
-        except DeadEndError:
-            pass  # the reply ends with this error when it gets there
+        except RuntimeError:
+            pass  # the reply ends with this error when it gets there: a dead end, a vocabulary that cannot be read
         return found
 
     def advance(self, tokens: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_gemma4.decoding.batch import MOST_ROWS, Batch, Given, Seat, size_of
 from mlx_gemma4.decoding.disk import PAGE, common
-from mlx_gemma4.decoding.round import State, forget_thread
+from mlx_gemma4.decoding.round import NOT_FINITE, State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
 from mlx_gemma4.engine.generation import (
@@ -376,6 +376,7 @@ class Engine:
             work.reading.ids += tokens
             last = None if work.row.finish_reason is None else work.row.finish()
         except Exception as error:  # an error of one request must not reach the others
+            work.reading.forget()  # what came of it is not sure
             self.end(work, error)
             return
         if last is None:
@@ -502,7 +503,8 @@ class Engine:
         state, tokens, told = first_token(
             self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint, work.adapter
         )
-        reading.share()
+        if NOT_FINITE not in tokens:
+            reading.share()
         work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint, work.adapter)
         self.batch.put(work.seat, reading.caches, state)
         self.hand_on(work, None, tokens, told)

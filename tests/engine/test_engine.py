@@ -1,12 +1,14 @@
 """Many requests at once: each gets what it gets alone."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rounds import GREEDY
 
-from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate, generate_batch
+from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate, generate_batch, load
 from mlx_gemma4.engine import engine
 from mlx_gemma4.engine.engine import Work
 from mlx_gemma4.model.model import Model
@@ -50,6 +52,22 @@ def test_a_closed_stream_frees_its_row_and_disturbs_nobody(endless: Loaded) -> N
         long.close()
         assert collect(short).token_ids == alone
         assert list(long) == []
+
+
+def test_what_was_read_while_logits_were_not_finite_is_not_found(
+    planted_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, (own, *_) = load(planted_folder), prompts(1)[0]
+    expected = generate(*loaded, own, max_tokens=8, sampling=GREEDY).token_ids
+    decoder = loaded[0].language_model
+    embed = decoder.embed
+    with Engine(*loaded, store=PromptStore()) as engine:
+        monkeypatch.setattr(decoder, "embed", lambda ids: embed(ids) * math.nan)
+        with pytest.raises(RuntimeError, match="are not finite"):
+            collect(engine.submit(own, max_tokens=8, sampling=GREEDY))
+        monkeypatch.setattr(decoder, "embed", embed)
+        reply = collect(engine.submit(own, max_tokens=8, sampling=GREEDY))
+    assert (reply.token_ids, reply.stats.cached_tokens) == (expected, 0)
 
 
 def test_replies_come_in_the_order_of_the_requests(endless: Loaded) -> None:
