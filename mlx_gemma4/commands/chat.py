@@ -29,7 +29,7 @@ from mlx_gemma4.engine.generation import Reading, adapter_of, follow
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import Session, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped, leave
-from mlx_gemma4.errors import TooLongError, one_line, shown, unbroken
+from mlx_gemma4.errors import TooLongError, one_line, shown, unbroken, with_name
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
@@ -298,7 +298,7 @@ class Chat:
             except (ValueError, OSError, MemoryError, RuntimeError) as error:
                 if self.terminal is None or isinstance(error, BrokenPipeError):
                     raise
-                print(f"error: {unbroken(error) or type(error).__name__}", file=sys.stderr)
+                print(f"error: {with_name(error) or type(error).__name__}", file=sys.stderr)
             if self.is_over:
                 return
 

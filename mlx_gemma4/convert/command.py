@@ -164,7 +164,8 @@ def choose_scales(name: str | None, recipe: str | None, is_packed: bool) -> bool
 
 def check_output(path: Path, option: str = "mlx-path") -> Path:
     check_name(path, option)
-    if path.is_symlink() or path.name in ("", "..") or (path.exists() and not path.is_dir()):
+    there = next(own for own in (path, *path.absolute().parents) if own.exists())
+    if path.is_symlink() or path.name in ("", "..") or not there.is_dir():
         raise ValueError(f"{path} is no name for a new folder; expected one, for {option}")
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is a folder that is not empty; expected a new one, for {option}")

@@ -676,6 +676,9 @@ def test_an_output_that_exists_is_left_alone(source: Path, run: Run) -> None:
     assert status == 2 and "full is a folder that is not empty" in err
     status, _, err = run("--hf-path", source, "--mlx-path", "file")
     assert status == 2 and "file is no name for a new folder" in err
+    for below in ("file/new", "file/new/er"):
+        status, _, err = run("--hf-path", source, "--mlx-path", below)
+        assert status == 2 and f"{below} is no name for a new folder" in err
     assert [path.name for path in Path("full").iterdir()] == ["kept"]
     assert run("--hf-path", source, "--mlx-path", "empty")[0] == 0
 
