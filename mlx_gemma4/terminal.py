@@ -94,7 +94,7 @@ def run(app: typer.Typer) -> int:
             text = clipped(error.format_message(), 2 * LONGEST)  # which quotes what it got, however long
         if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
             text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
-        print(f"error: {text or type(error).__name__}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         wrong = isinstance(error, TyperException) or kind(error) is Kind.WRONG_REQUEST
         return WRONG_REQUEST if wrong else FAILED
     finally:

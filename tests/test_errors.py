@@ -54,6 +54,7 @@ def test_the_system_s_error_is_the_file_and_the_cause_in_words() -> None:
     assert with_name(FileNotFoundError(2, "No such file or directory", "x")) == "'x': No such file or directory"
     assert with_name(OSError(28, "No space left on device")) == "No space left on device"
     assert with_name(OSError("own words")) == "own words" and with_name(ValueError("two\nlines")) == "two lines"
+    assert with_name(OSError()) == "OSError" and with_name(OSError(300 * "x")) == 300 * "x"
     assert len(with_name(OSError(36, "File name too long", "x" * 3000))) < 500
 
 

@@ -298,7 +298,7 @@ class Chat:
             except (ValueError, OSError, MemoryError, RuntimeError) as error:
                 if self.terminal is None or isinstance(error, BrokenPipeError):
                     raise
-                print(f"error: {with_name(error) or type(error).__name__}", file=sys.stderr)
+                print(f"error: {with_name(error)}", file=sys.stderr)
             if self.is_over:
                 return
 
