@@ -47,6 +47,14 @@ def one_line(error: Exception) -> str:
     return clipped(error, LONGEST) or type(error).__name__
 
 
+def with_name(error: Exception) -> str:
+    """What an error says in one line; one of the operating system's without its number, and with the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f"{error.filename!r}: "
+        return clipped(name + error.strerror, 2 * LONGEST)  # however long the name is
+    return unbroken(error) or type(error).__name__
+
+
 def unbroken(text: object) -> str:
     """A text in one line."""
     return " ".join(str(text).split())

@@ -18,7 +18,7 @@ from typer.exceptions import TyperException
 
 import mlx_gemma4
 from mlx_gemma4.entry import if_stopped
-from mlx_gemma4.errors import LONGEST, Kind, clipped, kind, shown, unbroken
+from mlx_gemma4.errors import LONGEST, Kind, clipped, kind, shown, unbroken, with_name
 from mlx_gemma4.weights.load import logger
 from mlx_gemma4.weights.peers import leave_word
 
@@ -89,12 +89,12 @@ def run(app: typer.Typer) -> int:
         leave_word(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        text = error.format_message() if isinstance(error, TyperException) else str(error)
-        if isinstance(error, TyperException) or (isinstance(error, OSError) and error.errno is not None):
-            text = clipped(text, 2 * LONGEST)  # Typer's own and the system's quote what they got, however long
+        text = with_name(error)
+        if isinstance(error, TyperException):
+            text = clipped(error.format_message(), 2 * LONGEST)  # which quotes what it got, however long
         if isinstance(error, RuntimeError) and text.startswith("filesystem error"):  # MLX's, of where it compiles
             text += f"; MLX keeps kernels in a folder for temporary files, TMPDIR is {os.environ.get('TMPDIR')!r}"
-        print(f"error: {unbroken(text) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         wrong = isinstance(error, TyperException) or kind(error) is Kind.WRONG_REQUEST
         return WRONG_REQUEST if wrong else FAILED
     finally:

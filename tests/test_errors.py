@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gemma4.errors import CheckpointError, FetchError, Kind, MediaError, a, kind, one_line, shown
+from mlx_gemma4.errors import CheckpointError, FetchError, Kind, MediaError, a, kind, one_line, shown, with_name
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), CheckpointError("x"), MediaError("x")])
@@ -48,6 +48,14 @@ def test_a_value_that_python_does_not_write_in_a_line_is_shown_short(value: obje
 def test_an_error_without_words_is_named_by_its_type() -> None:
     assert one_line(KeyError()) == "KeyError"
     assert one_line(FileNotFoundError(2, "No such file or directory", "x")) == "No such file or directory"
+
+
+def test_the_system_s_error_is_the_file_and_the_cause_in_words() -> None:
+    assert with_name(FileNotFoundError(2, "No such file or directory", "x")) == "'x': No such file or directory"
+    assert with_name(OSError(28, "No space left on device")) == "No space left on device"
+    assert with_name(OSError("own words")) == "own words" and with_name(ValueError("two\nlines")) == "two lines"
+    assert with_name(OSError()) == "OSError" and with_name(OSError(300 * "x")) == 300 * "x"
+    assert len(with_name(OSError(36, "File name too long", "x" * 3000))) < 500
 
 
 def test_types_are_named_with_their_article() -> None:

@@ -25,7 +25,7 @@ from mcp.types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, Conten
 from mcp.types import Tool as Listed
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
-from mlx_gemma4.errors import a, one_line
+from mlx_gemma4.errors import a, one_line, with_name
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup  # anyio brings it
@@ -201,6 +201,8 @@ class Server:
         last = log.read()[-2000:].strip().rpartition("\n")[2]
         if isinstance(error, TimeoutError):
             text = f"no answer within {self.start_timeout:g} s"
+        elif isinstance(error, OSError):
+            text = with_name(error)  # the program's, or its folder's
         else:
             text = one_line(error) if isinstance(error, Exception) else str(error)
         return f"{text}; it says: {last}" if last else text

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,8 +95,7 @@ def batch(
             with awake(), load() as engine, Bar("Answering") as bar:
                 bar.show(len(done), len(names))
                 for number, answer in enumerate(answers(engine, tasks, source.parent, model), len(done) + 1):
-                    out.write(json.dumps(answer).encode() + b"\n")
-                    out.flush()
+                    append(out, target, answer)
                     failed += answer["error"] is not None
                     bar.show(number, len(names))
     before = f"; {len(done)} were before" if done else ""
@@ -234,6 +233,18 @@ def opened(target: Path) -> Iterator[BinaryIO]:
         except OSError:
             raise ValueError(f"{str(target)!r} is being written to by another process") from None
         yield file
+
+
+def append(out: BinaryIO, target: Path, answer: dict[str, Any]) -> None:
+    """A line more; OSError that names the file if it is not on the disk."""
+    line = json.dumps(answer).encode() + b"\n"
+    try:
+        out.write(line)
+        out.flush()
+    except OSError as error:
+        with suppress(OSError):
+            out.close()  # which writes once more what is left: here, where another error takes no other's place
+        raise OSError(f"{str(target)!r} cannot be written to: {one_line(error)}") from None
 
 
 def answered(out: BinaryIO, source: Path, target: Path, names: Collection[str]) -> set[str]:

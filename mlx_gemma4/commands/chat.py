@@ -29,7 +29,7 @@ from mlx_gemma4.engine.generation import Reading, adapter_of, follow
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import Session, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped, leave
-from mlx_gemma4.errors import TooLongError, one_line, shown, unbroken
+from mlx_gemma4.errors import FetchError, MediaError, TooLongError, one_line, shown, unbroken, with_name
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
@@ -298,7 +298,7 @@ class Chat:
             except (ValueError, OSError, MemoryError, RuntimeError) as error:
                 if self.terminal is None or isinstance(error, BrokenPipeError):
                     raise
-                print(f"error: {unbroken(error) or type(error).__name__}", file=sys.stderr)
+                print(f"error: {with_name(error)}", file=sys.stderr)
             if self.is_over:
                 return
 
@@ -325,15 +325,19 @@ class Chat:
         for kind, source in media:
             self.say(f"{kind} {source}")
         turn = request_messages(text, by_kind["image"], by_kind["audio"], by_kind["video"])
-        before = list(self.session.messages)
+        before, left = list(self.session.messages), media
         try:
             self.reply(turn)
-        except (ValueError, MemoryError):
-            if self.session.messages == before and self.terminal is not None:
-                self.terminal.draft = text  # to be mended
+        except MediaError as error:
+            if not isinstance(error, FetchError):
+                left = []  # or no message would go until it is found which of them it was
             raise
         finally:
             self.media = []
+            if self.session.messages == before and self.terminal is not None:  # to be mended
+                self.terminal.draft, self.media = text, left
+                if media:
+                    self.say(f"its files {'go with the next message' if left else 'are left out'}")
         self.keep()
 
     def keep(self) -> None:

@@ -62,7 +62,7 @@ def mac_room(memory: int) -> int:
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")] = DEFAULT_MODEL,
     context: Annotated[
         int | None, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of prompt and reply together; 8192.")
     ] = None,
@@ -78,24 +78,37 @@ def fit(
     kv_bits: KvBits = None,
     tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
     max_seq_length: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: tokens of the longest row.")
-    ] = 2048,
+        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: tokens of the longest row; 2048.")
+    ] = None,
     batch_size: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: its rows come one after the other.")
-    ] = 1,
-    rank: Annotated[int, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: the adapter's.")] = 8,
+        int | None,
+        typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: its rows come one after the other; 1."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: the adapter's; 8.")
+    ] = None,
     grad_checkpoint: Annotated[
-        bool, typer.Option("--grad-checkpoint/--no-grad-checkpoint", help="Of --tune: layers are computed twice.")
-    ] = True,
+        bool | None,
+        typer.Option("--grad-checkpoint/--no-grad-checkpoint", help="Of --tune: layers are computed twice, or not."),
+    ] = None,
     version: Version = False,
     debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     computing = computing_type(dtype)
+    of_training = {
+        "max-seq-length": max_seq_length, "batch-size": batch_size, "rank": rank, "grad-checkpoint": grad_checkpoint,
+    }  # fmt: skip
+    if given := [f"{name} is {value}" for name, value in of_training.items() if value is not None and not tune]:
+        raise ValueError(f"{given[0]} without tune; expected --tune too")
     if tune and context is not None:
         raise ValueError(f"context is {context} and tune; expected --max-seq-length for a row of training")
+    if tune and kv_bits is not None:
+        raise ValueError(f"kv-bits is {kv_bits} and tune; expected one of them, for training keeps no caches")
+    if tune and drafter not in ("auto", None):
+        raise ValueError(f"drafter is {drafter!r} and tune; expected one of them, for training takes no drafter")
     if tune:
-        drafter = None  # it is not there while the model is trained
+        drafter = None
     if memory is not None and hosts is not None:
         raise ValueError(f"memory is {memory!r} and hosts {str(hosts)!r}; expected one of them")
     rooms = [] if memory is None else [mac_room(parse_memory(each)) for each in memory.split(",")]
@@ -121,8 +134,8 @@ def fit(
         room, where = rooms[0], f"a Mac with {size / 2**30:.3g} GB lets a model hold ({part})"
     own = checkpoint.footprint
     if tune:
-        plan = TuningPlan(max_seq_length, rank, grad_checkpoint)
-        print(f"{model}, tuned with {plan.text}, a batch of {batch_size} row by row; {where} {size_text(room)}")
+        plan = TuningPlan(max_seq_length or 2048, rank or 8, grad_checkpoint is not False)
+        print(f"{model}, tuned with {plan.text}, a batch of {batch_size or 1} row by row; {where} {size_text(room)}")
         return fit_tuning(checkpoint, plan, room)
     found = of_context(own, tokens)
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")

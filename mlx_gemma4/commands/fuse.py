@@ -23,7 +23,7 @@ from mlx_gemma4.convert.job import (
     open_target,
 )
 from mlx_gemma4.convert.recipes import Recipe, named_recipe
-from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, run
+from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, run, size_text
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
 from mlx_gemma4.weights.tensors import nbytes
 
@@ -91,6 +91,8 @@ def fuse(
         )
     for folder, one in outcomes.items():
         print_outcome(output / folder, jobs[folder], one)
+    for file in sorted(output.glob("*.gguf")):
+        print(f"{file}: {size_text(file.stat().st_size)}")
     print(f"{len(fused_paths(fused))} matrices are adapted; {100 * kept:.1f} % of what the adapter changes is kept")
 
 

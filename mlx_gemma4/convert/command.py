@@ -13,6 +13,7 @@ import typer
 
 from mlx_gemma4.config import ModelConfig, computing_type
 from mlx_gemma4.convert.card import base_of, write_card
+from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
 from mlx_gemma4.convert.job import (
     LATTICE_REPORT,
     Job,
@@ -59,7 +60,10 @@ def convert(
     mlx_path: Annotated[str, typer.Option(metavar="FOLDER", help="Where the conversion goes.")] = "mlx_model",
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="4bit (the default), 8bit, mixed, or qat for weights on a 4-bit lattice."),
+        typer.Option(
+            metavar="NAME",
+            help="4bit (the default), 8bit, mixed, or qat for weights on a 4-bit lattice, as a quantized .gguf's are.",
+        ),
     ] = None,
     q_bits: Annotated[
         int | None, typer.Option(parser=whole_number, metavar="N", help="Bits a weight: 2, 3, 4, 5, 6 or 8.")
@@ -93,10 +97,11 @@ def convert(
 ) -> None:
     """Convert Gemma 4 and its drafter for MLX, quantized, in less memory than the model has."""
     files = find_gguf(hf_path)
+    is_packed = files is not None and has_blocks(files.text)
     settings = Settings(
-        recipe=choose_recipe(recipe, q_bits, q_group_size, q_mode, dequantize, files is not None),
+        recipe=choose_recipe(recipe, q_bits, q_group_size, q_mode, dequantize, is_packed),
         dtype=computing_type(dtype),
-        float32_scales=choose_scales(scales, recipe, files is not None),
+        float32_scales=choose_scales(scales, recipe, is_packed),
         drafter=None if no_drafter else drafter,
         drafter_bits=drafter_bits,
     )
@@ -125,38 +130,42 @@ def convert(
 
 
 def choose_recipe(
-    name: str | None, bits: int | None, group_size: int | None, mode: str | None, dequantize: bool, is_gguf: bool
+    name: str | None, bits: int | None, group_size: int | None, mode: str | None, dequantize: bool, is_packed: bool
 ) -> Recipe | None:
-    """The recipe that the options ask for; None to dequantize. ValueError if they exclude each other."""
+    """The recipe that the options ask for; None to dequantize. ValueError if they exclude each other.
+
+    is_packed: it is for a .gguf that is quantized.
+    """
     own = [
         text for text, value in (("q-bits", bits), ("q-group-size", group_size), ("q-mode", mode)) if value is not None
     ]
     asked = ([f"recipe {name}"] if name is not None else []) + own
     if dequantize:
-        if asked or is_gguf:
+        if asked or is_packed:
             raise ValueError(f"dequantize excludes {asked[0] if asked else 'a .gguf'}; expected one of them")
         return None
     if name is not None and own:
         raise ValueError(f"recipe excludes {own[0]}; expected one of them")
-    if is_gguf and asked and name != "qat":
-        raise ValueError(f"a .gguf is quantized already and excludes {asked[0]}; expected recipe qat")
+    if is_packed and asked and name != "qat":
+        raise ValueError(f"the .gguf is quantized already and excludes {asked[0]}; expected recipe qat")
     if own:
         return uniform_recipe(bits, group_size, mode)
-    return named_recipe(name or ("qat" if is_gguf else RECIPES[0]))
+    return named_recipe(name or ("qat" if is_packed else RECIPES[0]))
 
 
-def choose_scales(name: str | None, recipe: str | None, is_gguf: bool) -> bool:
+def choose_scales(name: str | None, recipe: str | None, is_packed: bool) -> bool:
     """Whether a lattice's scales are float32."""
     if name not in (None, "bfloat16", "float32"):
         raise ValueError(f"scales is {name!r}; expected bfloat16 or float32")
-    if name is not None and recipe != "qat" and not is_gguf:
+    if name is not None and recipe != "qat" and not is_packed:
         raise ValueError("scales is for recipe qat; the others have the type of the rest, dtype")
     return name == "float32"
 
 
 def check_output(path: Path, option: str = "mlx-path") -> Path:
     check_name(path, option)
-    if path.is_symlink() or path.name in ("", "..") or (path.exists() and not path.is_dir()):
+    there = next(own for own in (path, *path.absolute().parents) if own.exists())
+    if path.is_symlink() or path.name in ("", "..") or not there.is_dir():
         raise ValueError(f"{path} is no name for a new folder; expected one, for {option}")
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{path} is a folder that is not empty; expected a new one, for {option}")
@@ -247,14 +256,16 @@ def target_job(source: Source, name: str, settings: Settings) -> Job:
         raise CheckpointError(f"{name} is quantized already; expected the original, or dequantize to get near it")
     job = make_job(source, settings.recipe, settings.dtype, settings.float32_scales)
     if settings.recipe.lattice and not job.on_lattice:
-        raise none_on_lattice(name, len(job.planned))
+        raise none_on_lattice(job, name)
     return job
 
 
-def none_on_lattice(name: str, count: int) -> CheckpointError:
+def none_on_lattice(job: Job, name: str) -> CheckpointError:
+    expected = "a …-qat-q4_0-unquantized checkpoint for recipe qat, or another recipe"
+    if any(isinstance(tensor, GGUFTensor) and tensor.is_packed for tensor in job.tensors.values()):
+        expected = "a .gguf in Q4_0 or in full precision"  # which of the recipes take no other than qat
     return CheckpointError(
-        f"none of the {count} matrices of {name} lies on a 4-bit lattice; expected a …-qat-q4_0-unquantized checkpoint "
-        "for recipe qat, or another recipe"
+        f"none of the {len(job.planned)} matrices of {name} lies on a 4-bit lattice; expected {expected}"
     )
 
 
@@ -297,7 +308,7 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
         write_jobs(jobs, outcomes, part, "Converting")
         target = outcomes[""]
         if settings.recipe is not None and settings.recipe.lattice and not target.lattices:
-            raise none_on_lattice(hf_path, len(target.used))
+            raise none_on_lattice(jobs[""], hf_path)
         assert isinstance(source.parsed, ModelConfig)
         if (said := copy_files(source.folder, part, source.parsed.generation)) is not None:
             note(said)

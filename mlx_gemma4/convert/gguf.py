@@ -109,6 +109,11 @@ class GGUFTensor:
         return np.asarray(read_bytes(self.file, self.offset + start * size, stop - start, size, size))
 
     @property
+    def is_packed(self) -> bool:
+        """Whether it is quantized."""
+        return self.kind not in PLAIN
+
+    @property
     def nbytes(self) -> int:
         values, size = BLOCKS[self.kind]
         return math.prod(self.shape) // values * size
@@ -197,6 +202,11 @@ def list_media(file: Path, dtype: mx.Dtype) -> dict[str, Rows]:
         else:
             found[path] = MediaTensor(tensor, tensor.shape, path) if "patch_ln1" in path else tensor
     return found
+
+
+def has_blocks(file: Path) -> bool:
+    """Whether the text model of a file is quantized, all or some of it."""
+    return any(tensor.is_packed for tensor in list_gguf(file, ARCHITECTURE, mx.float32))
 
 
 def list_gguf(file: Path, architecture: str, dtype: mx.Dtype) -> list[GGUFTensor]:

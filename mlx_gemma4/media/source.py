@@ -163,7 +163,8 @@ def download(url: str, name: str) -> bytes:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
     except urllib.error.URLError as error:
         kind = FetchError if isinstance(error.reason, OSError) else MediaError  # a str: not a URL after all
-        raise kind(f"{name} cannot be fetched: {unbroken(error.reason)}") from None
+        reason = one_line(error.reason) if isinstance(error.reason, Exception) else unbroken(error.reason)
+        raise kind(f"{name} cannot be fetched: {reason}") from None
     except (OSError, http.client.HTTPException) as error:  # cut off or silent
         raise FetchError(f"{name} cannot be fetched: {one_line(error)}") from None
 

@@ -89,7 +89,7 @@ def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = Non
     except ConnectionError as error:
         if text != DEFAULT_MODEL:
             raise
-        raise ConnectionError(f"{error}; the small model in this package needs no network: --model demo") from None
+        raise ConnectionError(f"{error}; the model demo, which is in this package, needs no network") from None
 
 
 @dataclass(frozen=True)

@@ -324,9 +324,16 @@ def test_a_server_that_does_not_start_is_named(tmp_path: Path, how: str, said: s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("given", [{"command": "/no/such/program"}, {"url": "http://127.0.0.1:9/mcp"}])
-def test_a_server_that_is_not_there_is_named(given: dict[str, Any]) -> None:
-    with pytest.raises(OSError, match=r"the server 'x' cannot be (started|reached): .") as caught:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"command": "/no/such/program"}, "started: '/no/such/program': No such file or directory"),
+        ({"command": sys.executable, "cwd": "/no/folder"}, "started: '/no/folder': No such file or directory"),
+        ({"url": "http://127.0.0.1:9/mcp"}, "reached: ."),
+    ],
+)
+def test_a_server_that_is_not_there_is_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OSError, match=f"the server 'x' cannot be {said}") as caught:
         Servers(read_configs({"mcpServers": {"x": given}}), 20, 20)
     assert "\n" not in str(caught.value)
 

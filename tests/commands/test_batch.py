@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -223,6 +225,18 @@ def test_a_full_disk_ends_it_at_once(
     status, _, err = run(source, target, "--model", tiny_folder)
     assert status == 1 and "No space left on device" in err
     assert target.read_bytes() == b""
+
+
+def test_a_file_that_takes_no_more_is_named(tmp_path: Path) -> None:
+    target, before = tmp_path / "out.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with batch.opened(target) as out:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with pytest.raises(OSError, match=f"^{re.escape(repr(str(target)))} cannot be written to: File too large$"):
+                batch.append(out, target, {"text": 2000 * "x"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert target.stat().st_size == 1000  # half a line at the end, which the next call cuts off
 
 
 def test_a_mac_stays_awake_and_its_screen_need_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

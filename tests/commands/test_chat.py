@@ -29,7 +29,7 @@ from mlx_gemma4 import Agent, load
 from mlx_gemma4.commands.chat import SUMMARIZE, Chat, Stop, Terminal, session_folder, turns_of
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import read_saved
-from mlx_gemma4.errors import TooLongError
+from mlx_gemma4.errors import FetchError, TooLongError
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.weights.adapter import write_adapter
@@ -329,6 +329,11 @@ def test_what_was_wrong_can_be_mended(tiny: Loaded, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no\.png"):
         chat.take(f"what is this {tmp_path}/no.png ")
     assert chat.session.messages == [] and person.draft == "what is this" and chat.media == []
+    assert person.heard[-1] == "its files are left out"
+    chat.take("/image http://127.0.0.1:1/a.png")
+    with pytest.raises(FetchError):
+        chat.take("what is this")
+    assert person.draft == "what is this" and chat.media == [("image", "http://127.0.0.1:1/a.png")]
 
 
 def test_a_second_ctrl_c_ends_the_program_and_one_ends_a_tool() -> None:
@@ -374,11 +379,11 @@ def test_a_full_context_offers_a_summary(small: Loaded) -> None:
 
 
 def test_a_full_context_may_be_left_as_it_is(small: Loaded) -> None:
-    chat, _ = chat_of(small, "n")
+    chat, person = chat_of(small, "n")
     fill(chat)
     before = list(chat.session.messages)
     chat.take("now " + "six " * 400)
-    assert chat.session.messages == before
+    assert chat.session.messages == before and person.draft.startswith("now six")
 
 
 def test_a_message_that_never_fits_is_an_error(small: Loaded) -> None:
@@ -386,6 +391,10 @@ def test_a_message_that_never_fits_is_an_error(small: Loaded) -> None:
     with pytest.raises(TooLongError):
         chat.take("six " * 1000)
     assert person.draft.startswith("six") and chat.session.messages == []
+    chat.take(f"/image {SHAPES}")
+    with pytest.raises(TooLongError):
+        chat.take("six " * 1000)
+    assert chat.media == [("image", str(SHAPES))] and person.heard[-1] == "its files go with the next message"
 
 
 def test_turns_are_what_a_person_said_and_all_that_followed() -> None:

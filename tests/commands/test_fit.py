@@ -138,6 +138,12 @@ def test_sizes_are_powers_of_two(text: str, nbytes: int) -> None:
         (("--hosts", "/nowhere"), "/nowhere cannot be read"),
         (("--memory", "16GB,16GB", "--tune"), "2 machines and tune; expected one"),
         (("--context", "500", "--tune"), "context is 500 and tune; expected --max-seq-length"),
+        (("--kv-bits", "8", "--tune"), "kv-bits is 8 and tune; expected one of them"),
+        (("--drafter", "some/drafter", "--tune"), "drafter is 'some/drafter' and tune; expected one of them"),
+        (("--max-seq-length", "500"), "max-seq-length is 500 without tune; expected --tune too"),
+        (("--batch-size", "2"), "batch-size is 2 without tune; expected --tune too"),
+        (("--rank", "4"), "rank is 4 without tune; expected --tune too"),
+        (("--no-grad-checkpoint",), "grad-checkpoint is False without tune; expected --tune too"),
     ],
 )
 def test_wrong_requests_are_one_line(wide_folder: Path, run: Run, options: tuple[object, ...], message: str) -> None:

@@ -92,9 +92,10 @@ def test_llama_cpp_s_files_hold_the_fused_model(run: Run, place: Path, options: 
     gguf = pytest.importorskip("gguf")
     words = [place / word if word == "source" else word for word in options]
     base = ["--model", place / "base", "--adapter-path", place / "lora", "--save-path", "fused", "--gguf"]
-    status, _, err = run(*base, *words)
+    status, out, err = run(*base, *words)
     assert status == 0, err
     files = Path(f"fused/fused-{kind}.gguf"), Path("fused/mmproj-fused.gguf")
+    assert all(f"\n{file}: " in out for file in files)
     text, media = (gguf.GGUFReader(file) for file in files)
     assert text.get_field("general.architecture").contents() == "gemma4"
     assert len(text.get_field("tokenizer.ggml.tokens").contents()) == EVEN.vocab

@@ -23,8 +23,9 @@ from mlx_gemma4 import Prompt, load
 from mlx_gemma4.convert import shards as shards_module
 from mlx_gemma4.convert import upload
 from mlx_gemma4.convert.command import main
+from mlx_gemma4.convert.export import export
 from mlx_gemma4.convert.gguf import MEDIA_NAMES, model_path, unpack_q4_0, unpack_q6_k
-from mlx_gemma4.convert.job import COPIED
+from mlx_gemma4.convert.job import COPIED, open_target
 from mlx_gemma4.convert.lattice import find_lattice, round_bfloat16
 from mlx_gemma4.convert.shards import HEADER_BYTES
 from mlx_gemma4.model.arrange import arrange
@@ -480,6 +481,46 @@ def test_a_folder_with_a_gguf_is_taken_for_it(gguf_file: Path, bfloat16_source: 
     assert Path("mlx_model/lattice.tsv").exists()
 
 
+def exported(source: Path, folder: Path, kind: str) -> Path:
+    """The text file of what `mlx_gemma4.fuse --gguf` writes."""
+    shutil.copytree(source, folder)
+    for _ in export(open_target(source), folder, "toy", kind):
+        pass
+    return folder / f"toy-{kind}.gguf"
+
+
+@pytest.mark.parametrize("options", [(), ("--recipe", "8bit"), ("--q-bits", 4, "--q-group-size", 32)])
+def test_a_gguf_in_full_precision_takes_the_recipes_of_a_folder(
+    bfloat16_source: Path, run: Run, tmp_path: Path, options: tuple[object, ...]
+) -> None:
+    file = exported(bfloat16_source, tmp_path / "files", "BF16")
+    assert run("--hf-path", file, *options)[0] == 0
+    assert run("--hf-path", bfloat16_source, "--mlx-path", "like", *options)[0] == 0
+    found, expected = weights_of(Path("mlx_model")), weights_of(Path("like"))
+    assert found.keys() == expected.keys()
+    assert all(mx.array_equal(found[name], expected[name]).item() for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("BF16", ("--dequantize",), "is not quantized; expected a quantized model"),
+        ("BF16", ("--recipe", "qat"), "for recipe qat, or another recipe"),
+        ("BF16", ("--scales", "float32"), "scales is for recipe qat"),
+        ("Q8_0", (), "lies on a 4-bit lattice; expected a .gguf in Q4_0 or in full precision"),
+        ("Q8_0", ("--recipe", "4bit"), "is quantized already and excludes recipe 4bit; expected recipe qat"),
+        ("Q8_0", ("--dequantize",), "dequantize excludes a .gguf"),
+    ],
+)
+def test_what_a_gguf_does_not_take_is_one_line(
+    bfloat16_source: Path, run: Run, tmp_path: Path, kind: str, options: tuple[object, ...], message: str
+) -> None:
+    file = exported(bfloat16_source, tmp_path / "files", kind)
+    status, out, err = run("--hf-path", file, *options)
+    assert (status, out) == (2, "") and message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+
+
 def test_a_gguf_needs_its_media_from_elsewhere(gguf_file: Path, run: Run) -> None:
     status, _, err = run("--hf-path", gguf_file)
     assert status == 2 and "holds the text model alone; expected --media-from" in err
@@ -635,6 +676,9 @@ def test_an_output_that_exists_is_left_alone(source: Path, run: Run) -> None:
     assert status == 2 and "full is a folder that is not empty" in err
     status, _, err = run("--hf-path", source, "--mlx-path", "file")
     assert status == 2 and "file is no name for a new folder" in err
+    for below in ("file/new", "file/new/er"):
+        status, _, err = run("--hf-path", source, "--mlx-path", below)
+        assert status == 2 and f"{below} is no name for a new folder" in err
     assert [path.name for path in Path("full").iterdir()] == ["kept"]
     assert run("--hf-path", source, "--mlx-path", "empty")[0] == 0
 

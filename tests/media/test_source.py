@@ -98,7 +98,7 @@ def test_a_url_of_no_file_says_why(server: str) -> None:
 def test_a_failing_network_or_server_is_told_from_a_wrong_url(server: str) -> None:
     with pytest.raises(FetchError, match=r"cannot be fetched: IncompleteRead"):
         read_source(f"{server}/short", "audio")
-    with pytest.raises(FetchError, match=r"^image 'http://127.0.0.1:1/' cannot be fetched: .*refused"):
+    with pytest.raises(FetchError, match=r"^image 'http://127.0.0.1:1/' cannot be fetched: Connection refused$"):
         read_source("http://127.0.0.1:1/", "image")
     for status in (500, 503, 429):
         with pytest.raises(FetchError, match=f"the server answered {status} "):
