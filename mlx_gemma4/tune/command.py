@@ -118,6 +118,8 @@ def tune(
     from mlx_gemma4.tune.step import Processes
 
     check_numbers(warmup, patience, seed, val_batches, learning_rate)
+    adapter_path = adapter_path.expanduser()
+    check_paths(adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
     examples = read_examples(data, test, mask_prompt)
     checkpoint, processor = open_to_train(model, dtype, train_drafter)
@@ -154,7 +156,6 @@ def tune(
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
         begin_with(network, resume_adapter_file)
-    adapter_path = adapter_path.expanduser()
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)
     if own.valid is None:
@@ -192,6 +193,14 @@ def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int
         raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
+
+
+def check_paths(adapter_path: Path, resume_adapter_file: Path | None) -> None:
+    there = next(own for own in (adapter_path, *adapter_path.absolute().parents) if own.exists() or own.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; expected a folder, for --adapter-path")
+    if resume_adapter_file is not None and not resume_adapter_file.is_file():
+        raise ValueError(f"{resume_adapter_file} is no file; expected an adapter's weights, for --resume-adapter-file")
 
 
 def read_examples(data: str, test: bool, mask_prompt: bool) -> dict[str, list[Example]]:
