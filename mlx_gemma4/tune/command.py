@@ -119,7 +119,7 @@ def tune(
 
     check_numbers(warmup, patience, seed, val_batches, learning_rate)
     adapter_path = adapter_path.expanduser()
-    check_paths(adapter_path, resume_adapter_file)
+    check_paths(data, adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
     examples = read_examples(data, test, mask_prompt)
     checkpoint, processor = open_to_train(model, dtype, train_drafter)
@@ -195,10 +195,14 @@ def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int
         raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
 
 
-def check_paths(adapter_path: Path, resume_adapter_file: Path | None) -> None:
+def check_paths(data: str, adapter_path: Path, resume_adapter_file: Path | None) -> None:
     there = next(own for own in (adapter_path, *adapter_path.absolute().parents) if own.exists() or own.is_symlink())
     if not there.is_dir():
         raise ValueError(f"{there} is a file; expected a folder, for --adapter-path")
+    is_data = adapter_path.resolve() == Path(data).expanduser().resolve()
+    if is_data or (adapter_path / "config.json").exists():
+        held = "the examples" if is_data else "a model"
+        raise ValueError(f"{adapter_path} holds {held}; expected a new folder, for --adapter-path")
     if resume_adapter_file is not None and not resume_adapter_file.is_file():
         raise ValueError(f"{resume_adapter_file} is no file; expected an adapter's weights, for --resume-adapter-file")
 

@@ -429,6 +429,17 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_does_not_go_beside_a_models_weights_or_the_examples(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_folder)
+    for folder, what in ((tiny_folder, "a model"), (tmp_path / "model", "a model"), (data, "the examples")):
+        before = sorted(folder.iterdir())
+        assert run(options(tiny_folder, data, folder, "--iters", "1")) == 2
+        assert f"{folder} holds {what}; expected a new folder, for --adapter-path" in capsys.readouterr().err
+        assert sorted(folder.iterdir()) == before
+
+
 def test_an_adapter_that_cannot_be_written_is_one_line_and_leaves_nothing(
     tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
