@@ -10,6 +10,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
+from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 TEXT_RATE, MEDIA_RATE = 1e-4, 5e-5
 EPOCHS = 3
+MOST_EXAMPLES = 4096  # of an update: finding which of them share a row takes the square of their number
 MEASURED = 100  # examples that drafts are measured on
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -117,7 +119,8 @@ def tune(
     from mlx_gemma4.tune.run import Rows, Run, Settings
     from mlx_gemma4.tune.step import Processes
 
-    check_numbers(warmup, patience, seed, val_batches, learning_rate)
+    check_numbers(iters, warmup, patience, seed, val_batches, learning_rate)
+    check_update(batch_size, grad_accumulation_steps)
     adapter_path = adapter_path.expanduser()
     check_paths(data, adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
@@ -183,16 +186,29 @@ def tune(
             print(f"test loss {loss:.4f}; {said_right(tuned, processor, examples['test'], image_budget)}")
 
 
-def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int, learning_rate: float | None) -> None:
+def check_numbers(
+    iters: int | None, warmup: int | None, patience: int, seed: int, val_batches: int, learning_rate: float | None
+) -> None:
     for name, value in (("warmup", warmup or 0), ("patience", patience), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} is {value}; expected 0 or more")
+    for name, value in (("iters", iters or 0), ("warmup", warmup or 0)):
+        if value >= 2**63:
+            raise ValueError(f"{name} is {shown(value)}; expected less than 2**63")
     if seed >= 2**64:
         raise ValueError(f"seed is {seed}; expected less than 2**64")
     if val_batches < 1 and val_batches != -1:
         raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
+
+
+def check_update(batch_size: int, grad_accumulation_steps: int) -> None:
+    if (examples := batch_size * grad_accumulation_steps) > MOST_EXAMPLES:
+        raise ValueError(
+            f"an update has {shown(examples)} examples, batch_size times grad_accumulation_steps; "
+            f"expected at most {MOST_EXAMPLES}"
+        )
 
 
 def check_paths(data: str, adapter_path: Path, resume_adapter_file: Path | None) -> None:

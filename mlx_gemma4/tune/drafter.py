@@ -20,6 +20,7 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK
 from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
 from mlx_gemma4.tune.rows import Row
+from mlx_gemma4.tune.run import Schedule
 from mlx_gemma4.tune.step import rate_at
 from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
@@ -106,7 +107,7 @@ def adapt_drafter(drafter: Drafter, rank: int, scale: float) -> None:
 
 
 def train_drafter(
-    model: Model, drafter: Drafter, schedule: Sequence[Sequence[int]], rows_of: Callable[[Sequence[int]], Iterable[Row]]
+    model: Model, drafter: Drafter, schedule: Schedule, rows_of: Callable[[Sequence[int]], Iterable[Row]]
 ) -> None:
     """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update."""
     optimizer = optim.Adam(RATE, bias_correction=True)

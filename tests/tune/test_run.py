@@ -25,6 +25,7 @@ from mlx_gemma4.config import read_config
 from mlx_gemma4.convert.command import main as convert
 from mlx_gemma4.model.decoder import Decoder
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
 from mlx_gemma4.tune.network import hidden_states, learnt_states, turns_of
 from mlx_gemma4.tune.plan import TuningPlan, of_plan
@@ -37,6 +38,7 @@ pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
 from mlx_gemma4.tune.adapt import Adapter, attach
 from mlx_gemma4.tune.drafter import followers, propose
+from mlx_gemma4.tune.run import Data, Rows, Schedule, Settings
 from mlx_gemma4.tune.step import Processes, gradients, rate_at
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +194,19 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[0] < 0.2 and 0 <= rates[-1] < 0.01
     assert rate_at(0, 1, 1.0, 0) == 1
+
+
+def test_a_schedule_without_end_takes_no_time(tiny: tuple[Model, Processor]) -> None:
+    """Every example once before any comes again, beginning with the longest row."""
+    own = [[passage(str(n), [Branch([2] * (600 if n == 777 else 9), 5)], ())] for n in range(1000)]
+    settings = Settings(Adapter(), 10**11, 2, 2, 1e-4, 0, 2048, 200, 100, 25, 0, True, 0, None)
+    found = Schedule(Rows(tiny[1], settings, Data(own, 0)), settings, 1)
+    assert len(found) == 10**11 // 2
+    assert 777 in found[0]
+    assert sorted(index for number in range(250) for index in found[number]) == list(range(1000))
+    assert len(found[len(found) - 1]) == 4
+    with pytest.raises(IndexError):
+        found[len(found)]
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -387,7 +402,7 @@ def test_no_process_waits_while_the_first_teaches_the_drafter(
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     argv = options(tiny_folder, data, tmp_path / "out", "--learning-rate", "1", "--scale", "20", "--patience", "1")
-    assert run([*argv, "--steps-per-eval", "1", "--iters", "50"]) == 0
+    assert run([*argv, "--steps-per-eval", "1", "--iters", "99999999999", "--warmup", "0"]) == 0
     lines = [line.split(",") for line in (tmp_path / "out" / "loss.csv").read_text().splitlines()[1:]]
     assert len(lines) < 20
     losses = [float(line[2]) for line in lines]
@@ -405,6 +420,9 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, da
         (["--scale", "nan"], "scale is nan"),
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--iters", "0"], "expected a whole number above 0"),
+        (["--iters", str(2**63)], "iters is 9223372036854775808; expected less than 2**63"),
+        (["--batch-size", "100000000"], "an update has 100000000 examples, batch_size times"),
+        (["--batch-size", "4", "--grad-accumulation-steps", "9999"], "expected at most 4096"),
         (["--val-batches", "0"], "val_batches is 0"),
         (["--seed", str(2**64)], "seed is 18446744073709551616; expected less than 2**64"),
         (["--fine-tune-type", "full"], "expected lora or dora"),
