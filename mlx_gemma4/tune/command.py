@@ -1,6 +1,7 @@
 """The command `mlx_gemma4.tune`: an adapter from a folder of examples."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,6 +130,12 @@ def tune(
     adapter.check(len(checkpoint.model.language_model.layers))
     sets = read_sets(processor, examples, max_seq_length, drop_long, image_budget)
     processes = Processes(together())
+    if processes.rank:
+        logger.setLevel(logging.ERROR)  # the first one tells the rest
+    for split, found in sets.items():
+        if found.dropped:
+            logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
+                           found.dropped, len(examples[split]), split, max_seq_length)  # fmt: skip
     media = sets["train"].media
     each = batch_size * processes.size
     iters = iters or -(-EPOCHS * len(sets["train"].passages) // each)
@@ -166,7 +173,8 @@ def tune(
     logger.info("%s", needs)
     with NewsBar("Training") as watched:
         for news in own.go():
-            watched.tell(news, settings.iters)
+            if processes.rank == 0:
+                watched.tell(news, settings.iters)
     if processes.rank == 0:
         draw(adapter_path, own.progress.curve)
         print(summary(own, adapter_path))
@@ -260,16 +268,13 @@ def read_sets(
     processor: Processor, found: Mapping[str, list[Example]], max_seq_length: int, drop_long: bool,
     image_budget: int | None,
 ) -> dict[str, "Data"]:  # fmt: skip
-    """Each split as tokens, and a line of those examples that are left out."""
+    """Each split as tokens."""
     from mlx_gemma4.tune.run import read_data
 
     sets: dict[str, Data] = {}
     for split, examples in found.items():
         with Bar(f"Looking through {split}") as bar:
             sets[split] = read_data(processor, examples, max_seq_length, drop_long, image_budget, bar.show)
-        if sets[split].dropped:
-            logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
-                           sets[split].dropped, len(examples), split, max_seq_length)  # fmt: skip
     return sets
 
 

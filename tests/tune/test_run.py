@@ -363,15 +363,20 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Pat
     assert run(options(tiny_folder, data, tmp_path / "one", *more, "--batch-size", "4")) == 0
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    with open(data / "train.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "a" * 600, "completion": "b"}) + "\n")
     argv = options(tiny_folder, data, tmp_path / "two", *more, "--batch-size", "2")
+    argv += ["--drop-long", "--max-seq-length", "512"]
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT,
+            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT, text=True, stderr=subprocess.PIPE,
             env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
         )
         for rank in range(2)
     ]  # fmt: skip
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    first, second = (process.communicate(timeout=120)[1] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert "1 of 24 examples" in first and "6 of 6: loss" in first and second == ""  # one tells of all
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
     ones, twos = validations(tmp_path / "one"), validations(tmp_path / "two")
