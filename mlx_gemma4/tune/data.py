@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.media.source import url_scheme
 from mlx_gemma4.prompt.messages import MEDIA, Message, is_blank, json_lines
@@ -259,8 +261,11 @@ def from_folder(source: Any, folder: Path) -> Any:
     """The source of a medium, its relative path from where the example's file lies."""
     if isinstance(source, (list, tuple)) and all(isinstance(one, str) for one in source):
         return [from_folder(one, folder) for one in source]  # the frames of a film
-    if isinstance(source, dict) and source.get("bytes"):  # as datasets keeps a file
-        return source["bytes"]
+    if isinstance(source, dict):  # as datasets keeps a file, or a sound
+        samples = source.get("array")
+        if isinstance(samples, (list, np.ndarray)):
+            return np.asarray(samples, np.float32), source.get("sampling_rate")
+        return source.get("bytes") or from_folder(source.get("path"), folder)
     if not isinstance(source, str) or url_scheme(source) or source.startswith("~"):
         return source
     return str(folder / source)

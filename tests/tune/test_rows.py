@@ -217,6 +217,25 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
     assert text.start == 1
 
 
+def test_media_as_datasets_keeps_them_are_read(tiny: tuple[Model, Processor], folder: Path, sound: None) -> None:
+    import soundfile
+
+    samples, rate = soundfile.read(folder / "s.wav", dtype="float32")
+    said = {"role": "assistant", "content": "b"}
+    for kind, name, others in (
+        ("image", "a.png", [{"bytes": (folder / "a.png").read_bytes(), "path": "gone.png"}]),
+        ("audio", "s.wav", [{"path": "gone.wav", "array": samples.tolist(), "sampling_rate": rate}]),
+    ):
+        wanted = {"messages": [user("a", **{kind: name}), said]}
+        for other in [{"bytes": None, "path": name}, {"path": name}, *others]:
+            asked = {"role": "user", "content": [{"type": kind, kind: other}, {"type": "text", "text": "a"}]}
+            (ones, [one]), (twos, [two]) = (
+                branches(tiny[1], parse(given, "", folder), BUDGET) for given in ({"messages": [asked, said]}, wanted)
+            )
+            assert ones == twos
+            assert np.array_equal(tiny[1].read(one, BUDGET)[0].values, tiny[1].read(two, BUDGET)[0].values)
+
+
 def test_older_spellings_are_the_same_chat(tiny: tuple[Model, Processor], folder: Path) -> None:
     """What stood beside the messages, or in them under another name, was dropped without a word."""
     processor, asked, said = tiny[1], user("a"), {"role": "assistant", "content": "b"}
