@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from mlx_gemma4.errors import TooLongError
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import Part
 from mlx_gemma4.prompt.processor import Loaded, Processor, optional_json
@@ -87,11 +88,17 @@ def read_data(
     found: list[list[Passage]] = []
     dropped = 0
     for number, example in enumerate(examples, 1):
-        own, media = branches(processor, example, image_budget)
-        if drop_long and max(len(branch.ids) for branch in own) > max_seq_length:
+        try:
+            own, media = branches(processor, example, image_budget)
+        except TooLongError:
+            if not drop_long:
+                raise
             dropped += 1
         else:
-            found.append(passages(example.where, own, media, max_seq_length))
+            if drop_long and max(len(branch.ids) for branch in own) > max_seq_length:
+                dropped += 1
+            else:
+                found.append(passages(example.where, own, media, max_seq_length))
         show(number, len(examples))
     if not found:
         raise ValueError(f"all {dropped} examples are longer than {max_seq_length}; expected a larger --max-seq-length")

@@ -487,6 +487,15 @@ def test_long_examples_are_left_out_when_asked_and_counted(
     assert "line 24: the example has" in capsys.readouterr().err
     assert run([*argv, "--drop-long"]) == 0
     assert "1 of 24 examples of train are longer than 60 tokens, left out" in capsys.readouterr().err
+    with open(data / "train.jsonl", "a") as file:  # beyond the context, and beyond any
+        for row in ({"prompt": "a" * 2**20, "completion": "b"}, {"text": "ab" * 5000}, {"text": "a" * 2**20}):
+            file.write(json.dumps(row) + "\n")
+    argv = options(tiny_folder, data, tmp_path / "other", "--max-seq-length", "60", "--iters", "1")
+    assert run([*argv, "--drop-long"]) == 0
+    assert "4 of 27 examples of train are longer than 60 tokens, left out" in capsys.readouterr().err
+    (data / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(argv) == 2
+    assert "train.jsonl, line 1: token_ids has more than 1048576 tokens" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_names_its_example(
