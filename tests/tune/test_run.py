@@ -37,7 +37,7 @@ from mlx_gemma4.weights.tensors import conversion_name
 pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
 from mlx_gemma4.tune.adapt import Adapter, attach
-from mlx_gemma4.tune.drafter import followers, propose
+from mlx_gemma4.tune.drafter import followers, propose, write_drafter
 from mlx_gemma4.tune.run import Data, Rows, Schedule, Settings
 from mlx_gemma4.tune.step import Processes, gradients, rate_at
 
@@ -558,6 +558,45 @@ def test_the_drafter_learns_what_the_tuned_model_says(
     model, processor = load(planted_folder, adapter=tmp_path / "out")  # finds the drafter there
     reply = generate(model, processor, "say e", max_tokens=9, sampling=Sampling(temperature=0), draft_length=3)
     assert reply.stats.drafted_tokens > 0
+
+
+def test_a_drafter_is_there_whole_or_as_it_was(
+    planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far the writing came."""
+    source = planted_folder / "drafter"
+
+    def write() -> None:
+        model, _ = load(planted_folder)
+        assert model.drafter is not None
+        write_drafter(tmp_path / "drafter", source, model.drafter)
+
+    def stopped(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def files() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (tmp_path / "drafter").iterdir()}
+
+    for name in ("mlx_gemma4.tune.drafter.write_arrays", "mlx_gemma4.tune.drafter.write_text"):
+        with monkeypatch.context() as own:
+            own.setattr(name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        assert not (tmp_path / "drafter").exists()
+    (tmp_path / "drafter").mkdir()  # as an older version may have left it
+    write()
+    before = files()
+    (tmp_path / "drafter" / "config.json").write_text(before["config.json"].decode() + "\n")
+    before = files()
+    for name in ("mlx_gemma4.tune.drafter.write_arrays", "mlx_gemma4.tune.drafter.write_text"):
+        with monkeypatch.context() as own:
+            own.setattr(name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        assert files() == before
+    write()
+    assert files() != before and files().keys() == before.keys()
+    assert [file.name for file in tmp_path.iterdir()] == ["drafter"]
 
 
 def test_the_drafter_in_training_is_the_drafter_in_use(planted_folder: Path) -> None:
