@@ -23,8 +23,8 @@ class FetchError(MediaError):
 class TooLongError(ValueError):
     """A prompt that leaves the context no room for a reply."""
 
-    def __init__(self, tokens: int, limit: int):
-        super().__init__(f"the prompt has {tokens} tokens; the context holds {limit}, the reply included")
+    def __init__(self, tokens: int, limit: int, text: str = ""):
+        super().__init__(text or f"the prompt has {tokens} tokens; the context holds {limit}, the reply included")
         self.tokens, self.limit = tokens, limit
 
 

@@ -64,7 +64,8 @@ def check_ids(ids: Any) -> list[int]:
     if not checked:
         raise ValueError("token_ids is empty; expected at least one token")
     if len(checked) > LONGEST:
-        raise ValueError(f"token_ids has more than {LONGEST} tokens; expected no more than the context holds")
+        text = f"token_ids has more than {LONGEST} tokens; expected no more than the context holds"
+        raise TooLongError(len(checked), LONGEST, text)
     return checked
 
 

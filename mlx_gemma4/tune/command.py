@@ -1,6 +1,7 @@
 """The command `mlx_gemma4.tune`: an adapter from a folder of examples."""
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
+from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 TEXT_RATE, MEDIA_RATE = 1e-4, 5e-5
 EPOCHS = 3
+MOST_EXAMPLES = 4096  # of an update: finding which of them share a row takes the square of their number
 MEASURED = 100  # examples that drafts are measured on
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -129,13 +132,22 @@ def tune(
     from mlx_gemma4.tune.run import Rows, Run, Settings
     from mlx_gemma4.tune.step import Processes
 
-    check_numbers(warmup, patience, seed, val_batches, learning_rate)
+    check_numbers(iters, warmup, patience, seed, val_batches, learning_rate)
+    check_update(batch_size, grad_accumulation_steps)
+    adapter_path = adapter_path.expanduser()
+    check_paths(data, adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
     examples = read_examples(data, test, mask_prompt)
     checkpoint, processor = open_to_train(model, dtype, train_drafter)
     adapter.check(len(checkpoint.model.language_model.layers))
     sets = read_sets(processor, examples, max_seq_length, drop_long, image_budget)
     processes = Processes(together())
+    if processes.rank:
+        logger.setLevel(logging.ERROR)  # the first one tells the rest
+    for split, found in sets.items():
+        if found.dropped:
+            logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
+                           found.dropped, len(examples[split]), split, max_seq_length)  # fmt: skip
     media = sets["train"].media
     each = batch_size * processes.size
     iters = iters or -(-EPOCHS * len(sets["train"].passages) // each)
@@ -165,8 +177,12 @@ def tune(
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
+<<<<<<< HEAD
         begin_with(network, resume_adapter_file.expanduser())
     adapter_path = adapter_path.expanduser()
+=======
+        begin_with(network, resume_adapter_file)
+>>>>>>> teach2
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)
     if own.valid is None:
@@ -174,7 +190,8 @@ def tune(
     logger.info("%s", needs)
     with NewsBar("Training") as watched:
         for news in own.go():
-            watched.tell(news, settings.iters)
+            if processes.rank == 0:
+                watched.tell(news, settings.iters)
     if processes.rank == 0:
         draw(adapter_path, own.progress.curve)
         print(summary(own, adapter_path))
@@ -194,16 +211,41 @@ def tune(
             print(f"test loss {loss:.4f}; {said_right(tuned, processor, examples['test'], image_budget)}")
 
 
-def check_numbers(warmup: int | None, patience: int, seed: int, val_batches: int, learning_rate: float | None) -> None:
+def check_numbers(
+    iters: int | None, warmup: int | None, patience: int, seed: int, val_batches: int, learning_rate: float | None
+) -> None:
     for name, value in (("warmup", warmup or 0), ("patience", patience), ("seed", seed)):
         if value < 0:
             raise ValueError(f"{name} is {value}; expected 0 or more")
+    for name, value in (("iters", iters or 0), ("warmup", warmup or 0)):
+        if value >= 2**63:
+            raise ValueError(f"{name} is {shown(value)}; expected less than 2**63")
     if seed >= 2**64:
         raise ValueError(f"seed is {seed}; expected less than 2**64")
     if val_batches < 1 and val_batches != -1:
         raise ValueError(f"val_batches is {val_batches}; expected 1 or more, or -1 for all")
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate:g}; expected a number above 0")
+
+
+def check_update(batch_size: int, grad_accumulation_steps: int) -> None:
+    if (examples := batch_size * grad_accumulation_steps) > MOST_EXAMPLES:
+        raise ValueError(
+            f"an update has {shown(examples)} examples, batch_size times grad_accumulation_steps; "
+            f"expected at most {MOST_EXAMPLES}"
+        )
+
+
+def check_paths(data: str, adapter_path: Path, resume_adapter_file: Path | None) -> None:
+    there = next(own for own in (adapter_path, *adapter_path.absolute().parents) if own.exists() or own.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; expected a folder, for --adapter-path")
+    is_data = adapter_path.resolve() == Path(data).expanduser().resolve()
+    if is_data or (adapter_path / "config.json").exists():
+        held = "the examples" if is_data else "a model"
+        raise ValueError(f"{adapter_path} holds {held}; expected a new folder, for --adapter-path")
+    if resume_adapter_file is not None and not resume_adapter_file.is_file():
+        raise ValueError(f"{resume_adapter_file} is no file; expected an adapter's weights, for --resume-adapter-file")
 
 
 def read_examples(data: str, test: bool, mask_prompt: bool) -> dict[str, list[Example]]:
@@ -243,16 +285,13 @@ def read_sets(
     processor: Processor, found: Mapping[str, list[Example]], max_seq_length: int, drop_long: bool,
     image_budget: int | None,
 ) -> dict[str, "Data"]:  # fmt: skip
-    """Each split as tokens, and a line of those examples that are left out."""
+    """Each split as tokens."""
     from mlx_gemma4.tune.run import read_data
 
     sets: dict[str, Data] = {}
     for split, examples in found.items():
         with Bar(f"Looking through {split}") as bar:
             sets[split] = read_data(processor, examples, max_seq_length, drop_long, image_budget, bar.show)
-        if sets[split].dropped:
-            logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
-                           sets[split].dropped, len(examples), split, max_seq_length)  # fmt: skip
     return sets
 
 

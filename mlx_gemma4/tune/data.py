@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.media.source import url_scheme
-from mlx_gemma4.prompt.messages import MEDIA, Message, json_lines
+from mlx_gemma4.prompt.messages import MEDIA, Message, is_blank, json_lines
 
 FORMS = {  # the keys that an example is told by
     "messages": '{"messages": […], "tools": […]}',
@@ -93,9 +95,6 @@ def parse_row(row: Any, where: str, folder: Path) -> Example:
     if len(forms) != 1:
         keys = ", ".join(map(str, row)) or "none"
         raise ValueError(f"the example has the keys {shown(keys)}; expected one of {', '.join(FORMS.values())}")
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = from_json(tools, "tools") if tools.strip() else None
     if forms == ["text"]:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise ValueError(f"text is {shown(row['text'])}; expected what the model is to learn")
@@ -109,19 +108,62 @@ def parse_row(row: Any, where: str, folder: Path) -> Example:
             raise ValueError(f"prompt is {a(asked)} and completion {a(said)}; expected texts or lists of messages")
         given = [message | {"weight": 0} if isinstance(message, dict) else message for message in asked] + said
     elif forms == ["conversations"]:
-        given = sharegpt(row["conversations"], row.get("system"))
+        given = sharegpt(row["conversations"])
     if not isinstance(given, list) or not given:
         raise ValueError(f"messages is {shown(given)}; expected a list of messages")
     messages: list[Message] = []
     weights: list[bool] = []
-    for index, message in enumerate(with_media(given, row)):
+    for index, message in enumerate(with_media(with_system(given, row.get("system")), row)):
         weight = message.get("weight", 1) if isinstance(message, dict) else 1
         if weight not in (0, 1, None):
             raise ValueError(f"messages[{index}].weight is {shown(weight)}; expected 0 or 1")
-        apart = separate(message)
+        apart = separate(as_now(message, f"messages[{index}]"))
         messages += apart
         weights += [weight != 0] * len(apart)
-    return Example(where, folder, messages, tools, weights)
+    return Example(where, folder, messages, tools_of(row), weights)
+
+
+def tools_of(row: dict[str, Any]) -> Any:
+    """An example's tools, or its functions, as they were called before; texts are JSON."""
+    found = {key: row[key] for key in ("tools", "functions") if row.get(key) not in (None, [])}
+    found = {
+        key: from_json(own, key) if isinstance(own, str) else own for key, own in found.items() if not is_blank(own)
+    }
+    if len(found) > 1:
+        raise ValueError("the example has tools and functions; expected one of them")
+    return next(iter(found.values()), None)
+
+
+def with_system(given: list[Any], system: Any) -> list[Any]:
+    """The messages behind what is beside them as `system`."""
+    if system is None or is_blank(system):
+        return given
+    first = given[0] if isinstance(given[0], dict) else {}
+    if first.get("role") not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *given]
+    if first.get("content") != system:
+        raise ValueError("the example has system, and messages begins with another; expected one of them")
+    return given
+
+
+def as_now(message: Any, where: str) -> Any:
+    """A message whose call, result or thought is spelled as OpenAI did before, or as Ollama does."""
+    if not isinstance(message, dict):
+        return message
+    called, thought = message.get("function_call"), message.get("thinking")
+    found = {key: value for key, value in message.items() if key not in ("function_call", "thinking")}
+    if found.get("role") == "function":
+        found["role"] = "tool"
+    if called:
+        if found.get("tool_calls"):
+            raise ValueError(f"{where} has function_call and tool_calls; expected one of them")
+        found["tool_calls"] = [called]
+    if thought:
+        other = found.get("reasoning") or found.get("reasoning_content") or thought
+        if other != thought:
+            raise ValueError(f"{where} has thinking and another reasoning; expected one of them")
+        found["reasoning"] = thought
+    return found
 
 
 def separate(message: Any) -> list[Any]:
@@ -139,10 +181,10 @@ def separate(message: Any) -> list[Any]:
     return [rest, *results] + ([after] if after else [])
 
 
-def sharegpt(turns: Any, system: Any) -> list[Any]:
+def sharegpt(turns: Any) -> list[Any]:
     if not isinstance(turns, list):
         raise ValueError(f"conversations is {a(turns)}; expected a list of turns")
-    found: list[Any] = [{"role": "system", "content": system}] if system else []
+    found: list[Any] = []
     for index, turn in enumerate(turns):
         speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
@@ -151,10 +193,11 @@ def sharegpt(turns: Any, system: Any) -> list[Any]:
         value = turn.get("value", turn.get("content"))
         if role == "call":
             calls = from_json(value, f"conversations[{index}]") if isinstance(value, str) else value
-            said = {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+            calls = calls if isinstance(calls, list) else [calls]
+            said = {"role": "assistant", "content": None, "tool_calls": calls}
         else:
             said = {"role": role, "content": value}
-        found.append(said | {"weight": turn.get("weight", 1)})
+        found.append(turn | said)
     return found
 
 
@@ -218,8 +261,11 @@ def from_folder(source: Any, folder: Path) -> Any:
     """The source of a medium, its relative path from where the example's file lies."""
     if isinstance(source, (list, tuple)) and all(isinstance(one, str) for one in source):
         return [from_folder(one, folder) for one in source]  # the frames of a film
-    if isinstance(source, dict) and source.get("bytes"):  # as datasets keeps a file
-        return source["bytes"]
+    if isinstance(source, dict):  # as datasets keeps a file, or a sound
+        samples = source.get("array")
+        if isinstance(samples, (list, np.ndarray)):
+            return np.asarray(samples, np.float32), source.get("sampling_rate")
+        return source.get("bytes") or from_folder(source.get("path"), folder)
     if not isinstance(source, str) or url_scheme(source) or source.startswith("~"):
         return source
     return str(folder / source)

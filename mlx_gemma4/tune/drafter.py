@@ -15,11 +15,13 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.model.drafter import Drafter
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK
 from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
 from mlx_gemma4.tune.rows import Row
+from mlx_gemma4.tune.run import Schedule
 from mlx_gemma4.tune.step import rate_at
 from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
@@ -106,7 +108,7 @@ def adapt_drafter(drafter: Drafter, rank: int, scale: float) -> None:
 
 
 def train_drafter(
-    model: Model, drafter: Drafter, schedule: Sequence[Sequence[int]], rows_of: Callable[[Sequence[int]], Iterable[Row]]
+    model: Model, drafter: Drafter, schedule: Schedule, rows_of: Callable[[Sequence[int]], Iterable[Row]]
 ) -> None:
     """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update."""
     optimizer = optim.Adam(RATE, bias_correction=True)
@@ -130,7 +132,8 @@ def train_drafter(
 
 
 def write_drafter(folder: Path, source: Path, drafter: Drafter) -> None:
-    """A drafter's folder with what was learnt in the weights; matrices that were quantized are so at 8 bits."""
+    """A drafter's folder with what was learnt in the weights; matrices that were quantized are so at 8 bits. It is
+    there whole or as it was: half of one would be no model's drafter."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     own: dict[str, Any] = {}
     fused: list[tuple[str, nn.Module]] = []
@@ -146,9 +149,26 @@ def write_drafter(folder: Path, source: Path, drafter: Drafter) -> None:
     if own:  # a partner in full precision was quantized as it was loaded
         default = {"group_size": DRAFTER_GROUP_SIZE, "bits": DRAFTER_BITS, "mode": "affine"}
         config["quantization"] = config["quantization_config"] = {**(quantization or default), **own}
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.glob("*.json"):
-        if file.name != "config.json" and not file.name.endswith("index.json"):
-            shutil.copyfile(file, folder / file.name)
-    write_arrays(folder / "model.safetensors", parameters(drafter), {"format": "mlx"})
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+
+    def undo() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+
+    undo()  # what was killed
+    try:
+        with if_stopped(undo):
+            part.mkdir(parents=True)
+            for file in source.glob("*.json"):
+                if file.name != "config.json" and not file.name.endswith("index.json"):
+                    shutil.copyfile(file, part / file.name)
+            write_arrays(part / "model.safetensors", parameters(drafter), {"format": "mlx"})
+            write_text(part / "config.json", json.dumps(config, indent=2) + "\n")
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+    finally:
+        undo()
+    shutil.rmtree(old, ignore_errors=True)

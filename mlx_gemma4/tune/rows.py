@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.errors import FetchError
+from mlx_gemma4.errors import FetchError, TooLongError
 from mlx_gemma4.model.mask import attention_mask
 from mlx_gemma4.prompt.messages import LEADING_THOUGHT, MEDIA, Part
 from mlx_gemma4.prompt.processor import Loaded, Processor
@@ -77,7 +77,7 @@ def branches(
 ) -> tuple[list[Branch], tuple[Part, ...]]:
     """The replies of an example, and its media, all of which are read once to see that they can be.
 
-    ValueError that names the example if it is wrong, or if nothing of it is learnt.
+    ValueError that names the example if it is wrong, or if nothing of it is learnt; TooLongError if it fits no context.
     """
     try:
         if example.text is not None:
@@ -85,6 +85,8 @@ def branches(
         found, media = replies(processor, example, processor.image_budget(image_budget))
     except FetchError as error:
         raise FetchError(f"{example.where}: {error}") from None
+    except TooLongError as error:
+        raise TooLongError(error.tokens, error.limit, f"{example.where}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{example.where}: {error}") from None
     if not found:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from mlx_gemma4.errors import TooLongError
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import Part
 from mlx_gemma4.prompt.processor import Loaded, Processor, optional_json
@@ -27,6 +28,7 @@ from mlx_gemma4.weights.adapter import CONFIG, WEIGHTS, write_adapter
 from mlx_gemma4.weights.writing import write_text
 
 STATE, CURVE = "state.safetensors", "loss.csv"
+LOOKED = 20_000  # examples: half a second
 COLUMNS = (
     "iteration", "train_loss", "valid_loss", "learning_rate", "learnt_tokens", "tokens_per_second", "peak_memory",
 )  # fmt: skip
@@ -86,11 +88,17 @@ def read_data(
     found: list[list[Passage]] = []
     dropped = 0
     for number, example in enumerate(examples, 1):
-        own, media = branches(processor, example, image_budget)
-        if drop_long and max(len(branch.ids) for branch in own) > max_seq_length:
+        try:
+            own, media = branches(processor, example, image_budget)
+        except TooLongError:
+            if not drop_long:
+                raise
             dropped += 1
         else:
-            found.append(passages(example.where, own, media, max_seq_length))
+            if drop_long and max(len(branch.ids) for branch in own) > max_seq_length:
+                dropped += 1
+            else:
+                found.append(passages(example.where, own, media, max_seq_length))
         show(number, len(examples))
     if not found:
         raise ValueError(f"all {dropped} examples are longer than {max_seq_length}; expected a larger --max-seq-length")
@@ -122,21 +130,43 @@ class Rows:
         return self.processor.read(part, self.budget)
 
 
-def schedule(rows: Rows, settings: Settings, size: int) -> list[list[int]]:
+class Schedule:
     """The examples of each update of all processes: every one once, in a new order, before any comes again.
 
     The update with the longest row comes first, so that memory does not grow later.
     """
-    count = len(rows.data.passages)
-    each = settings.batch_size * size
-    needed = settings.iters * each
-    rounds = range(-(-needed // count))
-    order = np.concatenate([np.random.default_rng([settings.seed, n]).permutation(count) for n in rounds])[:needed]
-    step = each * settings.grad_accumulation_steps
-    updates = [[int(index) for index in order[first : first + step]] for first in range(0, needed, step)]
-    longest = max(range(len(updates)), key=lambda number: rows.longest(updates[number]))
-    updates[0], updates[longest] = updates[longest], updates[0]
-    return updates
+
+    def __init__(self, rows: Rows, settings: Settings, size: int):
+        self.seed, self.count = settings.seed, len(rows.data.passages)
+        each = settings.batch_size * size
+        self.needed, self.step = settings.iters * each, each * settings.grad_accumulation_steps
+        self.first = self.longest(rows)
+
+    def __len__(self) -> int:
+        return -(-self.needed // self.step)
+
+    def __getitem__(self, number: int) -> list[int]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        number = {0: self.first, self.first: 0}.get(number, number)
+        found: list[int] = self.order(number * self.step, (number + 1) * self.step).tolist()
+        return found
+
+    def order(self, first: int, end: int) -> np.ndarray:
+        """The examples at these places of all, [n]."""
+        end = min(end, self.needed)
+        rounds = range(first // self.count, -(-end // self.count))
+        order = np.concatenate([np.random.default_rng([self.seed, n]).permutation(self.count) for n in rounds])
+        start = rounds.start * self.count
+        return order[first - start : end - start]
+
+    def longest(self, rows: Rows) -> int:
+        """The update with the longest row: that of the longest example if it has a row of its own, for then none is
+        longer; of short ones, which share rows, the longest of as many as are soon looked at."""
+        order = self.order(0, max(self.count, LOOKED) + self.step)
+        lengths = np.array([max(map(len, own)) for own in rows.data.passages])
+        updates = {int(lengths[order].argmax()) // self.step, *range(-(-min(LOOKED, len(order)) // self.step))}
+        return max(sorted(updates), key=lambda n: rows.longest(order[n * self.step : (n + 1) * self.step].tolist()))
 
 
 @dataclass
@@ -177,7 +207,7 @@ class Run:
         self.optimizer = optim.Adam(settings.learning_rate, bias_correction=True)
         self.optimizer.init(model.trainable_parameters())
         self.progress = Progress()
-        self.schedule = schedule(train, settings, processes.size)
+        self.schedule = Schedule(train, settings, processes.size)
         data = [rows.data.digest for rows in (train, valid) if rows is not None]
         self.about = json.loads(
             json.dumps(asdict(settings) | {"processes": processes.size, "model": name, "data": data})

@@ -217,9 +217,57 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
     assert text.start == 1
 
 
+def test_media_as_datasets_keeps_them_are_read(tiny: tuple[Model, Processor], folder: Path, sound: None) -> None:
+    import soundfile
+
+    samples, rate = soundfile.read(folder / "s.wav", dtype="float32")
+    said = {"role": "assistant", "content": "b"}
+    for kind, name, others in (
+        ("image", "a.png", [{"bytes": (folder / "a.png").read_bytes(), "path": "gone.png"}]),
+        ("audio", "s.wav", [{"path": "gone.wav", "array": samples.tolist(), "sampling_rate": rate}]),
+    ):
+        wanted = {"messages": [user("a", **{kind: name}), said]}
+        for other in [{"bytes": None, "path": name}, {"path": name}, *others]:
+            asked = {"role": "user", "content": [{"type": kind, kind: other}, {"type": "text", "text": "a"}]}
+            (ones, [one]), (twos, [two]) = (
+                branches(tiny[1], parse(given, "", folder), BUDGET) for given in ({"messages": [asked, said]}, wanted)
+            )
+            assert ones == twos
+            assert np.array_equal(tiny[1].read(one, BUDGET)[0].values, tiny[1].read(two, BUDGET)[0].values)
+
+
+def test_older_spellings_are_the_same_chat(tiny: tuple[Model, Processor], folder: Path) -> None:
+    """What stood beside the messages, or in them under another name, was dropped without a word."""
+    processor, asked, said = tiny[1], user("a"), {"role": "assistant", "content": "b"}
+    system = {"role": "system", "content": "s"}
+    told = {"messages": [system, asked, said]}
+    assert same(processor, {"messages": [asked, said], "system": "s"}, told, folder)
+    assert same(processor, {"prompt": "a", "completion": "b", "system": "s"}, told, folder)
+    assert same(processor, told | {"system": "s"}, told, folder)
+    tool = {"name": "look", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    called = [asked, CALL, {"role": "tool", "name": "look", "content": "r"}, said]
+    old = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"at": "<turn|>"}'}}
+    older = [asked, old, {"role": "function", "name": "look", "content": "r"}, said]
+    assert same(processor, {"messages": older, "functions": [tool]}, {"messages": called, "tools": [tool]}, folder)
+    thought = {"messages": [asked, said | {"reasoning": "hm"}]}
+    assert same(processor, {"messages": [asked, said | {"thinking": "hm"}]}, thought, folder)
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning": "hm"}]
+    assert same(processor, {"conversations": turns}, thought, folder)
+    row = {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "<turn|>"}}', "reasoning": "hm"}
+    own = {"messages": [asked, CALL | {"reasoning": "hm"}]}
+    assert same(processor, {"conversations": [turns[0], row]}, own, folder)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
+        ('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "system": "t"}',
+         "the example has system, and messages begins with another"),
+        ('{"prompt": "a", "completion": "b", "tools": [1], "functions": [2]}', "has tools and functions"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [1], '
+         '"function_call": {"name": "f"}}]}', "messages[1] has function_call and tool_calls"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c", '
+         '"thinking": "d"}]}', "messages[1] has thinking and another reasoning"),
         ("{", "is not JSON"),
         ("[1]", "the example is a list"),
         ('{"message": []}', "the example has the keys 'message'"),

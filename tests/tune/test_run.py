@@ -25,6 +25,7 @@ from mlx_gemma4.config import read_config
 from mlx_gemma4.convert.command import main as convert
 from mlx_gemma4.model.decoder import Decoder
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
 from mlx_gemma4.tune.network import hidden_states, learnt_states, turns_of
 from mlx_gemma4.tune.plan import TuningPlan, of_plan
@@ -36,7 +37,8 @@ from mlx_gemma4.weights.tensors import conversion_name
 pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
 from mlx_gemma4.tune.adapt import Adapter, attach
-from mlx_gemma4.tune.drafter import followers, propose
+from mlx_gemma4.tune.drafter import followers, propose, write_drafter
+from mlx_gemma4.tune.run import Data, Rows, Schedule, Settings
 from mlx_gemma4.tune.step import Processes, gradients, rate_at
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +196,19 @@ def test_the_rate_rises_and_falls() -> None:
     assert rate_at(0, 1, 1.0, 0) == 1
 
 
+def test_a_schedule_without_end_takes_no_time(tiny: tuple[Model, Processor]) -> None:
+    """Every example once before any comes again, beginning with the longest row."""
+    own = [[passage(str(n), [Branch([2] * (600 if n == 777 else 9), 5)], ())] for n in range(1000)]
+    settings = Settings(Adapter(), 10**11, 2, 2, 1e-4, 0, 2048, 200, 100, 25, 0, True, 0, None)
+    found = Schedule(Rows(tiny[1], settings, Data(own, 0)), settings, 1)
+    assert len(found) == 10**11 // 2
+    assert 777 in found[0]
+    assert sorted(index for number in range(250) for index in found[number]) == list(range(1000))
+    assert len(found[len(found) - 1]) == 4
+    with pytest.raises(IndexError):
+        found[len(found)]
+
+
 # --- the command -------------------------------------------------------------------------------
 
 
@@ -348,15 +363,20 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_folder: Path, data: Pat
     assert run(options(tiny_folder, data, tmp_path / "one", *more, "--batch-size", "4")) == 0
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    with open(data / "train.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "a" * 600, "completion": "b"}) + "\n")
     argv = options(tiny_folder, data, tmp_path / "two", *more, "--batch-size", "2")
+    argv += ["--drop-long", "--max-seq-length", "512"]
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT,
+            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT, text=True, stderr=subprocess.PIPE,
             env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
         )
         for rank in range(2)
     ]  # fmt: skip
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    first, second = (process.communicate(timeout=120)[1] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert "1 of 24 examples" in first and "6 of 6: loss" in first and second == ""  # one tells of all
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
     ones, twos = validations(tmp_path / "one"), validations(tmp_path / "two")
@@ -387,7 +407,7 @@ def test_no_process_waits_while_the_first_teaches_the_drafter(
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     argv = options(tiny_folder, data, tmp_path / "out", "--learning-rate", "1", "--scale", "20", "--patience", "1")
-    assert run([*argv, "--steps-per-eval", "1", "--iters", "50"]) == 0
+    assert run([*argv, "--steps-per-eval", "1", "--iters", "99999999999", "--warmup", "0"]) == 0
     lines = [line.split(",") for line in (tmp_path / "out" / "loss.csv").read_text().splitlines()[1:]]
     assert len(lines) < 20
     losses = [float(line[2]) for line in lines]
@@ -405,13 +425,19 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, da
         (["--scale", "nan"], "scale is nan"),
         (["--learning-rate", "-1"], "learning_rate is -1"),
         (["--iters", "0"], "expected a whole number above 0"),
+        (["--iters", str(2**63)], "iters is 9223372036854775808; expected less than 2**63"),
+        (["--batch-size", "100000000"], "an update has 100000000 examples, batch_size times"),
+        (["--batch-size", "4", "--grad-accumulation-steps", "9999"], "expected at most 4096"),
         (["--val-batches", "0"], "val_batches is 0"),
         (["--seed", str(2**64)], "seed is 18446744073709551616; expected less than 2**64"),
         (["--fine-tune-type", "full"], "expected lora or dora"),
         (["--dtype", "float16"], "small gradients are lost"),
         (["--max-seq-length", "5"], "train.jsonl, line 1: the example has"),
         (["--max-seq-length", "5", "--drop-long"], "all 23 examples are longer"),
-        (["--resume-adapter-file", "none.safetensors"], "none.safetensors"),
+        (["--adapter-path", __file__], "test_run.py is a file; expected a folder, for --adapter-path"),
+        (["--adapter-path", f"{__file__}/out"], "test_run.py is a file; expected a folder, for --adapter-path"),
+        (["--resume-adapter-file", "none.safetensors"], "none.safetensors is no file; expected an adapter's"),
+        (["--resume-adapter-file", "."], ". is no file; expected an adapter's weights, for --resume-adapter-file"),
         (["--model", "nowhere"], "'nowhere' is no folder"),
         (["--data", "nowhere"], "'nowhere' is no folder"),
         (["--image-budget", "3"], "image_budget is 3"),
@@ -424,6 +450,17 @@ def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_does_not_go_beside_a_models_weights_or_the_examples(
+    tiny_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_folder)
+    for folder, what in ((tiny_folder, "a model"), (tmp_path / "model", "a model"), (data, "the examples")):
+        before = sorted(folder.iterdir())
+        assert run(options(tiny_folder, data, folder, "--iters", "1")) == 2
+        assert f"{folder} holds {what}; expected a new folder, for --adapter-path" in capsys.readouterr().err
+        assert sorted(folder.iterdir()) == before
 
 
 def test_an_adapter_that_cannot_be_written_is_one_line_and_leaves_nothing(
@@ -450,6 +487,15 @@ def test_long_examples_are_left_out_when_asked_and_counted(
     assert "line 24: the example has" in capsys.readouterr().err
     assert run([*argv, "--drop-long"]) == 0
     assert "1 of 24 examples of train are longer than 60 tokens, left out" in capsys.readouterr().err
+    with open(data / "train.jsonl", "a") as file:  # beyond the context, and beyond any
+        for row in ({"prompt": "a" * 2**20, "completion": "b"}, {"text": "ab" * 5000}, {"text": "a" * 2**20}):
+            file.write(json.dumps(row) + "\n")
+    argv = options(tiny_folder, data, tmp_path / "other", "--max-seq-length", "60", "--iters", "1")
+    assert run([*argv, "--drop-long"]) == 0
+    assert "4 of 27 examples of train are longer than 60 tokens, left out" in capsys.readouterr().err
+    (data / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(argv) == 2
+    assert "train.jsonl, line 1: token_ids has more than 1048576 tokens" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_names_its_example(
@@ -515,6 +561,45 @@ def test_the_drafter_learns_what_the_tuned_model_says(
     model, processor = load(planted_folder, adapter=tmp_path / "out")  # finds the drafter there
     reply = generate(model, processor, "say e", max_tokens=9, sampling=Sampling(temperature=0), draft_length=3)
     assert reply.stats.drafted_tokens > 0
+
+
+def test_a_drafter_is_there_whole_or_as_it_was(
+    planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far the writing came."""
+    source = planted_folder / "drafter"
+
+    def write() -> None:
+        model, _ = load(planted_folder)
+        assert model.drafter is not None
+        write_drafter(tmp_path / "drafter", source, model.drafter)
+
+    def stopped(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def files() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (tmp_path / "drafter").iterdir()}
+
+    for name in ("mlx_gemma4.tune.drafter.write_arrays", "mlx_gemma4.tune.drafter.write_text"):
+        with monkeypatch.context() as own:
+            own.setattr(name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        assert not (tmp_path / "drafter").exists()
+    (tmp_path / "drafter").mkdir()  # as an older version may have left it
+    write()
+    before = files()
+    (tmp_path / "drafter" / "config.json").write_text(before["config.json"].decode() + "\n")
+    before = files()
+    for name in ("mlx_gemma4.tune.drafter.write_arrays", "mlx_gemma4.tune.drafter.write_text"):
+        with monkeypatch.context() as own:
+            own.setattr(name, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        assert files() == before
+    write()
+    assert files() != before and files().keys() == before.keys()
+    assert [file.name for file in tmp_path.iterdir()] == ["drafter"]
 
 
 def test_the_drafter_in_training_is_the_drafter_in_use(planted_folder: Path) -> None:
