@@ -272,6 +272,11 @@ def test_control_tokens_typed_in_a_chat_are_text(tiny: Loaded) -> None:
         ("\n\n", "has no exchanges"),
         ("[" * 100_000, "line 1, is not JSON"),
         ('{"messages": [{"role": "nobody", "content": "a"}, {"role": "assistant", "content": "b"}]}', "exchange 1: "),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
+            '[{"type": "image", "path": "b.png"}]}]}',
+            "exchange 1: the answer has a part of type image",
+        ),
     ],
 )
 def test_wrong_data_is_one_line(tiny_folder: Path, tmp_path: Path, run: Run, text: str, message: str) -> None:
