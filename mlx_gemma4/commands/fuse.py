@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlx_gemma4.config import ModelConfig
-from mlx_gemma4.convert.card import base_of, write_card
+from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
 from mlx_gemma4.convert.fused import as_model_job, beside_job, check_same_model, fused_paths, share_kept, with_adapter
 from mlx_gemma4.convert.job import (
@@ -83,7 +83,7 @@ def fuse(
         write_card(
             part,
             name=output.absolute().name,
-            source=f"{Path(source or model).name} with the adapter {adapter.absolute().name}",
+            source=f"{name_of(source or model)} with the adapter {name_of(str(adapter))}",
             base_model=base_of(original.folder) if Path(source or model).expanduser().exists() else source or model,
             recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
             target=outcomes[""].figures,

@@ -1,5 +1,6 @@
 """The model card of a conversion, and the figures that it shows."""
 
+import os.path
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,12 @@ class Figures:
     @property
     def text(self) -> str:
         return f"{size_text(self.nbytes)}, {8 * self.nbytes / max(1, self.weights):.2f} bits a weight"
+
+
+def name_of(path_or_hub_id: str) -> str:
+    """What a card calls a model or a file: the last name of its path, also where that is `.`, or its hub id."""
+    path = Path(path_or_hub_id).expanduser()
+    return os.path.basename(os.path.abspath(path)) if path.exists() else path_or_hub_id
 
 
 def base_of(folder: Path) -> str:

@@ -12,8 +12,12 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import ModelConfig, computing_type
+<<<<<<< HEAD
 from mlx_gemma4.convert.card import base_of, write_card
 from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
+=======
+from mlx_gemma4.convert.card import base_of, name_of, write_card
+>>>>>>> conv
 from mlx_gemma4.convert.job import (
     LATTICE_REPORT,
     Job,
@@ -318,7 +322,7 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
         write_card(
             part,
             name=name,
-            source=Path(hf_path).name if is_local else hf_path,
+            source=name_of(hf_path),
             base_model=None if is_demo else base_model,
             recipe=settings.recipe.name if settings.recipe is not None else "full precision",
             target=target.figures,

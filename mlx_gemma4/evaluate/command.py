@@ -11,7 +11,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import computing_type
-from mlx_gemma4.convert.card import CARD
+from mlx_gemma4.convert.card import CARD, name_of
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.evaluate.quality import (
     KEPT,
@@ -233,12 +233,11 @@ def table(results: dict[str, Quality]) -> str:
 
 def card_text(own: Quality, reference: str, exchanges: int) -> str:
     """The line of a model card."""
-    name = Path(reference).name if Path(reference).expanduser().exists() else reference
     drafts = "" if own.acceptance is None else f"; {100 * own.acceptance:.1f} % of first drafts accepted"
     return (
         f"Quality: KL divergence {own.kl_mean:.4f} on average and below {own.kl_p99:.4f} in 99 % of positions, "
         f"the same likeliest token in {100 * own.top1:.1f} %{drafts} "
-        f"({own.positions} tokens of {exchanges} chat answers, against {name})."
+        f"({own.positions} tokens of {exchanges} chat answers, against {name_of(reference)})."
     )
 
 

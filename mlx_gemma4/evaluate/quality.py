@@ -66,6 +66,10 @@ def encode(processor: Processor, line: dict[str, Any], max_tokens: int | None) -
 def answer_ids(processor: Processor, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
     """The ids of the last message as the template writes it, up to its stop token."""
     shown, functions = without_sources(check_messages(messages)), check_tools(tools)
+    content = shown[-1]["content"]
+    media = [] if isinstance(content, str) else [part["type"] for part in content if part["type"] != "text"]
+    if media:
+        raise ValueError(f"the answer has a part of type {media[0]}; expected text, for nothing else is generated")
     mark = unused_character([shown, functions])
     shown, functions = (shield(value, processor.control.starts, mark) for value in (shown, functions))
     whole, before = (

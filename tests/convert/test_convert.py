@@ -217,6 +217,16 @@ def test_the_card_says_what_it_is(source: Path, run: Run) -> None:
     ):
         assert f"\n{line}\n" in card
     assert "--model gemma-4bit" in card and "bits a weight; the drafter" in card
+    assert f"\n{source.name}, converted to MLX" in card
+
+
+def test_the_card_names_a_source_that_is_the_folder_one_is_in(
+    source: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, path in ((source, "."), (source / "drafter", "..")):
+        monkeypatch.chdir(place)
+        assert run("--hf-path", path, "--mlx-path", tmp_path / f"out{path}")[0] == 0
+        assert f"\n{source.name}, converted to MLX" in (tmp_path / f"out{path}" / "README.md").read_text()
 
 
 # --- blocks and shards -------------------------------------------------------------------------

@@ -272,6 +272,11 @@ def test_control_tokens_typed_in_a_chat_are_text(tiny: Loaded) -> None:
         ("\n\n", "has no exchanges"),
         ("[" * 100_000, "line 1, is not JSON"),
         ('{"messages": [{"role": "nobody", "content": "a"}, {"role": "assistant", "content": "b"}]}', "exchange 1: "),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
+            '[{"type": "image", "path": "b.png"}]}]}',
+            "exchange 1: the answer has a part of type image",
+        ),
     ],
 )
 def test_wrong_data_is_one_line(tiny_folder: Path, tmp_path: Path, run: Run, text: str, message: str) -> None:
@@ -353,7 +358,9 @@ def test_other_exchanges_than_the_saved_ones_are_refused(
     assert "is no file of --save-logits" in run(saved, tiny_folder, "--data", data)[2]
 
 
-def test_the_card_gets_the_figures(tiny_folder: Path, data: Path, tmp_path: Path, run: Run) -> None:
+def test_the_card_gets_the_figures(
+    tiny_folder: Path, data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     with pytest.MonkeyPatch.context() as patch:  # it is said before anything is read
         patch.setattr(evaluate_module, "read_exchanges", lambda *_: pytest.fail("it reads"))
@@ -367,6 +374,9 @@ def test_the_card_gets_the_figures(tiny_folder: Path, data: Path, tmp_path: Path
     (line,) = [line for line in after.splitlines() if "Quality" in line]
     assert line.startswith("- Quality: KL divergence") and line.endswith(f"against {tiny_folder.name}).")
     assert after.replace(line, f"- {NOT_MEASURED}") == before
+    monkeypatch.chdir(tiny_folder)
+    assert run(".", folder, "--data", data, "--write-card")[0] == 0
+    assert (folder / CARD).read_text() == after
 
 
 def test_drafters_in_full_precision_load_too(tiny_folder: Path, data: Path, tmp_path: Path, run: Run) -> None:
