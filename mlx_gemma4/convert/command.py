@@ -12,12 +12,8 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import ModelConfig, computing_type
-<<<<<<< HEAD
-from mlx_gemma4.convert.card import base_of, write_card
-from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
-=======
 from mlx_gemma4.convert.card import base_of, name_of, write_card
->>>>>>> conv
+from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
 from mlx_gemma4.convert.job import (
     LATTICE_REPORT,
     Job,

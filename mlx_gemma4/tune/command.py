@@ -135,6 +135,7 @@ def tune(
     check_numbers(iters, warmup, patience, seed, val_batches, learning_rate)
     check_update(batch_size, grad_accumulation_steps)
     adapter_path = adapter_path.expanduser()
+    resume_adapter_file = None if resume_adapter_file is None else resume_adapter_file.expanduser()
     check_paths(data, adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
     examples = read_examples(data, test, mask_prompt)
@@ -177,12 +178,7 @@ def tune(
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
-<<<<<<< HEAD
-        begin_with(network, resume_adapter_file.expanduser())
-    adapter_path = adapter_path.expanduser()
-=======
         begin_with(network, resume_adapter_file)
->>>>>>> teach2
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)
     if own.valid is None:
