@@ -40,7 +40,9 @@ def main(
     model.freeze()
     initialise_drafter(drafter, 0)
     source = make_source(folder, "draft")
-    train_drafter(model, drafter, [[number] for number in range(steps)], lambda numbers: rows_of(source, numbers))
+    train_drafter(
+        model, drafter, steps, ([number] for number in range(steps)), lambda numbers: rows_of(source, numbers)
+    )
     print(f"{100 * acceptance(model, drafter, rows_of(source, range(MEASURED))):.1f} % of first drafts accepted")
     save(folder / "drafter-state.safetensors", {"drafter": parameters(drafter)}, {"step": str(steps)})
 

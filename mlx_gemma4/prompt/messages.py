@@ -373,17 +373,18 @@ def with_media_from(folder: Path, body: Any) -> Any:
         content: Any = message.get("content") if isinstance(message, dict) else None
         for number, part in enumerate(content if isinstance(content, list) else ()):
             if isinstance(part, dict) and KIND_OF.get(str(part.get("type"))) in MEDIA:
-                content[number] = from_folder(folder, check_part(part, f"messages[{place}].content[{number}]"))
+                part = check_part(part, f"messages[{place}].content[{number}]")
+                content[number] = part | {part["type"]: from_folder(part[part["type"]], folder)}
     return body
 
 
-def from_folder(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
-    source = part[part["type"]]
-    if isinstance(source, list):
-        return part | {part["type"]: [from_folder(folder, {"type": "image", "image": own})["image"] for own in source]}
+def from_folder(source: Any, folder: Path) -> Any:
+    """The source of a medium, its relative path from there; of a film's frames that of each."""
+    if isinstance(source, (list, tuple)) and all(isinstance(one, str) for one in source):
+        return [from_folder(one, folder) for one in source]
     if not isinstance(source, str) or not source or url_scheme(source) is not None or source.startswith("~"):
-        return part
-    return part | {part["type"]: str(folder / source)}
+        return source
+    return str(folder / source)
 
 
 def media_parts(messages: list[Message]) -> list[Part]:

@@ -301,7 +301,7 @@ def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
     examples = range(min(MEASURED, len(measured.data.passages)))
     before = room.acceptance(model, drafter, measured.of(examples))
     room.adapt_drafter(drafter, own.settings.adapter.rank, own.settings.adapter.scale)
-    room.train_drafter(model, drafter, own.schedule, own.train.of)
+    room.train_drafter(model, drafter, len(own.schedule), own.schedule, own.train.of)
     after = room.acceptance(model, drafter, measured.of(examples))
     room.write_drafter(folder, choice.folder, drafter)
     print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")

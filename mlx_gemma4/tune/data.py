@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma4.errors import a, shown
-from mlx_gemma4.media.source import url_scheme
-from mlx_gemma4.prompt.messages import MEDIA, Message, is_blank, json_lines
+from mlx_gemma4.prompt.messages import MEDIA, Message, from_folder, is_blank, json_lines
 
 FORMS = {  # the keys that an example is told by
     "messages": '{"messages": […], "tools": […]}',
@@ -257,15 +256,11 @@ def with_media(messages: list[Any], row: dict[str, Any]) -> list[Any]:
     return found
 
 
-def from_folder(source: Any, folder: Path) -> Any:
+def source_of(source: Any, folder: Path) -> Any:
     """The source of a medium, its relative path from where the example's file lies."""
-    if isinstance(source, (list, tuple)) and all(isinstance(one, str) for one in source):
-        return [from_folder(one, folder) for one in source]  # the frames of a film
     if isinstance(source, dict):  # as datasets keeps a file, or a sound
         samples = source.get("array")
         if isinstance(samples, (list, np.ndarray)):
             return np.asarray(samples, np.float32), source.get("sampling_rate")
         return source.get("bytes") or from_folder(source.get("path"), folder)
-    if not isinstance(source, str) or url_scheme(source) or source.startswith("~"):
-        return source
-    return str(folder / source)
+    return from_folder(source, folder)

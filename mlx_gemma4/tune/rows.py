@@ -18,7 +18,7 @@ from mlx_gemma4.prompt.processor import Loaded, Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.prompt.template import check_unicode
 from mlx_gemma4.reply.reply import CHANNEL_OPEN, END_OF_TEXT, THOUGHT_CHANNEL
-from mlx_gemma4.tune.data import Example, from_folder
+from mlx_gemma4.tune.data import Example, source_of
 
 TURN = "<|turn>model\n"  # behind it the template writes what the model says
 OPEN_THOUGHT = f"{CHANNEL_OPEN}{THOUGHT_CHANNEL}\n"
@@ -124,7 +124,7 @@ def replies(processor: Processor, example: Example, budget: int) -> tuple[list[B
         written = processor.write(example.messages[:index], example.tools, thinks)
         for part in written.media[len(parts) :]:
             kind = part["type"]
-            parts.append(part | {kind: from_folder(part[kind], example.folder)})
+            parts.append(part | {kind: source_of(part[kind], example.folder)})
             loaded.append((kind, processor.read(parts[-1], budget)))
         prompt = processor.assemble(written.text, written.mark, loaded[: len(written.media)])
         said = said_ids(processor, message, f"messages[{index}]", written.text.endswith(OPEN_THOUGHT))

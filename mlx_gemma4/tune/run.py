@@ -145,9 +145,10 @@ class Schedule:
     def __len__(self) -> int:
         return -(-self.needed // self.step)
 
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, number: int) -> list[int]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
         number = {0: self.first, self.first: 0}.get(number, number)
         found: list[int] = self.order(number * self.step, (number + 1) * self.step).tolist()
         return found
