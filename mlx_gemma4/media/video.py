@@ -3,7 +3,7 @@
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -228,9 +228,10 @@ def decode(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Vide
 
 
 def video_stream(container: "InputContainer", name: str) -> "VideoStream":
-    stream = next((s for s in container.streams.video if not s.disposition & ATTACHED_PICTURE), None)
-    if stream is None:
+    streams = [s for s in container.streams.video if not s.disposition & ATTACHED_PICTURE]
+    if not streams:
         raise MediaError(f"{name} has no video track")
+    stream = next((s for s in streams if s.frames != 1), streams[0])  # an animated AVIF has a still before it
     check_pixels(stream.width, stream.height, MOST_PIXELS, name)
     stream.thread_type = "AUTO"
     frame_bytes = max(3 * stream.width * stream.height, 1)  # 4:2:0 in 16 bits
@@ -265,12 +266,19 @@ def decode_frames(
     frames: list[Image.Image] = []
     stamps: list[int | None] = []
     wanted = frozenset(chosen)
-    for index, frame in enumerate(container.decode(stream)):
+    for index, frame in enumerate(decoded(container, stream)):
         stamps.append(frame.pts if frame.pts is not None else frame.dts)
         if index in wanted:
             image, turn = frame.to_image(), display_turn(frame)
             frames.append(smaller(image.transpose(turn) if turn is not None else image))
     return frames, stamps
+
+
+def decoded(container: "InputContainer", stream: "VideoStream") -> "Iterator[VideoFrame]":
+    """All frames, those that are only said to be as before left out: FFmpeg refuses an empty packet, as of Theora."""
+    for packet in container.demux(stream):
+        if packet.size or packet.dts is None:  # the last one, which ends the decoding
+            yield from packet.decode()
 
 
 def display_turn(frame: "VideoFrame") -> Image.Transpose | None:

@@ -2,9 +2,11 @@
 
 import struct
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_gemma4.errors import MediaError
-from mlx_gemma4.media.video import Clock, Video, VideoSource, chosen_frames, make_clock, read_video, timestamp
+from mlx_gemma4.media.video import Clock, Video, VideoSource, chosen_frames, decoded, make_clock, read_video, timestamp
 
 STEP = 6  # of brightness from frame to frame
 
@@ -139,6 +141,29 @@ def test_hidden_frames_are_not_counted() -> None:
             hidden.is_keyframe, hidden.stream = packet.is_keyframe, stream
             container.mux(hidden)
     assert which(read(file.getvalue(), None, 5)) == [0, 4, 8, 12, 16]
+
+
+def test_frames_that_repeat_the_one_before_are_no_error(clip: bytes) -> None:
+    """Theora writes them as packets without bytes, which FFmpeg's decoders refuse."""
+    av = pytest.importorskip("av")
+    empty = av.Packet(b"")
+    empty.dts = 1
+    with av.open(BytesIO(clip)) as container:
+
+        class Repeating:
+            def demux(self, stream: Any) -> Iterator[Any]:
+                first, *rest = container.demux(stream)
+                yield from (first, empty, *rest)
+
+        assert len(list(decoded(Repeating(), container.streams.video[0]))) == 40
+
+
+def test_an_animated_avif_is_a_film_and_not_its_still() -> None:
+    pytest.importorskip("av")
+    file, images = BytesIO(), ramp(5)
+    images[0].save(file, "AVIF", save_all=True, append_images=images[1:], duration=200)
+    video = read(file.getvalue(), None, 32)
+    assert which(video) == [0, 1, 2, 3, 4] and video.seconds == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
 
 
 def timed(times: list[int], format: str = "matroska", start: int = 0, codec: str = "mpeg4") -> bytes:
