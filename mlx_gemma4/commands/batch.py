@@ -228,6 +228,8 @@ def opened(target: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ValueError(f"{str(target)!r} cannot be written to: {one_line(error)}") from None
     with file:
+        if not target.is_file():  # a device may give bytes without end
+            raise ValueError(f"{str(target)!r} is no file; expected one, or a new name")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -98,6 +98,7 @@ def check_messages(messages: Any) -> list[Message]:
 def check_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{where} is {a(message)}; expected a dict with role and content")
+    message = as_now(message, where)
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ROLES:
         raise ValueError(f"{where} has the role {shown(role)}; expected system, developer, user, assistant or tool")
@@ -115,6 +116,26 @@ def check_message(message: Any, where: str) -> Message:
         if role == "tool" and message.get(key) is not None:
             checked[key] = check_string(message[key], f"{where}.{key}")
     return checked | extras
+
+
+def as_now(message: Any, where: str) -> Any:
+    """A message whose call, result or thought is spelled as OpenAI did before, or as Ollama does."""
+    if not isinstance(message, dict):
+        return message
+    called, thought = message.get("function_call"), message.get("thinking")
+    found = {key: value for key, value in message.items() if key not in ("function_call", "thinking")}
+    if found.get("role") == "function":
+        found["role"] = "tool"
+    if called:
+        if found.get("tool_calls"):
+            raise ValueError(f"{where} has function_call and tool_calls; expected one of them")
+        found["tool_calls"] = [called]
+    if thought:
+        other = found.get("reasoning") or found.get("reasoning_content") or thought
+        if other != thought:
+            raise ValueError(f"{where} has thinking and another reasoning; expected one of them")
+        found["reasoning"] = thought
+    return found
 
 
 def is_result(content: Any) -> bool:

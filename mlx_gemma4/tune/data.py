@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_gemma4.errors import a, shown
-from mlx_gemma4.prompt.messages import MEDIA, Message, from_folder, is_blank, json_lines
+from mlx_gemma4.prompt.messages import MEDIA, Message, as_now, from_folder, is_blank, json_lines
 
 FORMS = {  # the keys that an example is told by
     "messages": '{"messages": […], "tools": […]}',
@@ -143,26 +143,6 @@ def with_system(given: list[Any], system: Any) -> list[Any]:
     if first.get("content") != system:
         raise ValueError("the example has system, and messages begins with another; expected one of them")
     return given
-
-
-def as_now(message: Any, where: str) -> Any:
-    """A message whose call, result or thought is spelled as OpenAI did before, or as Ollama does."""
-    if not isinstance(message, dict):
-        return message
-    called, thought = message.get("function_call"), message.get("thinking")
-    found = {key: value for key, value in message.items() if key not in ("function_call", "thinking")}
-    if found.get("role") == "function":
-        found["role"] = "tool"
-    if called:
-        if found.get("tool_calls"):
-            raise ValueError(f"{where} has function_call and tool_calls; expected one of them")
-        found["tool_calls"] = [called]
-    if thought:
-        other = found.get("reasoning") or found.get("reasoning_content") or thought
-        if other != thought:
-            raise ValueError(f"{where} has thinking and another reasoning; expected one of them")
-        found["reasoning"] = thought
-    return found
 
 
 def separate(message: Any) -> list[Any]:

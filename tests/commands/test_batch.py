@@ -189,6 +189,7 @@ def test_files_that_will_not_do_are_one_line(run: Run, tiny_folder: Path, tmp_pa
         (tmp_path / "nowhere", target, "nowhere' cannot be read: No such file or directory"),
         (tmp_path, target, "cannot be read: Is a directory"),
         (source, tmp_path, "cannot be written to: Is a directory"),
+        (source, Path("/dev/full"), "'/dev/full' is no file; expected one"),
         (source, tmp_path / "no" / "out.jsonl", "cannot be written to: No such file or directory"),
         (source, source, "line 1 of "),
         (source, other, "other.jsonl' answers no line of "),

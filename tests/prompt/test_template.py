@@ -163,6 +163,17 @@ def test_absent_arguments_are_none() -> None:
         assert checked[0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
+def test_older_spellings_of_calls_results_and_thoughts_are_read() -> None:
+    function = {"name": "f", "arguments": '{"x": 1}'}
+    old = [USER, {"role": "assistant", "content": None, "thinking": "hm", "function_call": function},
+           {"role": "function", "name": "f", "content": "7"}]  # fmt: skip
+    now = [USER, {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [{"function": function}]},
+           {"role": "tool", "name": "f", "content": "7"}]  # fmt: skip
+    assert check_messages(old) == check_messages(now)
+    with pytest.raises(ValueError, match=r"messages\[1\] has function_call and tool_calls; expected one of them"):
+        check_messages([USER, CALL | {"function_call": function}])
+
+
 def test_empty_and_unknown_keys_of_openai_replies_are_dropped() -> None:
     message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "reasoning": "", "audio": None}
     assert check_messages([message]) == [{"role": "assistant", "content": "x"}]
