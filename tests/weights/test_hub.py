@@ -203,7 +203,9 @@ def test_a_hub_that_cannot_be_reached_is_a_failure(tmp_path: Path) -> None:
 
 def test_without_the_hub_the_default_model_points_to_the_demo(tmp_path: Path) -> None:
     done = ask(tmp_path / "home", f"http://127.0.0.1:{closed_port()}", "mlx-community/gemma-4-12B-it-4bit")
-    check_refused(done, 1, "the hub cannot be reached: ", "--model demo")
+    check_refused(
+        done, 1, "the hub cannot be reached: ", "; the model demo, which is in this package, needs no network"
+    )
 
 
 def test_the_offline_mode_of_the_user_is_named(tmp_path: Path) -> None:
