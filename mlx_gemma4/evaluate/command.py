@@ -12,7 +12,6 @@ import typer
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.convert.card import CARD, name_of
-from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.evaluate.quality import (
     KEPT,
     Distributions,
@@ -34,6 +33,7 @@ from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
+from mlx_gemma4.weights.writing import write_text
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
 SAVED = ".safetensors"
@@ -255,10 +255,7 @@ def write_quality(folder: Path, text: str) -> None:
     found = quality_line(folder)
     whole = found.string
     card = folder / CARD
-    part = part_of(card)
-    with if_stopped(lambda: part.unlink(missing_ok=True)):
-        part.write_text(f"{whole[: found.start()]}- {text}{whole[found.end() :]}", encoding="utf-8")
-        part.replace(card)
+    write_text(card, f"{whole[: found.start()]}- {text}{whole[found.end() :]}")
 
 
 def main() -> int:

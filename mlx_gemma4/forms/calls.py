@@ -409,11 +409,12 @@ class Compiler:
         value = self.value(schema, f"{place}.*") if schema is not True else self.anything()
         barred = "|".join([*(regex_to_lark(re.escape(own)) for own in sorted(taken)), *filter(None, [but])])
         terms = [*([f"/{name}/"] if name else []), *([f"~/({barred})/"] if barred else [])]
-        bare, quoted = (" & ".join([f"/{pattern}/", *terms]) for pattern in (KEY, "(?s:.{1,})"))
-        return row(choice(self.terminal(bare), self.quoted(self.terminal(quoted))), '":"', value)
+        return row(self.any_key(*terms), '":"', value)
 
-    def any_key(self) -> Node:
-        return choice(self.terminal(f"/{KEY}/"), self.quoted(self.terminal("/(?s:.{1,})/")))
+    def any_key(self, *terms: str) -> Node:
+        """A name that each of these terminals matches too, bare or in quotes."""
+        bare, quoted = (" & ".join([f"/{pattern}/", *terms]) for pattern in (KEY, "(?s:.{1,})"))
+        return choice(self.terminal(bare), self.quoted(self.terminal(quoted)))
 
     def anything(self, depth: int = FREE_DEPTH) -> Node:
         name = f"{self.prefix}_any{depth}"

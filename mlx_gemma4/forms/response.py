@@ -25,11 +25,8 @@ LONGEST = 1_000_000  # characters of a schema or grammar
 
 FORMS = '"json", a JSON schema, or a dict with the type regex, lark, json_schema or json_object'
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
-MOMENTS = {
-    "date",
-    "time",
-    "date-time",
-}  # llguidance's know a February 29 of every year and a 61st second: as patterns, they do not
+# llguidance's know a February 29 of every year and a 61st second: as patterns, they do not.
+MOMENTS = {"date", "time", "date-time"}
 # Keywords that say something of the values and that no grammar of llguidance holds.
 UNHELD = {
     "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "propertyNames",
