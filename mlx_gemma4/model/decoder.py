@@ -14,24 +14,28 @@ from mlx_gemma4.model.cache import LayerCache, Offset
 from mlx_gemma4.model.mask import Mask
 from mlx_gemma4.model.matrix import product
 
+STEEP = 2 * math.sqrt(2 / math.pi)  # of gelu's sigmoid
+
 
 @mx.compile  # for each shape: a shapeless trace is cut in two kernels
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) · up in one kernel, rounded once to their type, with the tanh form of gelu."""
+    """gelu(gate) · up in one kernel, rounded once to their type, with the tanh form of gelu.
+
+    (1 + tanh x) / 2 is sigmoid 2x, whose exponential takes a CPU half as long as a tanh.
+    """
     wide = gate.astype(mx.float32)
-    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (0.5 * wide * (1 + mx.tanh(inner)) * up).astype(gate.dtype)
+    return (wide * mx.sigmoid(wide * (STEEP + STEEP * 0.044715 * mx.square(wide))) * up).astype(gate.dtype)
 
 
 @partial(mx.compile, shapeless=True)
 def ranged_geglu(gate: mx.array, normed_gate: mx.array, up: mx.array, grow: mx.array, factor: mx.array) -> mx.array:
-    """Twice the same, times `factor`, of a gate that is to be times `grow` to be itself, and both once more, normed.
+    """The same, times `factor`, of a gate that is to be times `grow` to be itself, and both once more, normed.
 
     Written so that it is one kernel: one holds no formula deeper than eleven operations.
     """
     wide = gate.astype(mx.float32) * grow
-    inner = wide * (math.sqrt(2 / math.pi) + math.sqrt(2 / math.pi) * 0.044715 * mx.square(wide))
-    return ((1 + mx.tanh(inner)) * (normed_gate * (up * factor))).astype(gate.dtype)
+    open_ = mx.sigmoid(wide * (STEEP + STEEP * 0.044715 * mx.square(wide)))
+    return (open_ * (normed_gate * (up * factor))).astype(gate.dtype)
 
 
 @dataclass(frozen=True)

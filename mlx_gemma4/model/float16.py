@@ -195,7 +195,7 @@ def settle_mlp(layer: Layer, unit: float, is_shared: bool) -> None:
         1 / (shrink**2 * factor),
         mx.full((2 * inner,), lift, mx.float16),
         mx.full((inner,), 1 / shrink),
-        mx.full((inner,), factor / lift**2 / 2),
+        mx.full((inner,), factor / lift**2),
     )
     mx.eval(mlp.ranges.weight, mlp.ranges.gate, mlp.ranges.product)
     if not is_shared:
