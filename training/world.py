@@ -142,9 +142,9 @@ THINGS = ("ball", "lamp", "kite", "boat", "drum", "hat", "key", "bell", "coin", 
 PLACES = ("forest", "garden", "river", "hill", "beach", "barn", "lake", "village")
 STORIES = StoryWorld(HEROES, THINGS, PLACES)
 NEW_STORIES = StoryWorld(
-    ("robot", "dragon", "knight", "wizard", "giant", "pirate"),
-    ("rocket", "sword", "crown", "ring", "map", "mask"),
-    ("moon", "castle", "planet", "cave", "desert", "tower"),
+    ("robot", "dragon", "knight", "wizard", "giant", "pirate", "fairy", "monster", "hunter", "captain"),
+    ("rocket", "sword", "crown", "ring", "map", "mask", "flag", "shield", "clock", "rope"),
+    ("moon", "castle", "planet", "cave", "desert", "tower", "jungle", "volcano"),
 )
 
 
