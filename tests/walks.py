@@ -42,10 +42,18 @@ class Walker:
         """The tokens that may come next."""
         return self.bits(constraint.mask()).nonzero()[0].tolist()
 
-    def walk(self, form: Form, prompt: Prompt, most: int = 300) -> tuple[Constraint, list[int]]:
-        """A reply: more and more often what closes is taken, so that it comes to an end."""
+    def walk(
+        self, form: Form, prompt: Prompt, most: int = 300, wanted: Sequence[str] = ()
+    ) -> tuple[Constraint, list[int]]:
+        """A reply: more and more often what closes is taken, so that it comes to an end; wanted: what is often said."""
         constraint, tokens = self.constraint(form, prompt), list[int]()
         while not constraint.is_finished and len(tokens) < most:
+            if wanted and self.rng.random() < 0.3:
+                said = self.ids(wanted[self.rng.integers(len(wanted))])
+                if self.follows(constraint, said):
+                    constraint.advance(said)
+                    tokens += said
+                    continue
             allowed = self.bits(constraint.mask())
             number = self.rng.random()
             for part, chance in ((self.closing, 0.3 + len(tokens) / most), (self.short, 0.8)):
@@ -56,6 +64,14 @@ class Walker:
             tokens.append(int(found[self.rng.integers(len(found))]))
             assert constraint.advance(tokens[-1:]) == 1
         return constraint, tokens
+
+    def follows(self, constraint: Constraint, tokens: Sequence[int]) -> bool:
+        own = constraint.copy()
+        for token in tokens:
+            if not self.bits(own.mask())[token]:
+                return False
+            own.advance([token])
+        return not own.is_finished
 
     def read(self, tokens: Sequence[int], prompt: Prompt) -> ReplyParser:
         """What a reply says, without the token that ends it."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import combinations
 from operator import add, ge, gt, le, lt
 from typing import Any, TypeGuard
 
@@ -30,13 +31,12 @@ from mlx_gemma4.forms.lark import (
     literal,
     row,
 )
+from mlx_gemma4.forms.schemas import ANY_NAME, Schema, modern
 from mlx_gemma4.forms.strings import FORMATS, matches, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
 
 logger = logging.getLogger("mlx_gemma4")
-
-Schema = dict[str, Any]
 
 MAX_RULES = 5_000  # of one tool: definitions that are merged anew at every level have no end
 FREE_DEPTH = 6  # levels of a value of which nothing is said
@@ -58,7 +58,7 @@ LOOSE = {
 # Values of these with which they say nothing, or what is held in another way.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "not": (False,),
-    "propertyNames": (True, {}),
+    "propertyNames": ANY_NAME,
     "unevaluatedProperties": (True, {}, False),
     "unevaluatedItems": (True, {}, False),
     "uniqueItems": (False,),
@@ -66,7 +66,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 REMARKS = {"description", "title", "default", "examples", "$defs", "definitions"}
 INNER = {  # what says something of the parts of a value
-    "items", "prefixItems", "additionalItems", "minItems", "maxItems", "properties", "patternProperties",
+    "items", "prefixItems", "minItems", "maxItems", "properties", "patternProperties",
     "additionalProperties", "required", "minProperties", "maxProperties",
 }  # fmt: skip
 # Of numbers: whether one keeps to it.
@@ -133,8 +133,9 @@ class Compiler:
         self.notes: list[str] = []
         self.rules: dict[str, Node] = {}
         self.terminals: dict[str, str] = {}  # what matches -> name
-        self.named: dict[str, Node] = {}  # a schema -> its rule
+        self.named: dict[tuple[bool, str], Node] = {}  # a schema, and whether it is an alternative -> its rule
         self.followed = 0  # references and lists of allOf
+        self.alternatives = 0  # around what is read: of several, one that nothing fits is left out
 
     def rules_of_call(self, name: str, close: int) -> str:
         schema = as_schema(self.root)
@@ -162,7 +163,7 @@ class Compiler:
 
     def value(self, schema: Any, place: str) -> Node:
         """A value that a schema allows, as a rule of its own: the same schema is the same rule, so recursion ends."""
-        key = json.dumps(schema, sort_keys=True)
+        key = self.alternatives > 0, json.dumps(schema, sort_keys=True)
         if key not in self.named:
             if len(self.named) > MAX_RULES:
                 raise ImpossibleError
@@ -178,13 +179,23 @@ class Compiler:
         for union in ("anyOf", "oneOf"):
             if isinstance(schema.get(union), list):
                 rest = without(schema, union)
-                return choice(*(self.value(self.member(rest, as_schema(own), place), place) for own in schema[union]))
+                members = [self.member(rest, as_schema(own), place) for own in schema[union]]
+                if union == "oneOf" and not self.apart(members, place):
+                    self.note("oneOf, of whose members several may fit,", place)
+                return self.alternative(members, place)
         for key in sorted(LOOSE & schema.keys()):
             if schema[key] not in NEUTRAL.get(key, ()):
                 self.note(key, place)
         if "const" in schema or "enum" in schema:
             return self.one_of(schema, place)
         return choice(*(self.of_type(kind, schema, place) for kind in types_of(schema)))
+
+    def alternative(self, members: Sequence[Schema], place: str) -> Node:
+        """A value of one of these."""
+        self.alternatives += 1
+        found = choice(*(self.value(member, place) for member in members))
+        self.alternatives -= 1
+        return found
 
     # schemas joined
 
@@ -206,8 +217,12 @@ class Compiler:
                 following.append(reference)
             else:
                 members, schema = schema["allOf"], without(schema, "allOf")
-            for member in members if isinstance(members, list) else []:
-                schema = self.both(schema, as_schema(member), place)
+            members = [as_schema(member) for member in members] if isinstance(members, list) else []
+            for member in members:
+                for key in ("unevaluatedProperties", "unevaluatedItems"):
+                    if key in member and (len(members) > 1 or INNER & schema.keys()):
+                        self.note(f"{key}, of one part alone,", place)
+                schema = self.both(schema, member, place)
         return schema
 
     def member(self, rest: Schema, own: Schema, place: str) -> Schema:
@@ -217,6 +232,7 @@ class Compiler:
 
     def both(self, one: Schema, other: Schema, place: str) -> Schema:
         """A schema for what fits both."""
+        one, other = self.spread(one, other, place), self.spread(other, one, place)
         result = dict(one)
         for key, value in other.items():
             own = result.setdefault(key, value)
@@ -234,6 +250,38 @@ class Compiler:
             else:
                 self.notes.append(f"{key} of {place or 'its arguments'}, which it has twice")
         return result
+
+    def spread(self, schema: Schema, other: Schema, place: str) -> Schema:
+        """A schema that says of each part which another one names what it says of all others."""
+        found, more = dict(schema), schema.get("additionalProperties", True)
+        if more not in (True, {}):
+            patterns = self.patterns_of(schema, place)
+            names = properties_of(other).keys() - properties_of(schema).keys()
+            barred = names & required_of(other) if more is False else set()
+            if barred:  # nothing would fit
+                self.note("additionalProperties, which bars what is required,", place)
+            others = {name: more for name in names - barred if not any(matches(own, name) for own in patterns)}
+            found["properties"] = properties_of(schema) | others
+        first, own = other.get("prefixItems"), schema.get("prefixItems", [])
+        if isinstance(first, list) and isinstance(own, list):
+            found["prefixItems"] = own + [schema.get("items", True)] * (len(first) - len(own))
+        return found
+
+    def apart(self, members: Sequence[Schema], place: str) -> bool:
+        """Whether no value fits two of these, as far as a type, a value or a property that each has tells."""
+        members = [self.merged(member, place) for member in members]
+        signs = [
+            {name: self.merged(as_schema(own), place) for name, own in properties_of(member).items() if name in needed}
+            for member in members
+            for needed in [required_of(member)]
+        ]
+        return all(
+            differ(one, other)
+            or any(differ(own[name], others[name]) for name in own.keys() & others.keys())
+            or bars(one, other)
+            or bars(other, one)
+            for (one, own), (other, others) in combinations(zip(members, signs, strict=True), 2)
+        )
 
     # values as they are written
 
@@ -341,10 +389,11 @@ class Compiler:
         least, most = bounds_of("Items", schema)
         items = schema.get("items", schema.get("unevaluatedItems") is not False)
         first = schema.get("prefixItems")
-        if isinstance(items, list):  # as drafts before 2020 had it
-            items, first = schema.get("additionalItems", True), items
         first = first[:most] if isinstance(first, list) else []
         parts = [self.value(inner, f"{place}[{index}]") for index, inner in enumerate(first)]
+        if NOTHING in parts:
+            most = parts.index(NOTHING)
+            parts = parts[:most]
         count = len(parts)
         left = None if most is None else most - count
         entry = NOTHING if left == 0 else self.value(items, f"{place}[]")
@@ -354,13 +403,12 @@ class Compiler:
         return row('"["', *with_commas(parts), choice(more, NOTHING if least > count else ""), '"]"')
 
     def mapping(self, schema: Schema, place: str) -> Node:
-        given, more, listed = (schema.get(key) for key in ("properties", "additionalProperties", "required"))
+        given, more = schema.get("properties"), schema.get("additionalProperties")
         if more is None and schema.get("unevaluatedProperties") is False:
             more = False
-        properties: Schema = given if isinstance(given, dict) else {}
-        required = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+        properties, required = properties_of(schema), required_of(schema)
         patterns = self.patterns_of(schema, place)
-        rest = more if isinstance(more, dict) else True
+        rest = more if isinstance(more, dict) else more is not False
         named = {name: [properties[name]] if name in properties else [] for name in properties.keys() | required}
         for name, schemas in named.items():
             schemas += [inner for pattern, inner in patterns.items() if matches(pattern, name)]
@@ -377,21 +425,28 @@ class Compiler:
             wanted = name in required or (isinstance(schemas[0], dict) and schemas[0].get("required") is True)
             where = f"{place}.{name}"[-80:] if place else name[:80]
             value = self.value(own, where)
+            if value == NOTHING and wanted and self.alternatives:
+                return NOTHING
             if value == NOTHING and wanted:
                 self.notes.append(f"{where}, which nothing fits")
                 value = self.anything()
             if value != NOTHING:
                 members.append((row(self.key(name), Property(name[:80], value, wanted)), wanted))
-        least, most = (0, None) if members or others == NOTHING else bounds_of("Properties", schema)
-        if members and {"minProperties", "maxProperties"} & schema.keys():
+        if not members:
+            return row(
+                '"{"', entries(others, *((0, None) if others == NOTHING else bounds_of("Properties", schema))), '"}"'
+            )
+        if {"minProperties", "maxProperties"} & schema.keys():
             self.note("the number of properties", place)
-        # what may stand from here on, as the first and behind another
-        first, after = entries(others, least, most), choice(row('","', entries(others, 1)), "")
+        # others may stand behind each and before all; what may stand from here on, as the first and behind another
+        several = choice(row('","', entries(others, 1)), "")
+        first: Node = ""
+        after: Node = ""
         for member, wanted in reversed(members):
-            as_first, behind = row(member, after), row('","', member, after)
+            as_first, behind = row(member, several, after), row('","', member, several, after)
             first = self.rule(as_first if wanted else choice(as_first, first))
             after = self.rule(behind if wanted else choice(behind, after))
-        return row('"{"', first, '"}"')
+        return row('"{"', choice(row(entries(others, 1), after), first), '"}"')
 
     def patterns_of(self, schema: Schema, place: str) -> Schema:
         """The schemas of patternProperties, by what matches their whole names."""
@@ -436,7 +491,40 @@ def held_pattern(given: str) -> str | None:
 
 
 def as_schema(given: Any) -> Schema:
-    return given if isinstance(given, dict) else IMPOSSIBLE if given is False else {}
+    return modern(given) if isinstance(given, dict) else IMPOSSIBLE if given is False else {}
+
+
+def properties_of(schema: Schema) -> Schema:
+    given = schema.get("properties")
+    return given if isinstance(given, dict) else {}
+
+
+def required_of(schema: Schema) -> set[str]:
+    given = schema.get("required")
+    return {name for name in given if isinstance(name, str)} if isinstance(given, list) else set()
+
+
+def values_of(schema: Schema) -> list[Any] | None:
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else None
+
+
+def differ(one: Schema, other: Schema) -> bool:
+    """Whether what two schemas say of the type, or of all values, lets none fit both."""
+    values, others = values_of(one), values_of(other)
+    if values is not None and others is not None:
+        return not any(value in others for value in values)
+    kinds = [
+        types_of({"enum": found}) if found else types_of(own) if "type" in own else ["any"]
+        for own, found in ((one, values), (other, others))
+    ]
+    return ["any"] not in kinds and not common_types(*kinds)
+
+
+def bars(one: Schema, other: Schema) -> bool:
+    """Whether one schema allows no property of a name that the other requires."""
+    closed = one.get("additionalProperties") is False and "patternProperties" not in one
+    return any(properties_of(one).get(name, not closed) is False for name in required_of(other))
 
 
 def without(schema: Schema, key: str) -> Schema:
@@ -504,6 +592,7 @@ JOINS: dict[str, tuple[type | tuple[type, ...], Callable[[Any, Any], Any]]] = {
     "required": (list, add),
     "allOf": (list, add),
     "enum": (list, lambda one, other: [value for value in one if value in other]),
+    "prefixItems": (list, lambda one, other: list(map(together, one, other))),
     "nullable": (object, lambda one, other: False),
     **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"), ((int, float), max)),
     **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"), ((int, float), min)),

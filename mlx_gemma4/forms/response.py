@@ -11,13 +11,12 @@ from llguidance import LLMatcher
 
 from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
 from mlx_gemma4.forms.lark import validation
+from mlx_gemma4.forms.schemas import ANY_NAME, Schema, without_unevaluated
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
 
 logger = logging.getLogger("mlx_gemma4")
-
-Schema = dict[str, Any]
 
 # Between the parts of JSON: without bounds, line breaks go on for ever; without any, models end lists early.
 WHITE_SPACE = r"( |\n {0,40})"
@@ -192,6 +191,7 @@ def held(schema: Any, unheld: set[str], dropped: set[str]) -> Any:
         return schema
     schema = inner_schemas(schema, lambda inner: held(inner, unheld, dropped))
     drop_what_says_nothing(schema)
+    schema = without_unevaluated(schema)
     unheld |= UNHELD & schema.keys()
     match schema.get("format"):
         case str(form) if form not in FORMATS:
@@ -214,13 +214,7 @@ def drop_what_says_nothing(schema: Schema) -> None:
     if "then" not in schema and "else" not in schema:
         schema.pop("if", None)
     schema.pop("$dynamicAnchor", None)
-    applied = {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "contains", "$dynamicRef"}
-    for key, known in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
-        if key in schema and schema[key] in (True, {}):
-            del schema[key]
-        elif key in schema and known not in schema and applied.isdisjoint(schema):
-            schema[known] = schema.pop(key)  # nothing beside it evaluates more
-    if schema.get("propertyNames") in (True, {}):
+    if schema.get("propertyNames") in ANY_NAME:
         schema.pop("propertyNames", None)
     for key in COUNTS & schema.keys():
         if isinstance(schema[key], float) and schema[key].is_integer():

@@ -41,8 +41,10 @@ def calls_of(walker: Walker, tools: list[Schema], count: int, choice: str = "req
     """The calls of random replies."""
     prompt = declared(tools)
     form, found = walker.form(prompt, tool_choice=choice), list[Schema]()
+    schemas = [own["function"]["parameters"] for own in tools]
+    required = [f"{name}:" for schema in schemas for name in schema.get("required", []) if not needs_quotes(name)]
     for _ in range(count):
-        constraint, tokens = walker.walk(form, prompt)
+        constraint, tokens = walker.walk(form, prompt, wanted=required)
         if not constraint.calls:  # cut off
             continue
         parser = walker.read(tokens, prompt)
@@ -160,6 +162,27 @@ RECURSIVE = {
             "required": ["a"],
         },
         {"type": "object", "unevaluatedProperties": False},
+        {"type": "object", "properties": {"a": {}}, "unevaluatedProperties": {"type": "null"}},
+        {"allOf": [{"properties": {"a": {}}, "unevaluatedProperties": False}, {"properties": {"b": {}}}]},
+        {"allOf": [{"properties": {"a": {}}, "additionalProperties": False}, {"properties": {"b": {}}}]},
+        {"allOf": [{"additionalProperties": {"type": "integer"}}, {"properties": {"b": {}}}], "required": ["b"]},
+        {"properties": {"a": {}}, "additionalProperties": False, "anyOf": [{"properties": {"b": {}}}, {}]},
+        {
+            "properties": {"l": {"allOf": [{"prefixItems": [{"type": "null"}, {}]}, {"items": {"enum": [1, None]}}]}},
+            "required": ["l"],
+        },
+        {
+            "properties": {"l": {"allOf": [{"prefixItems": [{}], "items": False}, {"prefixItems": [{}, {}]}]}},
+            "required": ["l"],
+        },
+        {
+            "properties": {"k": {"enum": ["a", "b"]}},
+            "required": ["k"],
+            "anyOf": [
+                {"properties": {"k": {"const": "a"}}},
+                {"properties": {"k": {"const": "c"}}},
+            ],
+        },
         {"properties": {"l": {"prefixItems": [{"type": "null"}], "unevaluatedItems": False}}, "required": ["l"]},
         {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}, "required": ["d"]},
         {"type": "object", "properties": {"A": {"type": "boolean"}, "a": {"type": "null"}, "_": {"type": "array"}}},
@@ -209,9 +232,54 @@ def test_properties_that_a_pattern_names_come(walker: Walker, caplog: pytest.Log
     assert not caplog.records
 
 
+def test_properties_of_any_name_come_before_declared_ones(walker: Walker) -> None:
+    """As the template sorts them: behind one of those the others were barred."""
+    more: Schema = {"properties": {"m": {"const": 1}, "n": {"const": 2}}, "additionalProperties": {"const": 3}}
+    prompt = declared([tool("f", more["properties"], [], additionalProperties={"const": 3})])
+    constraint = walker.constraint(walker.form(prompt), prompt)
+    assert walker.follows(constraint, walker.ids("<|tool_call>call:f{a:3,b:3,m:1,mm:3,n:2,o:3}"))
+    for call in ("{a:3}", "{n:2}", "{m:1,o:3}", "{}"):
+        assert walker.follows(constraint, walker.ids(f"<|tool_call>call:f{call}"))
+    assert not walker.follows(constraint, walker.ids("<|tool_call>call:f{n:2,m:"))
+    arguments(walker, more)
+
+
+INTEGER, TEXT = {"type": "integer"}, {"type": "string"}
+
+
+def of_kind(kind: Any, **more: Any) -> Schema:
+    return {"properties": {"kind": kind}, "required": ["kind"]} | more
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [INTEGER, TEXT, {"type": "array"}],
+        [{"const": 1}, {"enum": [2, "x"]}, {"type": "null"}],
+        [of_kind({"const": "a"}), of_kind({"$ref": "#/$defs/b"})],
+        [of_kind(INTEGER), of_kind(TEXT)],
+        [{"$ref": "#/$defs/closed"}, of_kind(TEXT, additionalProperties=False)],
+    ],
+    ids=json.dumps,
+)
+def test_oneOf_that_tells_its_members_apart_is_not_noted(
+    walker: Walker, caplog: pytest.LogCaptureFixture, members: list[Schema]
+) -> None:
+    closed = {"properties": {"n": INTEGER}, "required": ["n"], "additionalProperties": False}
+    definitions = {"b": {"enum": ["b", "c"]}, "closed": closed}
+    arguments(walker, {"properties": {"a": {"oneOf": members}}, "required": ["a"], "$defs": definitions})
+    assert not caplog.records
+
+
+def test_a_bound_may_be_exclusive_as_draft_4_has_it(walker: Walker) -> None:
+    bounds = {"minimum": 3, "exclusiveMinimum": True, "maximum": 5, "exclusiveMaximum": True}
+    found = calls_of(walker, [tool("f", {"n": INTEGER | bounds, "m": {"enum": [3, 4], **bounds}}, ["n", "m"])], 10)
+    assert found and all(call["arguments"] == {"n": 4, "m": 4} for call in found)
+
+
 def test_what_says_nothing_is_not_noted(caplog: pytest.LogCaptureFixture) -> None:
     neutral = {
-        "not": False, "propertyNames": {}, "unevaluatedProperties": False, "dependentRequired": {},
+        "not": False, "propertyNames": {"type": "string"}, "unevaluatedProperties": False, "dependentRequired": {},
         "uniqueItems": False, "properties": {"a": {"enum": [[1]], "type": "array", "unevaluatedItems": True}},
     }  # fmt: skip
     odd = {"type": "function", "function": {"name": "neutral", "description": "", "parameters": neutral}}
@@ -220,6 +288,7 @@ def test_what_says_nothing_is_not_noted(caplog: pytest.LogCaptureFixture) -> Non
 
 
 LOOP = {"properties": {"l": {"type": "array", "minItems": 1, "items": {"$ref": "#/properties/l"}}}, "required": ["l"]}
+CLOSED = {"properties": {"a": {}}, "additionalProperties": False}
 NOTHING = {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2}}, "required": ["a"]}
 
 
@@ -231,6 +300,18 @@ NOTHING = {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2
         ({"properties": {"a": {"not": {}}}}, "not of a"),
         ({"properties": {"a": {"type": "array", "contains": False}}}, "contains of a"),
         ({"type": "object", "propertyNames": False}, "propertyNames of its arguments"),
+        ({"properties": {"a": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}}, "oneOf, of whose .* of a"),
+        ({"properties": {"a": {}, "b": {}}, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, "oneOf, of whose"),
+        ({"allOf": [CLOSED, {"properties": {"b": {}}, "required": ["b"]}]}, "additionalProperties, which bars what is"),
+        (
+            {
+                "properties": {"a": {}},
+                "allOf": [{"$ref": "#/$defs/A", "unevaluatedProperties": False}],
+                "$defs": {"A": CLOSED},
+            },
+            "unevaluatedProperties, of one part alone",
+        ),
+        (CLOSED | {"required": ["z"]}, "z, which nothing fits"),
         ({"properties": {"a": {"enum": [[], [1]], "minItems": 1}}}, "minItems beside the values of a"),
         ({"properties": {"a": {"enum": ["x", "y"], "pattern": "(?=x)"}}}, "the pattern of a"),
         ({"properties": {"a": {"const": 1, "maximum": 0}}, "required": ["a"]}, "a, which nothing fits"),

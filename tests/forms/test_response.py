@@ -43,6 +43,7 @@ SCHEMAS: list[dict[str, Any]] = [
     {"anyOf": [{"type": "boolean"}, {"type": "object", "properties": {"k": {"const": "v"}}, "required": ["k"]}]},
     {"$ref": "#/$defs/N", "$defs": {"N": {"type": "object", "properties": {"n": {"$ref": "#/$defs/N"}}}}},
     {"type": "object", "additionalProperties": {"type": "integer"}},
+    {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
     {"type": "array", "prefixItems": [{"type": "null"}], "unevaluatedItems": False, "maxItems": 2.0},
     {"type": "object", "properties": {"a": {"type": "null"}}, "unevaluatedProperties": False},
     {"type": "string", "enum": ["naïve", "日本", 'a"b', "c\\d", "\n", ""]},
