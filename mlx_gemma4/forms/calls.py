@@ -433,9 +433,8 @@ class Compiler:
             if value != NOTHING:
                 members.append((row(self.key(name), Property(name[:80], value, wanted)), wanted))
         if not members:
-            return row(
-                '"{"', entries(others, *((0, None) if others == NOTHING else bounds_of("Properties", schema))), '"}"'
-            )
+            least, most = (0, None) if others == NOTHING else bounds_of("Properties", schema)
+            return row('"{"', entries(others, least, most), '"}"')
         if {"minProperties", "maxProperties"} & schema.keys():
             self.note("the number of properties", place)
         # others may stand behind each and before all; what may stand from here on, as the first and behind another

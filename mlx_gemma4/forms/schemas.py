@@ -7,11 +7,7 @@ Schema = dict[str, Any]
 # What evaluates properties and entries beside a schema's own.
 APPLIED = {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "contains", "$dynamicRef"}
 
-ANY_NAME: tuple[Any, ...] = (
-    True,
-    {},
-    {"type": "string"},
-)  # propertyNames that allow all; the last is Zod's of a record
+ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})  # propertyNames that allow all, the last as Zod writes it
 
 
 def without_unevaluated(schema: Schema) -> Schema:
