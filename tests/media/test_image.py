@@ -168,6 +168,16 @@ def test_16_bit_grey_is_scaled_not_clipped(mode: str) -> None:
     assert np.asarray(read_image(png))[0, :, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.uint32])
+def test_grey_of_wide_integers_that_holds_8_bits_is_not_scaled(dtype: type) -> None:
+    values = [0, 1, 128, 255]
+    image = Image.fromarray(np.array([values], dtype))
+    assert np.asarray(read_image(image))[0, :, 0].tolist() == values == list(image.convert("L").get_flattened_data())
+    grey = Image.fromarray(np.array([values], np.uint8))
+    for mode, format in (("I", "TIFF"), ("I;16", "TIFF"), ("I;16", "PNG")):
+        assert np.asarray(read_image(saved(grey.convert(mode), format)))[0, :, 0].tolist() == values
+
+
 def test_float_grey_is_0_to_1_or_0_to_255() -> None:
     for values in ([0, 0.5, 1], [0, 127.6, 255], [-5, 127.6, 300]):
         image = Image.fromarray(np.array([values], np.float32))
