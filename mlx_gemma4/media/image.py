@@ -44,6 +44,7 @@ BAND = 4_000_000  # pixels that are converted at a time
 # 7.4 of HEIC with 8 bits and half the colours; more with alpha and 10 bits), OpenJPEG 32-bit numbers.
 BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 18, "HEIF": 18, "JPEG2000": 20}
 PIXELS_PER_JPEG_BYTE = 512  # at most: a bit for a square of 8 x 8
+HEAD_BYTES = 1 << 20  # of JPEG 2000, with its colour profile, before what is coded
 MOST_IN_PYTHON = 3_000_000  # pixels of what Pillow decodes in Python, at 3.6 to 5 s a million
 
 UPRIGHT = {  # by EXIF's orientation
@@ -122,6 +123,9 @@ def open_image(file: BinaryIO, name: str) -> Image.Image:
     image = Image.open(file, formats=FORMATS)
     check_size(image, name)
     check_backed(image, file.seek(0, SEEK_END), name)
+    if image.format == "JPEG2000" and image.mode != "I;16" and (bits := channel_bits(file)) > 8:
+        got = f"{name} is JPEG 2000 of {bits} bits a channel"  # Pillow 13.0 rounds its white up to 256, which is 0
+        raise MediaError(f"{got}, of which Pillow reads white as black; expected 8 bits, grey, or another format")
     pixels = image.width * image.height
     kind = f"{name} ({image.format}) has {image.width} x {image.height} pixels"
     if pixels > MOST_IN_PYTHON and image.tile and image.tile[0].codec_name in Image.DECODERS:
@@ -170,6 +174,17 @@ def check_backed(image: Image.Image, size: int, name: str) -> None:
     if covered < pixels or (jpeg and pixels > PIXELS_PER_JPEG_BYTE * size):
         told = f"{name} says that it is {image.width} x {image.height} pixels"
         raise MediaError(f"{told}; its {size} bytes hold fewer")
+
+
+def channel_bits(file: BinaryIO) -> int:
+    """Of JPEG 2000: the largest that the head of its codestream says (ISO/IEC 15444-1, A.5.1), 0 if none is found."""
+    file.seek(0)
+    data = file.read(HEAD_BYTES)
+    place = data.find(b"\xff\x4f\xff\x51")  # start, and the segment of sizes
+    if place < 0:
+        return 0
+    channels = int.from_bytes(data[place + 40 : place + 42], "big")
+    return max(((size & 127) + 1 for size in data[place + 42 : place + 42 + 3 * channels : 3]), default=0)
 
 
 def is_heic(data: bytes) -> bool:

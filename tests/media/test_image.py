@@ -267,6 +267,20 @@ def test_a_damaged_file_is_read_or_an_error_of_one_line(data: st.DataObject) -> 
         assert "\n" not in str(error)
 
 
+def test_jpeg_2000_that_pillow_reads_wrongly_is_an_error() -> None:
+    wide = np.full((48, 64), 65535, np.uint16)
+    assert read_image(saved(Image.fromarray(wide), "JPEG2000")).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "LA", "RGB", "RGBA"):
+        white = Image.new(mode, (64, 48), "white")
+        data = saved(white, "JPEG2000")
+        assert read_image(data).getpixel((0, 0)) == (255, 255, 255)
+        place = data.index(b"\xff\x4f\xff\x51") + 42  # the first channel's depth
+        with pytest.raises(
+            MediaError, match=r"is JPEG 2000 of 12 bits a channel, of which Pillow reads white as black"
+        ):
+            read_image(data[:place] + b"\x0b" + data[place + 1 :])
+
+
 def test_an_image_without_pixels_is_an_error() -> None:
     with pytest.raises(MediaError, match=r"^image of mode RGB and 0 x 5 pixels has no pixels$"):
         read_image(Image.new("RGB", (0, 5)))
