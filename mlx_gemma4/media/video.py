@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_gemma4.errors import MediaError, shown, unbroken
-from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image, upright_rgb
+from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image, to_rgb, upright_rgb
 from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def decode_frames(
     for index, frame in enumerate(decoded(container, stream)):
         stamps.append(frame.pts if frame.pts is not None else frame.dts)
         if index in wanted:
-            image, turn = square(frame.to_image(), stream.sample_aspect_ratio, name), display_turn(frame)
+            image, turn = square(picture(frame), stream.sample_aspect_ratio, name), display_turn(frame)
             frames.append(smaller(image.transpose(turn) if turn is not None else image))
     return frames, stamps
 
@@ -279,6 +279,13 @@ def decoded(container: "InputContainer", stream: "VideoStream") -> "Iterator[Vid
     for packet in container.demux(stream):
         if packet.size or packet.dts is None:  # the last one, which ends the decoding
             yield from packet.decode()
+
+
+def picture(frame: "VideoFrame") -> Image.Image:
+    """A frame as RGB, its transparency laid on white as that of images is."""
+    if any(component.is_alpha for component in frame.format.components):
+        return to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")), 255)
+    return frame.to_image()
 
 
 def square(image: Image.Image, aspect: Fraction | None, name: str) -> Image.Image:

@@ -292,6 +292,20 @@ def test_transparency_of_an_animation_is_laid_on_white() -> None:
     assert [frame.getpixel((0, 0)) for frame in video.frames] == [(255, 0, 0), (255, 255, 255)]
 
 
+def test_transparency_of_a_film_is_laid_on_white() -> None:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        stream = container.add_stream("png", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 8, 8, "rgba"
+        for alpha in (255, 0):
+            frame = av.VideoFrame.from_ndarray(np.full((8, 8, 4), (255, 0, 0, alpha), np.uint8), format="rgba")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    video = read(file.getvalue(), None, 32)
+    assert [frame.getpixel((0, 0)) for frame in video.frames] == [(255, 0, 0), (255, 255, 255)]
+
+
 def test_a_frame_beyond_all_bounds_is_an_error() -> None:
     file = BytesIO()
     first, *rest = (Image.new("L", (5000, 4000), value) for value in (0, 9))
