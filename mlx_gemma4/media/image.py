@@ -44,6 +44,7 @@ BAND = 4_000_000  # pixels that are converted at a time
 # 7.4 of HEIC with 8 bits and half the colours; more with alpha and 10 bits), OpenJPEG 32-bit numbers.
 BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 18, "HEIF": 18, "JPEG2000": 20}
 PIXELS_PER_JPEG_BYTE = 512  # at most: a bit for a square of 8 x 8
+HEAD_BYTES = 1 << 20  # of JPEG 2000, with its colour profile, before what is coded
 MOST_IN_PYTHON = 3_000_000  # pixels of what Pillow decodes in Python, at 3.6 to 5 s a million
 
 UPRIGHT = {  # by EXIF's orientation
@@ -70,9 +71,10 @@ def check_budget(budget: int) -> None:
 def read_image(source: ImageSource) -> Image.Image:
     """An RGB image, upright by its EXIF orientation, from a path, a URL, a file's bytes or a PIL image.
 
-    Transparency is laid on white. 16-bit grey is scaled to 8 bits; float grey within 0..1 is taken as 0..1, any
-    other as 0..255. Of an animation the first frame (of a PIL image the current one). More than 90 million pixels are
-    halved, or more than halved, on the way; that takes at most 1 GB. MediaError if it cannot be read.
+    Transparency is laid on white. Grey of more than 8 bits is taken as 0..255 where all of it is within, as Pillow
+    itself converts it, or else as 0..65535; float grey as 0..1 where all of it is within, or else as 0..255. Of an
+    animation the first frame (of a PIL image the current one). More than 90 million pixels are halved, or more than
+    halved, on the way; that takes at most 1 GB. MediaError if it cannot be read.
     """
     if isinstance(source, Image.Image):
         name = f"image of mode {source.mode} and {source.width} x {source.height} pixels"
@@ -121,6 +123,9 @@ def open_image(file: BinaryIO, name: str) -> Image.Image:
     image = Image.open(file, formats=FORMATS)
     check_size(image, name)
     check_backed(image, file.seek(0, SEEK_END), name)
+    if image.format == "JPEG2000" and image.mode != "I;16" and (bits := channel_bits(file)) > 8:
+        got = f"{name} is JPEG 2000 of {bits} bits a channel"  # Pillow 13.0 rounds its white up to 256, which is 0
+        raise MediaError(f"{got}, of which Pillow reads white as black; expected 8 bits, grey, or another format")
     pixels = image.width * image.height
     kind = f"{name} ({image.format}) has {image.width} x {image.height} pixels"
     if pixels > MOST_IN_PYTHON and image.tile and image.tile[0].codec_name in Image.DECODERS:
@@ -171,6 +176,17 @@ def check_backed(image: Image.Image, size: int, name: str) -> None:
         raise MediaError(f"{told}; its {size} bytes hold fewer")
 
 
+def channel_bits(file: BinaryIO) -> int:
+    """Of JPEG 2000: the largest that the head of its codestream says (ISO/IEC 15444-1, A.5.1), 0 if none is found."""
+    file.seek(0)
+    data = file.read(HEAD_BYTES)
+    place = data.find(b"\xff\x4f\xff\x51")  # start, and the segment of sizes
+    if place < 0:
+        return 0
+    channels = int.from_bytes(data[place + 40 : place + 42], "big")
+    return max(((size & 127) + 1 for size in data[place + 42 : place + 42 + 3 * channels : 3]), default=0)
+
+
 def is_heic(data: bytes) -> bool:
     """Whether a file is HEVC in HEIF, as iPhones write it; AVIF is HEIF too, but Pillow reads it."""
     if data[4:8] != b"ftyp":
@@ -199,21 +215,21 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     check_size(image, name)
     image.load()
     turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    scale = float_scale(image, name) if image.mode == "F" else 1
+    white = white_of(image, name) if is_deep(image) else 255
     width, height = image.size
     step = 1
     while width * height > LARGE * step * step:
         step += 1
     rows = max(BAND // width // step, 1) * step
     if rows >= height and step == 1:  # one band
-        whole = to_rgb(image, scale)
+        whole = to_rgb(image, white)
         return whole.transpose(turn) if turn is not None else whole
     if image.mode == "RGB" and turn is None and not image.has_transparency_data:
         return image.reduce(step) if step > 1 else image
     across, down = -(-width // step), -(-height // step)
     upright = Image.new("RGB", (down, across) if turn in SIDEWAYS else (across, down))
     for top in range(0, height, rows):
-        band = to_rgb(image.crop((0, top, width, min(top + rows, height))), scale)
+        band = to_rgb(image.crop((0, top, width, min(top + rows, height))), white)
         band = band.reduce(step) if step > 1 else band
         place = down - top // step - band.height if turn in LAST_FIRST else top // step
         band = band.transpose(turn) if turn is not None else band
@@ -221,10 +237,15 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     return upright
 
 
-def to_rgb(image: Image.Image, scale: int) -> Image.Image:
-    """`scale`: of float grey."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(to_8_bits(np.asarray(image), scale))  # Pillow's own conversion clips at 255
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is grey of more than 8 bits: Pillow's own conversions clip that at 255."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def to_rgb(image: Image.Image, white: int) -> Image.Image:
+    """`white`: of deep grey."""
+    if is_deep(image):
+        image = Image.fromarray(to_8_bits(np.asarray(image), white))
     elif image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(lab, rgb, "LAB", "RGB")
@@ -236,8 +257,8 @@ def to_rgb(image: Image.Image, scale: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def float_scale(grey: Image.Image, name: str) -> int:
-    """255 for float grey within 0..1, else 1."""
+def white_of(grey: Image.Image, name: str) -> int:
+    """The value that is white in deep grey: 1 or 255 of float, 255 or 65535 of integers."""
     rows = max(BAND // grey.width, 1)
     lowest, highest = math.inf, -math.inf
     for top in range(0, grey.height, rows):
@@ -245,14 +266,13 @@ def float_scale(grey: Image.Image, name: str) -> int:
         if not np.isfinite(band).all():
             raise MediaError(f"{name} has pixels that are NaN or infinite")
         lowest, highest = min(lowest, float(band.min())), max(highest, float(band.max()))
-    return 255 if lowest >= 0 and highest <= 1 else 1
+    narrow, wide = (1, 255) if grey.mode == "F" else (255, 65535)
+    return narrow if lowest >= 0 and highest <= narrow else wide
 
 
-def to_8_bits(grey: np.ndarray, scale: int) -> np.ndarray:
-    """Grey [height, width] of 16 bits (in any integer type) or float → uint8, rounded."""
-    if grey.dtype.kind != "f":
-        return ((np.clip(grey, 0, 65535).astype(np.int32) + 128) // 257).astype(np.uint8)
-    return np.clip(np.rint(np.clip(grey, 0, 255) * scale), 0, 255).astype(np.uint8)
+def to_8_bits(grey: np.ndarray, white: int) -> np.ndarray:
+    """Grey [height, width] of integers or float → uint8, rounded."""
+    return np.rint(np.clip(grey, 0, white) * (255 / white)).astype(np.uint8)
 
 
 def image_size(height: int, width: int, budget: int, side: int) -> tuple[int, int]:

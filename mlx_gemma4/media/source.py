@@ -5,18 +5,23 @@ import binascii
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ctypes import CDLL
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from mlx_gemma4.errors import FetchError, MediaError, one_line, unbroken
 
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
 TIMEOUT = 60  # seconds a server may stay silent
+FETCH_SECONDS = 1800  # that all it sends may take: 4 GB at 2.4 MB/s
 TRY_AGAIN = (408, 425, 429)  # of the answers 4xx, those that do not blame the request (RFC 9110, 8470, 6585)
 OTHER_SOURCES = {
     "image": "a PIL image",
@@ -108,12 +113,12 @@ def read_file(path: Path, name: str) -> bytes:
 def read_all(file: BinaryIO, name: str) -> bytes:
     data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
-        raise too_large(name)
+        raise too_large(name, MOST_BYTES)
     return data
 
 
-def too_large(name: str) -> MediaError:
-    return MediaError(f"{name} has more than {MOST_BYTES >> 30} GB; expected less")
+def too_large(name: str, most: int) -> MediaError:
+    return MediaError(f"{name} has more than {most >> 20} MB; expected less")
 
 
 def decode_data_url(url: str, name: str) -> bytes:
@@ -142,20 +147,18 @@ def download(url: str, name: str) -> bytes:
 
     import truststore  # the system's own certificates: Python from python.org has none on macOS
 
+    deadline = time.monotonic() + FETCH_SECONDS
     try:
         address = quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and other letters than ASCII, as browsers take them
         request = urllib.request.Request(address, headers={"User-Agent": "mlx_gemma4"})
         context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         with urllib.request.urlopen(request, timeout=TIMEOUT, context=context) as response:
-            if response.length is None:  # in chunks, or until the server hangs up
-                return read_all(response, name)
-            if response.length > MOST_BYTES:
-                raise too_large(name)
-            return bytes(response.read())
+            return received(response, name, MOST_BYTES, deadline)
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response
         kind = FetchError if error.code >= 500 or error.code in TRY_AGAIN else MediaError
-        answer = f"{error.code} {unbroken(error.reason)}"  # of a loop of redirects it has lines
+        reason, _, _ = error.reason.partition("\n")  # of a loop of redirects it has more, which ends in a colon
+        answer = f"{error.code} {unbroken(reason)}"
         raise kind(f"{name} cannot be fetched: the server answered {answer}") from None
     except MediaError:
         raise
@@ -167,6 +170,23 @@ def download(url: str, name: str) -> bytes:
         raise kind(f"{name} cannot be fetched: {reason}") from None
     except (OSError, http.client.HTTPException) as error:  # cut off or silent
         raise FetchError(f"{name} cannot be fetched: {one_line(error)}") from None
+
+
+def received(response: "HTTPResponse", name: str, most: int, deadline: float) -> bytes:
+    """The whole body. OSError or HTTPException if it is cut off or not there by then (`time.monotonic`), MediaError
+    if it has more than `most` bytes."""
+    body = BytesIO()
+    if (response.length or 0) > most:
+        raise too_large(name, most)
+    while block := response.read1(1 << 16):
+        if body.tell() + len(block) > most:
+            raise too_large(name, most)
+        if time.monotonic() > deadline:
+            raise TimeoutError("it comes too slowly")
+        body.write(block)
+    if response.length:
+        raise ConnectionError(f"the server hung up {response.length} bytes before the end")
+    return body.getvalue()
 
 
 def describe(source: str | Path | bytes, what: str) -> str:

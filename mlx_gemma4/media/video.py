@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from mlx_gemma4.errors import MediaError, shown, unbroken
-from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image, upright_rgb
+from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image, to_rgb, upright_rgb
 from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def read_video(source: VideoSource, fps: float | None, num_frames: int, smaller:
     """At most `num_frames` frames, at even steps of time through a video; its sound is ignored.
 
     `source`: a path, a URL, a file's bytes, or a list of images `fps` a second. A file's frames have their own times,
-    and it takes no `fps`. Frames are upright by the file's rotation and mirroring. `smaller` is applied to each as it
-    is read: 32 in full may be gigabytes. GIF, WebP and PNG are read by Pillow, all else by FFmpeg. MediaError if it
+    and it takes no `fps`. Frames are as they are shown: upright, their pixels square. `smaller` is applied to each as
+    it is read: 32 in full may be gigabytes. GIF, WebP and PNG are read by Pillow, all else by FFmpeg. MediaError if it
     cannot be read.
     """
     if num_frames < 1:
@@ -216,7 +216,7 @@ def decode(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Vide
                 file.seek(0)
                 with av.open(file, "r", options=options, metadata_errors="ignore") as container:
                     stream = video_stream(container, name)
-                    frames, stamps = decode_frames(container, stream, chosen, smaller)
+                    frames, stamps = decode_frames(container, stream, chosen, smaller, name)
                     clock = make_clock(stamps, last, stream.time_base, rate, name)
                 if list(clock.chosen(num_frames)) == list(chosen):
                     break
@@ -260,16 +260,16 @@ def in_order(stamps: Sequence[int | None]) -> list[int | None]:
 
 
 def decode_frames(
-    container: "InputContainer", stream: "VideoStream", chosen: Sequence[int], smaller: Smaller
+    container: "InputContainer", stream: "VideoStream", chosen: Sequence[int], smaller: Smaller, name: str
 ) -> tuple[list[Image.Image], list[int | None]]:
-    """The chosen frames, upright, and when each of all is shown."""
+    """The chosen frames as they are shown, and when each of all is shown."""
     frames: list[Image.Image] = []
     stamps: list[int | None] = []
     wanted = frozenset(chosen)
     for index, frame in enumerate(decoded(container, stream)):
         stamps.append(frame.pts if frame.pts is not None else frame.dts)
         if index in wanted:
-            image, turn = frame.to_image(), display_turn(frame)
+            image, turn = square(picture(frame), stream.sample_aspect_ratio, name), display_turn(frame)
             frames.append(smaller(image.transpose(turn) if turn is not None else image))
     return frames, stamps
 
@@ -279,6 +279,26 @@ def decoded(container: "InputContainer", stream: "VideoStream") -> "Iterator[Vid
     for packet in container.demux(stream):
         if packet.size or packet.dts is None:  # the last one, which ends the decoding
             yield from packet.decode()
+
+
+def picture(frame: "VideoFrame") -> Image.Image:
+    """A frame as RGB, its transparency laid on white as that of images is."""
+    if any(component.is_alpha for component in frame.format.components):
+        return to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")), 255)
+    return frame.to_image()
+
+
+def square(image: Image.Image, aspect: Fraction | None, name: str) -> Image.Image:
+    """A frame whose pixels are shown `aspect` times as wide as high, as a DVD's are, with square ones.
+
+    transformers leaves such films squeezed.
+    """
+    width, height = image.size
+    if not aspect or aspect == 1:
+        return image
+    size = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+    check_pixels(*size, MOST_PIXELS, name)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def display_turn(frame: "VideoFrame") -> Image.Transpose | None:

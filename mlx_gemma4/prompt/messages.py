@@ -126,6 +126,8 @@ def as_now(message: Any, where: str) -> Any:
     found = {key: value for key, value in message.items() if key not in ("function_call", "thinking")}
     if found.get("role") == "function":
         found["role"] = "tool"
+    if found.get("name") is None and found.get("tool_name") is not None:
+        found["name"] = found["tool_name"]
     if called:
         if found.get("tool_calls"):
             raise ValueError(f"{where} has function_call and tool_calls; expected one of them")

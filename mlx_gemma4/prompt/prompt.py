@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_gemma4.config import ModelConfig, VisionConfig
 from mlx_gemma4.errors import TooLongError, a, shown
+from mlx_gemma4.prompt.messages import check_string, check_tools
 
 LONGEST = 2**20  # ids; above any context, so that what never ends is refused too
 
@@ -30,8 +31,8 @@ class SoftTokens:
 class Prompt:
     """What the model reads. `Prompt(token_ids=[…])` is a text prompt as it stands; ids may be numpy's integers.
 
-    Raises ValueError if there are no ids, or one is no integer or negative. What hangs on the model (its vocabulary,
-    its context, the shape of its media) is checked by who takes the prompt.
+    Raises ValueError if there are no ids, if one is no integer or negative, and for other fields of another type. What
+    hangs on the model (its vocabulary, its context, the shape of its media) is checked by who takes the prompt.
     """
 
     token_ids: list[int]
@@ -43,6 +44,9 @@ class Prompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", check_ids(self.token_ids))
         object.__setattr__(self, "media", check_runs(self.media))
+        object.__setattr__(self, "notes", check_notes(self.notes))
+        object.__setattr__(self, "tools", tuple(check_tools(self.tools)))
+        check_string(self.begun, "begun")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -76,6 +80,12 @@ def check_runs(media: Any) -> tuple[SoftTokens, ...]:
         if not isinstance(run, SoftTokens):
             raise ValueError(f"media[{index}] is {a(run)}; expected SoftTokens(kind, start, values, positions)")
     return tuple(media)
+
+
+def check_notes(notes: Any) -> tuple[str, ...]:
+    if not isinstance(notes, (list, tuple)):
+        raise ValueError(f"notes is {a(notes)}; expected a tuple of strings")
+    return tuple(check_string(note, f"notes[{index}]") for index, note in enumerate(notes))
 
 
 def is_whole(value: Any) -> bool:

@@ -7,7 +7,7 @@ The mark is taken out again when the text between them is encoded (`processor.py
 
 Some things the published template gets wrong; it stays as it is, and gets what it renders right (`template_turns`,
 `written`): text before a call in the turn of the call, results of parallel calls without ids, results that are JSON,
-keys that its calls cannot be read back with.
+keys that its calls cannot be read back with. The turn of a call that nothing answered is closed after it.
 """
 
 import json
@@ -24,7 +24,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_gemma4.errors import unbroken
 from mlx_gemma4.prompt.messages import Message
-from mlx_gemma4.reply.reply import CHANNEL_CLOSE, CHANNEL_OPEN, THOUGHT_CHANNEL, TURN_OPEN
+from mlx_gemma4.reply.reply import (
+    CHANNEL_CLOSE,
+    CHANNEL_OPEN,
+    THOUGHT_CHANNEL,
+    TOOL_RESPONSE_OPEN,
+    TURN_CLOSE,
+    TURN_OPEN,
+)
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))  # the Unicode standard, 23.5
@@ -146,7 +153,8 @@ def render_shielded(
     if text.count(slot) == len(thoughts):
         waiting = iter(thoughts)
         text = re.sub(slot, lambda _: next(waiting), text)
-    text = text.replace(slot, "")
+    # Behind a call that nothing answered the template opens a response, and the next turn in it.
+    text = text.replace(slot, "").replace(f"{TOOL_RESPONSE_OPEN}{TURN_OPEN}", f"{TURN_CLOSE}\n{TURN_OPEN}")
     return text if begun is None else text_continued(text, shield(begun, starts, mark)), mark
 
 

@@ -16,7 +16,7 @@ import pypdfium2
 import truststore
 
 from mlx_gemma4.errors import MediaError, one_line, shown
-from mlx_gemma4.media.source import decode_data_url, describe, file_url_path, url_scheme
+from mlx_gemma4.media.source import decode_data_url, describe, file_url_path, received, url_scheme
 from mlx_gemma4.prompt.messages import KIND_OF, MEDIA, Part, check_part
 from mlx_gemma4.serve.ask import Refused
 
@@ -122,7 +122,7 @@ def fetch(url: str, name: str) -> bytes:
                     continue
                 if response.status != 200:
                     raise MediaError(f"{name} cannot be fetched: the server answered {response.status}")
-                return received(response, name, deadline)
+                return received(response, name, MOST_FETCHED, deadline)
             finally:
                 connection.close()
     except MediaError:
@@ -130,17 +130,6 @@ def fetch(url: str, name: str) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
     raise MediaError(f"{name} cannot be fetched: it leads on more than {MOST_HOPS} times")
-
-
-def received(response: http.client.HTTPResponse, name: str, deadline: float) -> bytes:
-    data = bytearray()
-    while block := response.read1(2**16):
-        data += block
-        if len(data) > MOST_FETCHED:
-            raise MediaError(f"{name} has more than {MOST_FETCHED >> 20} MB; expected less")
-        if time.monotonic() > deadline:
-            raise MediaError(f"{name} was not there after {SECONDS} seconds")
-    return bytes(data)
 
 
 def public_socket(host: str, port: int) -> socket.socket:

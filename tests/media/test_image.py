@@ -168,6 +168,16 @@ def test_16_bit_grey_is_scaled_not_clipped(mode: str) -> None:
     assert np.asarray(read_image(png))[0, :, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.uint32])
+def test_grey_of_wide_integers_that_holds_8_bits_is_not_scaled(dtype: type) -> None:
+    values = [0, 1, 128, 255]
+    image = Image.fromarray(np.array([values], dtype))
+    assert np.asarray(read_image(image))[0, :, 0].tolist() == values == list(image.convert("L").get_flattened_data())
+    grey = Image.fromarray(np.array([values], np.uint8))
+    for mode, format in (("I", "TIFF"), ("I;16", "TIFF"), ("I;16", "PNG")):
+        assert np.asarray(read_image(saved(grey.convert(mode), format)))[0, :, 0].tolist() == values
+
+
 def test_float_grey_is_0_to_1_or_0_to_255() -> None:
     for values in ([0, 0.5, 1], [0, 127.6, 255], [-5, 127.6, 300]):
         image = Image.fromarray(np.array([values], np.float32))
@@ -255,6 +265,20 @@ def test_a_damaged_file_is_read_or_an_error_of_one_line(data: st.DataObject) -> 
         assert read_image(bytes(file)).mode == "RGB"
     except MediaError as error:
         assert "\n" not in str(error)
+
+
+def test_jpeg_2000_that_pillow_reads_wrongly_is_an_error() -> None:
+    wide = np.full((48, 64), 65535, np.uint16)
+    assert read_image(saved(Image.fromarray(wide), "JPEG2000")).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "LA", "RGB", "RGBA"):
+        white = Image.new(mode, (64, 48), "white")
+        data = saved(white, "JPEG2000")
+        assert read_image(data).getpixel((0, 0)) == (255, 255, 255)
+        place = data.index(b"\xff\x4f\xff\x51") + 42  # the first channel's depth
+        with pytest.raises(
+            MediaError, match=r"is JPEG 2000 of 12 bits a channel, of which Pillow reads white as black"
+        ):
+            read_image(data[:place] + b"\x0b" + data[place + 1 :])
 
 
 def test_an_image_without_pixels_is_an_error() -> None:

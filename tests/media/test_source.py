@@ -3,14 +3,17 @@
 import base64
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from time import sleep
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gemma4.errors import FetchError, MediaError
+from mlx_gemma4.media import source
 from mlx_gemma4.media.source import describe, local_path, needs_extra, read_source
 
 
@@ -21,6 +24,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/a.bin")
             self.end_headers()
+        elif self.path == "/loop":
+            self.send_response(302, "")
+            self.send_header("Location", "/loop")
+            self.end_headers()
+        elif self.path == "/drip":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with suppress(OSError):  # the reader has left
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    sleep(0.02)
         elif self.path == "/agent":
             self.send_response(200)
             self.end_headers()
@@ -53,8 +68,8 @@ def test_paths_of_all_forms_give_the_files_bytes(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     encoded = f"file://{tmp_path}/a%20%C3%A9%23.bin"
-    for source in (file, str(file), "a é#.bin", "~/a é#.bin", Path("~/a é#.bin"), file.as_uri(), encoded):
-        assert read_source(source, "image") == b"content"
+    for place in (file, str(file), "a é#.bin", "~/a é#.bin", Path("~/a é#.bin"), file.as_uri(), encoded):
+        assert read_source(place, "image") == b"content"
     assert read_source("file://localhost" + encoded.removeprefix("file://"), "image") == b"content"
 
 
@@ -96,13 +111,31 @@ def test_a_url_of_no_file_says_why(server: str) -> None:
 
 
 def test_a_failing_network_or_server_is_told_from_a_wrong_url(server: str) -> None:
-    with pytest.raises(FetchError, match=r"cannot be fetched: IncompleteRead"):
+    with pytest.raises(FetchError, match=r"cannot be fetched: the server hung up 6 bytes before the end$"):
         read_source(f"{server}/short", "audio")
     with pytest.raises(FetchError, match=r"^image 'http://127.0.0.1:1/' cannot be fetched: Connection refused$"):
         read_source("http://127.0.0.1:1/", "image")
     for status in (500, 503, 429):
         with pytest.raises(FetchError, match=f"the server answered {status} "):
             read_source(f"{server}/{status}", "image")
+
+
+def test_a_server_that_drips_is_left(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "FETCH_SECONDS", 0.1)
+    with pytest.raises(FetchError, match=r"/drip' cannot be fetched: it comes too slowly$"):
+        read_source(f"{server}/drip", "video")
+
+
+def test_what_is_too_large_is_not_read_to_its_end(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "MOST_BYTES", 3)
+    for path in ("a.bin", "agent"):  # of a known length, and not
+        with pytest.raises(MediaError, match=r" has more than 0 MB; expected less$"):
+            read_source(f"{server}/{path}", "video")
+
+
+def test_a_loop_of_redirects_is_said_in_a_whole_sentence(server: str) -> None:
+    with pytest.raises(MediaError, match=r"the server answered 302 .* would lead to an infinite loop\.$"):
+        read_source(f"{server}/loop", "image")
 
 
 @pytest.mark.parametrize("url", ["http://", "https:///a", "http://127.0.0.1:port/", "http://[::1/"])
@@ -126,9 +159,9 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         "s3://bucket/x.png": r"has the scheme 's3'; expected a path or a file, http, https or data URL$",
         "": r"^the source of the image is empty; expected a path, a URL, bytes or a PIL image$",
     }
-    for source, message in cases.items():
+    for place, message in cases.items():
         with pytest.raises(MediaError, match=message) as caught:
-            read_source(source, "image")
+            read_source(place, "image")
         assert "\n" not in str(caught.value)
     with pytest.raises(MediaError, match=r"^image of 0 bytes is empty"):
         read_source(b"", "image")

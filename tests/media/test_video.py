@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_gemma4.errors import MediaError
-from mlx_gemma4.media.video import Clock, Video, VideoSource, chosen_frames, decoded, make_clock, read_video, timestamp
+from mlx_gemma4.media.video import (
+    Clock,
+    Video,
+    VideoSource,
+    chosen_frames,
+    decoded,
+    make_clock,
+    read_video,
+    square,
+    timestamp,
+)
 
 STEP = 6  # of brightness from frame to frame
 
@@ -31,12 +41,19 @@ def ramp(count: int) -> list[Image.Image]:
     return frames
 
 
-def encoded(count: int, rate: Fraction | int = 10, format: str = "mp4", codec: str = "mpeg4") -> bytes:
+def encoded(
+    count: int,
+    rate: Fraction | int = 10,
+    format: str = "mp4",
+    codec: str = "mpeg4",
+    aspect: Fraction = Fraction(1),  # of a pixel
+) -> bytes:
     av = pytest.importorskip("av")
     file = BytesIO()
     with av.open(file, "w", format=format) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        stream.codec_context.sample_aspect_ratio = aspect
         for image in ramp(count):
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
@@ -114,6 +131,25 @@ def test_a_display_matrix_turns_and_mirrors(
     shown = shown if turn is None else shown.transpose(Image.Transpose(turn))
     assert frame.size == shown.size
     assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
+@pytest.mark.parametrize(("aspect", "size"), [("16/11", (93, 48)), ("8/9", (64, 54)), ("1", (64, 48))])
+@pytest.mark.parametrize("format", ["mp4", "matroska", "avi"])
+def test_pixels_that_are_not_square_are_made_so(format: str, aspect: str, size: tuple[int, int]) -> None:
+    video = read(encoded(3, format=format, aspect=Fraction(aspect)), None, 3)
+    assert which(video) == [0, 1, 2] and {frame.size for frame in video.frames} == {size}
+
+
+def test_pixels_are_made_square_before_a_film_is_turned() -> None:
+    wide = encoded(3, aspect=Fraction(2))
+    place = wide.index(b"tkhd") + 44
+    turned = wide[:place] + struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30) + wide[place + 36 :]
+    assert read(turned, None, 1).frames[0].size == (48, 128)
+
+
+def test_a_shape_of_pixels_beyond_all_bounds_is_an_error() -> None:
+    with pytest.raises(MediaError, match=r"^x has frames of 1920000 x 48 pixels; expected at most 67108864$"):
+        square(ramp(1)[0], Fraction(30_000), "x")
 
 
 def test_each_frame_is_made_smaller(clip: bytes) -> None:
@@ -252,6 +288,20 @@ def test_transparency_of_an_animation_is_laid_on_white() -> None:
     frames = [Image.new("RGBA", (8, 8), (255, 0, 0, alpha)) for alpha in (255, 0)]
     file = BytesIO()
     frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=500, lossless=True)
+    video = read(file.getvalue(), None, 32)
+    assert [frame.getpixel((0, 0)) for frame in video.frames] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_transparency_of_a_film_is_laid_on_white() -> None:
+    av = pytest.importorskip("av")
+    file = BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        stream = container.add_stream("png", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 8, 8, "rgba"
+        for alpha in (255, 0):
+            frame = av.VideoFrame.from_ndarray(np.full((8, 8, 4), (255, 0, 0, alpha), np.uint8), format="rgba")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     video = read(file.getvalue(), None, 32)
     assert [frame.getpixel((0, 0)) for frame in video.frames] == [(255, 0, 0), (255, 255, 255)]
 

@@ -129,6 +129,26 @@ def test_other_token_ids_are_refused(ids: Any, message: str) -> None:
         Prompt(token_ids=ids)
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"notes": "a note"}, "notes is a str; expected a tuple of strings"),
+        ({"notes": (5,)}, r"notes\[0\] is an int; expected a string"),
+        ({"tools": "f"}, "tools is a str; expected a list of tools"),
+        ({"tools": (5,)}, r"tools\[0\] is an int; expected .*"),
+        ({"begun": None}, "begun is None; expected a string"),
+    ],
+)
+def test_other_fields_of_another_type_are_refused(field: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Prompt([2], **field)
+
+
+def test_tools_of_a_prompt_are_in_one_spelling() -> None:
+    spelled = {"type": "function", "function": {"name": "f", "description": ""}}
+    assert Prompt([2], tools=[{"name": "f"}]).tools == (spelled,) == Prompt([2], tools=(spelled,)).tools
+
+
 def test_a_prompt_leaves_room_for_a_reply() -> None:
     config = toy_config(positions=8)
     check_length(Prompt([1] * 7), config)

@@ -278,6 +278,14 @@ def test_a_template_that_does_not_join_turns_gets_text_and_call_in_one_message()
     assert [turn["content"] for turn in template_turns(messages, joined_turns=False)] == ["x", "Let me check."]
 
 
+def test_a_call_that_nothing_answered_ends_its_turn() -> None:
+    """The template opens a response there and leaves turn and response open."""
+    for text in ("", "Let me check."):
+        told = shown(calls("f", content=text), USER)
+        assert told.startswith(f"{text}<|tool_call>call:f{{}}<tool_call|><turn|>\n<|turn>user\nx<turn|>")
+    assert "<|tool_response>" not in shown(calls("f", "g"), {"role": "system", "content": "y"}, USER)
+
+
 def test_text_beside_embedded_responses_is_what_was_said_to_them() -> None:
     embedded = calls("f", content="One.", tool_responses=[{"name": "f", "response": 1}])
     assert shown(embedded).startswith("<|tool_call>call:f{}<tool_call|><|tool_response>response:f{value:1}")
@@ -287,6 +295,7 @@ def test_text_beside_embedded_responses_is_what_was_said_to_them() -> None:
     ("results", "names"),
     [
         ([result("1", name="g"), result("2", name="f")], ["g", "f"]),
+        ([result("1", tool_name="g"), result("2", tool_name="f")], ["g", "f"]),
         ([result("1"), result("2")], ["f", "g"]),
         ([result("1", name="g"), result("2")], ["g", "f"]),
         ([result("1"), result("2", name="f")], ["g", "f"]),

@@ -99,6 +99,12 @@ class Hops(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(SHAPES.read_bytes())
             return
+        if self.path == "/cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b"cut")
+            return
         self.send_response(302)
         hops = {"/one": "/picture", "/out": "http://localhost:1/", "/file": "file:///etc/passwd"}
         self.send_header("Location", hops.get(self.path, "/loop"))
@@ -125,6 +131,8 @@ def test_each_hop_of_a_url_is_looked_at(elsewhere: str, monkeypatch: pytest.Monk
     for path, said in (("out", "is not a public one"), ("file", "expected http:// or"), ("loop", "leads on more than")):
         with pytest.raises(MediaError, match=said):
             fetch(f"{elsewhere}/{path}", "it")
+    with pytest.raises(MediaError, match=r"^it cannot be fetched: the server hung up 6 bytes before the end$"):
+        fetch(f"{elsewhere}/cut", "it")
     monkeypatch.setattr(media, "MOST_FETCHED", 100)
     with pytest.raises(MediaError, match="has more than"):
         fetch(f"{elsewhere}/picture", "it")
