@@ -389,13 +389,13 @@ class Engine:
 
     def leave(self, work: Work) -> None:
         """Free a row's place, and give the store what it has read and written."""
-        if work.seat is not None and work.reading is not None:
-            if work.seat in self.batch.seats:
-                work.reading.caches.take(self.batch.remove(work.seat, keep=self.store is not None))
-            else:
-                work.reading.forget()
         if self.store is None and work.reading is not None:
             work.reading.forget()  # it was parked once: nobody else is to find it
+        if work.seat is not None and work.reading is not None:
+            if work.seat in self.batch.seats:
+                work.reading.caches.take(self.batch.remove(work.seat, keep=work.reading.held is not None))
+            else:
+                work.reading.forget()
         work.seat = None
         work.stack.close()
 
