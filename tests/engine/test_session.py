@@ -163,6 +163,7 @@ def test_what_cannot_be_saved_leaves_what_was(tiny: Loaded, tmp_path: Path) -> N
     for wrong in (
         {"role": "user", "content": [{"type": "image", "image": tmp_path / "missing.png"}]},
         {"role": "user", "content": 5},
+        {"role": "user", "content": "half of a \ud83d"},
     ):
         session.messages.append(wrong)
         with pytest.raises((ValueError, OSError)):
