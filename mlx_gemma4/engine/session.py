@@ -296,7 +296,7 @@ def is_session(folder: Path) -> bool:
     if (
         not parts
         and folder.is_dir()
-        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) for entry in folder.iterdir())
+        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) and entry.name[0] != "." for entry in folder.iterdir())
     ):
         raise ValueError(f"session is {str(folder)!r}, which holds other files; expected a session, or a new folder")
     return bool(parts)
