@@ -368,6 +368,8 @@ class Engine:
                 work.reading.forget()
         work.seat = None
         work.stack.close()
+        if work.reading is not None:
+            work.reading.caches.clear()  # who keeps a stream keeps no entries
 
     def end(self, work: Work, error: BaseException | None = None) -> None:
         self.leave(work)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from rounds import GREEDY
@@ -90,6 +91,20 @@ def test_of_a_row_whose_reply_fails_nothing_is_copied(endless: Loaded, monkeypat
         with pytest.raises(RuntimeError, match=r"^it failed$"):
             collect(stream)
     assert kept == [False]
+
+
+@pytest.mark.parametrize("bound", [None, 1])
+def test_who_keeps_a_stream_that_has_ended_keeps_nothing_of_what_was_read(endless: Loaded, bound: int | None) -> None:
+    """bound: of the store's bytes, if there is one."""
+    store = None if bound is None else PromptStore(max_bytes=bound)
+    streams, held = [], []
+    with Engine(*endless, max_batch=1, store=store) as engine:
+        for own in prompts(4)[0]:
+            streams.append(engine.submit(own, max_tokens=4))
+            collect(streams[-1])
+            held.append(mx.get_active_memory())
+    one = sum(array.nbytes for own in endless[0].caches(200).arrays for array in own)
+    assert max(held) - min(held) < one / 10
 
 
 def test_replies_come_in_the_order_of_the_requests(endless: Loaded) -> None:
