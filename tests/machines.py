@@ -14,7 +14,7 @@ from typing import Any
 from toy_checkpoint import Shape
 
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect
-from mlx_gemma4.engine import engine as module
+from mlx_gemma4.engine import generation as module
 from mlx_gemma4.engine.engine import Stream
 
 # Whose heads can be dealt to two machines.

@@ -21,7 +21,7 @@ from mlx_gemma4.decoding.round import (
     optional,
 )
 from mlx_gemma4.decoding.sampling import Stages
-from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, SlidingCache, cache_of, capacity
+from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, caches_of, capacity
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.peers import same
 
@@ -66,10 +66,10 @@ class Launched:
 
 @dataclass(frozen=True)
 class Given:
-    """What a round gave a row."""
+    """What a round gave a row, or the reading of its prompt."""
 
     seat: Seat
-    drafted: int
+    drafted: int | None  # None: the first token, which no round gave
     tokens: list[int]
     told: np.ndarray | None = None  # [drafts + 1, …]: sampling.told, of whoever asks for it
     error: Exception | None = None  # why the row cannot go on
@@ -94,10 +94,8 @@ class Batch:
     def put(self, seat: Seat, caches: Caches, state: State) -> None:
         """Take a row in, and what its caches hold, which are empty then. state: of this row alone."""
         self.clock.interrupted()
-        own = [*caches.layers]
-        layers: list[FullCache | SlidingCache] = [self.cache(number, layer.arrays) for number, layer in enumerate(own)]
-        copy = Caches(layers, caches.kinds, context=caches.context)
-        caches.take([()] * len(own))
+        copy = caches_of(caches.arrays, self.model.config.text)
+        caches.clear()
         state = state | {"limit": mx.array([limit_of(seat)])}
         if self.caches is None:
             self.seats, self.caches, self.state = [seat], copy, state
@@ -122,24 +120,20 @@ class Batch:
         self.state = {name: put_row(array, state[name], place) for name, array in self.state.items()}
         self.seats[place] = seat
 
-    def cache(self, layer: int, arrays: Arrays) -> FullCache:
-        text = self.model.config.text
-        return cast(FullCache, cache_of(text.attention[text.layer_types[layer]], arrays))
-
     def remove(self, seat: Seat, *, keep: bool = True) -> list[Arrays]:
         """Let a row go; what the caches hold of it, [1, …] each, or nothing if that is not to be kept."""
         self.clock.interrupted()
         place, caches = self.seats.index(seat), cast(Caches, self.caches)
-        if len(self.seats) == 1:
-            self.seats, self.caches, self.state, self.waiting = [], None, {}, None
-            return caches.arrays
+        found = caches.arrays
+        if len(self.seats) > 1:
+            found = []
+            for arrays in caches.arrays:
+                found.append(tuple(mx.contiguous(array[place : place + 1]) for array in arrays) if keep else ())
+                mx.eval(found[-1])
         self.seats[place] = None
-        self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
-        found: list[Arrays] = []
-        for arrays in caches.arrays:
-            found.append(tuple(mx.contiguous(array[place : place + 1]) for array in arrays) if keep else ())
-            mx.eval(found[-1])
-        if not self.rows:
+        if self.rows:
+            self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
+        else:
             self.seats, self.caches, self.state, self.waiting = [], None, {}, None
         return found
 
@@ -204,7 +198,7 @@ class Batch:
         """A round in two halves: drafts, then, on the host, what may come at each place, and what comes of it."""
         started = time.perf_counter()
         caches, size, vocabulary = cast(Caches, self.caches), len(self.seats), self.model.config.text.vocab_size
-        wanted = self.choose(held=True)
+        wanted = self.choose(is_held=True)
         forced = [self.forced(seat, wanted) for seat in self.seats]
         limits = [len(own) or limit for own, limit in zip(forced, map(limit_of, self.seats), strict=True)]
         is_drafted = wanted > 0 and any(seat and not own for seat, own in zip(self.seats, forced, strict=True))
@@ -241,7 +235,7 @@ class Batch:
         free = [(own.seat.acceptance, len(own.tokens) - 1) for own in given if own.seat.drafts is None]
         if free and not any(forced):
             seconds = None if is_new else time.perf_counter() - started
-            learnt_of(self.model).held_controller(size).record(drafts, free, seconds)
+            learnt_of(self.model).controller(size, is_held=True).record(drafts, free, seconds)
         return given
 
     def forced(self, seat: Seat | None, wanted: int) -> list[int]:
@@ -271,13 +265,12 @@ class Batch:
         tokens, self.state = launch(round_, self.state, caches)
         return Launched([*self.seats], drafts, tokens, self.state.pop("told", None))
 
-    def choose(self, held: bool = False) -> int:
+    def choose(self, is_held: bool = False) -> int:
         """Drafts of the next round: rows that draft a fixed number get them, whatever pays for the others."""
-        learnt, size = learnt_of(self.model), len(self.seats)
         wanted = [seat.drafts for seat in self.rows if seat.drafts is not None]
         if len(wanted) < len(self.rows):
-            own = learnt.held_controller(size) if held else learnt.controller(size)
-            wanted.append(same(self.model.group, own.choose()))  # measured times differ from machine to machine
+            pays = learnt_of(self.model).controller(len(self.seats), is_held).choose()
+            wanted.append(same(self.model.group, pays))  # measured times differ from machine to machine
         return max(wanted)
 
     def read(self, launched: Launched) -> list[Given]:

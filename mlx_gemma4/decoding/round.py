@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from threading import get_ident
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 
 from mlx_gemma4.decoding.controller import MAX_DRAFTS, Acceptance, Controller, first_of
 from mlx_gemma4.decoding.sampling import IN_PROMPT, Sampler, Sampling, Stages, allowed, draw, probabilities, told
 from mlx_gemma4.decoding.warmup import Warmup
-from mlx_gemma4.model.cache import ROUND, Arrays, Caches, traced
+from mlx_gemma4.model.cache import ROUND, Arrays, Caches, caches_of
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.prompt import Prompt
 
@@ -42,6 +42,7 @@ NONE = -1  # in a round's tokens: none
 NOT_FINITE = -2  # in place of a token whose logits are not finite
 
 Compiled = tuple[int, Stages, int, int, int]  # in which thread; then what it was compiled for
+Made = TypeVar("Made")
 marks = count(1)
 
 KEPT_ROUNDS = 32  # each takes megabytes on the host: five with the 48 layers of the 12B, more with drafts
@@ -51,10 +52,9 @@ KEPT_ROUNDS = 32  # each takes megabytes on the host: five with the 48 layers of
 class Learnt:
     """What one request leaves for the next: no part of it changes an answer."""
 
-    controllers: dict[int, Controller] = field(default_factory=dict)  # by rows of a round
-    held_controllers: dict[int, Controller] = field(default_factory=dict)  # where a row is held to a form
-    acceptance: Acceptance = field(default_factory=Acceptance)  # of all rows
-    held_acceptance: Acceptance = field(default_factory=Acceptance)
+    # by rows of a round, and of all rows; where a row is held to a form, their own
+    controllers: dict[tuple[int, bool], Controller] = field(default_factory=dict)
+    acceptance: dict[bool, Acceptance] = field(default_factory=lambda: {False: Acceptance(), True: Acceptance()})
     rounds: dict[Compiled, Round] = field(default_factory=dict)
     halves: dict[Compiled, tuple[Draft, Verify]] = field(default_factory=dict)
     fingerprints: dict[int, bytes] = field(default_factory=dict)  # of the weights, and adapters, once a store has asked
@@ -63,11 +63,8 @@ class Learnt:
     def __reduce__(self) -> tuple[type["Learnt"], tuple[()]]:
         return Learnt, ()  # nothing of it goes to another process with the model
 
-    def controller(self, rows: int) -> Controller:
-        return self.controllers.setdefault(rows, Controller(self.acceptance, first_of(rows)))
-
-    def held_controller(self, rows: int) -> Controller:
-        return self.held_controllers.setdefault(rows, Controller(self.held_acceptance, first_of(rows)))
+    def controller(self, rows: int, is_held: bool = False) -> Controller:
+        return self.controllers.setdefault((rows, is_held), Controller(self.acceptance[is_held], first_of(rows)))
 
 
 def learnt_of(model: Model) -> Learnt:
@@ -118,12 +115,8 @@ def compiled_round(model: Model, stages: Stages, rows: int, length: int, slots: 
     """
     if not has_kernels(model, stages, rows):
         return plain_round(model, stages, length), False
-    rounds, key = learnt_of(model).rounds, (get_ident(), stages, rows, length, slots)
-    kept = rounds.pop(key, None)
-    round_ = make_round(model, stages, length) if kept is None else kept
-    rounds[key] = round_
-    forget_oldest(rounds)
-    return round_, kept is None
+    made = partial(make_round, model, stages, length)
+    return kept_or_made(learnt_of(model).rounds, (get_ident(), stages, rows, length, slots), made)
 
 
 def halves_of_round(
@@ -132,29 +125,28 @@ def halves_of_round(
     """The same in two halves. On a CPU they are not compiled: nothing builds their kernels ahead."""
     if mx.default_device().type == mx.cpu:
         return make_halves(model, stages, length), False
-    halves, key = learnt_of(model).halves, (get_ident(), stages, rows, length, slots)
-    kept = halves.pop(key, None)
-    is_new = kept is None
-    if kept is None:
+
+    def made() -> tuple[Draft, Verify]:
         first, second = make_halves(model, stages, length)
-        kept = compiled(first), compiled(second)
-    halves[key] = kept
-    forget_oldest(halves)
-    return kept, is_new
+        return compiled(first), compiled(second)
+
+    return kept_or_made(learnt_of(model).halves, (get_ident(), stages, rows, length, slots), made)
 
 
-def forget_oldest(kept: dict[Compiled, Any]) -> None:
-    """Of this thread, all but those that were used last."""
+def kept_or_made(kept: dict[Compiled, Made], key: Compiled, make: Callable[[], Made]) -> tuple[Made, bool]:
+    """What is kept under a key, or made now, and whether it is new. Of a thread, those are kept that were used last."""
+    found = kept.pop(key, None)
+    kept[key] = make() if found is None else found
     own = [key for key in list(kept) if key[0] == get_ident()]
     for oldest in own[:-KEPT_ROUNDS]:
         kept.pop(oldest, None)
+    return kept[key], found is None
 
 
 def forget_thread(model: Model) -> None:
     """What was compiled in this thread, which ends."""
-    learnt, ident = learnt_of(model), get_ident()
-    for kept in (learnt.rounds, learnt.halves):
-        for key in [key for key in list(kept) if key[0] == ident]:
+    for kept in (learnt_of(model).rounds, learnt_of(model).halves):
+        for key in [key for key in list(kept) if key[0] == get_ident()]:
             kept.pop(key, None)
 
 
@@ -207,7 +199,7 @@ def plain_round(owner: Model, stages: Stages, length: int) -> Round:
     choices = allowed(stages, model.config.text.vocab_size)
 
     def round_(state: State, arrays: list[Arrays]) -> tuple[mx.array, State, list[Arrays]]:
-        caches = traced(arrays, model.config.text)
+        caches = caches_of(arrays, model.config.text)
         drafts, q = draft(model, stages, choices, length, state, caches)
         tokens, state = verify(model, stages, choices, state, caches, drafts, q)
         return tokens, state, caches.arrays
@@ -220,13 +212,13 @@ def make_halves(owner: Model, stages: Stages, length: int) -> tuple[Draft, Verif
     choices = allowed(stages, model.config.text.vocab_size)
 
     def first(state: State, arrays: list[Arrays]) -> tuple[mx.array, mx.array]:
-        drafts, q = draft(model, stages, choices, length, state, traced(arrays, model.config.text))
+        drafts, q = draft(model, stages, choices, length, state, caches_of(arrays, model.config.text))
         return mx.stack(drafts, axis=1), mx.concatenate(q, axis=1)
 
     def second(
         state: State, arrays: list[Arrays], drafts: mx.array, q: mx.array | None, bits: mx.array, forced: mx.array
     ) -> tuple[mx.array, State, list[Arrays]]:
-        caches, size = traced(arrays, model.config.text), model.config.text.vocab_size
+        caches, size = caches_of(arrays, model.config.text), model.config.text.vocab_size
         certain = (mx.arange(size) == drafts[:, :, None]).astype(mx.float32)
         q = certain if q is None else mx.where(forced[:, :, None], certain, q)
         own = [drafts[:, place] for place in range(length)], [q[:, place : place + 1] for place in range(length)]

@@ -160,6 +160,7 @@ def outside(prompt: Prompt, place: int) -> int:
 class Held:
     """A line in the hands of a request, and the caches that go on from it."""
 
+    store: "PromptStore"
     line: Line
     caches: Caches
     cached: int  # positions that need not be read
@@ -226,14 +227,14 @@ class PromptStore:
                 trim(taken, cut)
                 caches = resumed(taken, text, slots)
             taken.marks = forks(prompt, turn)
-            held = Held(taken, caches, cut, own, max(0, cut - taken.window), parted)
+            held = Held(self, taken, caches, cut, own, max(0, cut - taken.window), parted)
             self.held.append(held)
             return held
 
     def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:
         """A request's hold on what it has read without this store."""
         own = units(prompt)
-        held = Held(Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own, 0)
+        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own, 0)
         with self.lock:
             self.held.append(held)
         return held

@@ -14,27 +14,16 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from queue import SimpleQueue
 from threading import Condition, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_gemma4.decoding.batch import MOST_ROWS, Batch, Given, Seat, size_of
 from mlx_gemma4.decoding.disk import PAGE, common
 from mlx_gemma4.decoding.round import NOT_FINITE, State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
-from mlx_gemma4.engine.generation import (
-    adapter_of,
-    bounded_memory,
-    check_given,
-    drafts_of,
-    first_token,
-    prompt_told,
-    row_of,
-    sampler_of,
-    seat_of,
-)
+from mlx_gemma4.engine.generation import Asked, bounded_memory, check_given, prompt_told
 from mlx_gemma4.engine.reading import Opened, opened, space_of
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.row import Row
@@ -43,13 +32,10 @@ from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt, check_length
+from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import parameters
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
-
-if TYPE_CHECKING:
-    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
 
 # Tokens read at once while rows are decoding: one chunk is what such a row waits for longest.
 SHORT_CHUNK = 128
@@ -58,16 +44,9 @@ FORESEEN = 1024  # tokens of a reply that must fit for its row to be taken in be
 
 
 @dataclass(eq=False)
-class Work:
+class Work(Asked):
     """A request on its way: it waits, is read, is a row of the batch, and ends."""
 
-    prompt: Prompt
-    options: Options
-    drafts: int | None
-    adapter: int  # of the model's by name, from 1 on; 0: none
-    constraint: "Constraint | None"
-    prepared: float
-    units: np.ndarray  # what its positions depend on
     pieces: "SimpleQueue[Piece | BaseException | None]" = field(default_factory=SimpleQueue)  # None: no more
     cancelled: bool = False
     asked: bytes = b""  # for the other machines that share the model
@@ -79,8 +58,9 @@ class Work:
     row: Row | None = None
     seat: Seat | None = None
 
-    def __post_init__(self) -> None:
-        self.ids = self.prompt.token_ids
+    def __post_init__(self, model: Model, processor: Processor) -> None:
+        super().__post_init__(model, processor)
+        self.units, self.ids = units(self.prompt), self.prompt.token_ids
 
     @property
     def grown(self) -> Prompt:
@@ -229,8 +209,7 @@ class Engine:
         check_process()
         self.check_open()
         prompt, prepared = request.timed_prompt(self.processor)
-        check_length(prompt, self.model.config)
-        work = self.work(prompt, options, prepared)
+        work = Work(self.model, self.processor, prompt, options, prepared)
         for own, room in self.machines:
             check_memory(own, len(prompt), options.max_tokens, room)
         if self.model.group is not None:
@@ -240,11 +219,6 @@ class Engine:
             self.asked.append(work)
             self.news.notify()
         return Stream(work)
-
-    def work(self, prompt: Prompt, options: Options, prepared: float) -> Work:
-        constraint = options.constraint(self.processor, prompt, self.model.config.generation.eos_token_ids)
-        drafts, adapter = drafts_of(self.model, options), adapter_of(self.model, options.adapter)
-        return Work(prompt, options, drafts, adapter, constraint, prepared, units(prompt))
 
     def check_open(self) -> None:
         if self.rank:
@@ -309,7 +283,7 @@ class Engine:
                 give_up(
                     f"error: machine {self.rank} has come to another place than machine 0; expected the same on all"
                 )
-            self.take([self.work(*pickle.loads(asked)) for asked in word.asked])
+            self.take([Work(self.model, self.processor, *pickle.loads(asked)) for asked in word.asked])
         for work in [self.works[place] for place in word.cancelled]:
             self.end(work)
         if word.reads or not self.batch.rows:
@@ -356,24 +330,20 @@ class Engine:
             arrays, state = self.batch.part(work.seat)
             reading.caches.take(arrays)
             work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
-        space = space_of(self.model, work.options.scope, work.adapter)
-        reading.put_aside(self.shelf, space, work.grown, self.model.config.text)
+        if reading.held is None:
+            space = space_of(self.model, work.options.scope, work.adapter)
+            reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
+        reading.give()
         work.reading = None
         work.stack.close()
         self.leave_room()
 
-    def hand_on(
-        self, work: Work, given: Given | None, first: Sequence[int] = (), told: np.ndarray | None = None
-    ) -> None:
-        """Give what a round gave, or the first token, which none did, to whoever asked."""
+    def hand_on(self, work: Work, given: Given) -> None:
+        """Give what a round gave, or the reading of the prompt, to whoever asked."""
         assert work.row is not None and work.reading is not None
-        tokens, drafted = (list(first), None) if given is None else (given.tokens, given.drafted)
-        told = told if given is None else given.told
         try:
-            if given is not None and given.error is not None:
-                raise given.error
-            piece = work.row.take(tokens, drafted, told)
-            work.reading.ids += tokens
+            piece = work.row.take(given)
+            work.reading.ids += given.tokens
             last = None if work.row.finish_reason is None else work.row.finish()
         except Exception as error:  # an error of one request must not reach the others
             work.reading.forget()  # what came of it is not sure
@@ -389,15 +359,17 @@ class Engine:
 
     def leave(self, work: Work) -> None:
         """Free a row's place, and give the store what it has read and written."""
-        if work.seat is not None and work.reading is not None:
-            if work.seat in self.batch.seats:
-                work.reading.caches.take(self.batch.remove(work.seat, keep=self.store is not None))
-            else:
-                work.reading.forget()
         if self.store is None and work.reading is not None:
             work.reading.forget()  # it was parked once: nobody else is to find it
+        if work.seat is not None and work.reading is not None:
+            if work.seat in self.batch.seats:
+                work.reading.caches.take(self.batch.remove(work.seat, keep=work.reading.held is not None))
+            else:
+                work.reading.forget()
         work.seat = None
         work.stack.close()
+        if work.reading is not None:
+            work.reading.caches.clear()  # who keeps a stream keeps no entries
 
     def end(self, work: Work, error: BaseException | None = None) -> None:
         self.leave(work)
@@ -467,8 +439,8 @@ class Engine:
 
     def open(self, work: Work) -> None:
         if work.row is None:
-            work.row = row_of(self.model, self.processor, work.prompt, work.options, work.prepared, work.constraint)
-        prompt, limit = work.grown, min(work.row.limit - work.row.count, FORESEEN)
+            work.row = work.new_row(self.processor)
+        prompt, limit = work.grown, min(work.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
         store = None if work.is_scored else self.store if work.parked is None else self.shelf
@@ -499,15 +471,12 @@ class Engine:
             work.parked = None
             self.batch.put(work.seat, reading.caches, state)
             return
-        sampler, seed = sampler_of(self.model, self.processor, work.options), work.options.sampling.seed
-        state, tokens, told = first_token(
-            self.model, sampler, work.prompt, hidden[:, -1:], seed, work.constraint, work.adapter
-        )
-        if NOT_FINITE not in tokens:
+        state, given = work.begin(self.model, self.processor, hidden[:, -1:])
+        if NOT_FINITE not in given.tokens:
             reading.share()
-        work.seat = seat_of(sampler, len(work.prompt), row.limit, work.drafts, work.constraint, work.adapter)
+        work.seat = given.seat
         self.batch.put(work.seat, reading.caches, state)
-        self.hand_on(work, None, tokens, told)
+        self.hand_on(work, given)
 
 
 def check_max_batch(value: int) -> None:

@@ -4,14 +4,14 @@ import math
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.decoding.batch import Batch, Seat, tokens_of
+from mlx_gemma4.decoding.batch import Batch, Given, Seat, tokens_of
 from mlx_gemma4.decoding.round import NOT_FINITE, State, first_state
 from mlx_gemma4.decoding.sampling import Sampler, Sampling, settled, told
 from mlx_gemma4.decoding.store import PromptStore
@@ -26,9 +26,6 @@ from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
 from mlx_gemma4.weights.peers import hear, leads, settle, tell
-
-if TYPE_CHECKING:
-    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
 
 SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
 
@@ -173,11 +170,39 @@ def generation_events(
     prompt took, which count for the time to first token.
     """
     check_process()
-    check_length(prompt, model.config)
-    adapter = adapter_of(model, options.adapter)
-    constraint = options.constraint(processor, prompt, model.config.generation.eos_token_ids)
-    events = run(model, processor, prompt, options, drafts_of(model, options), adapter, constraint, prepared, store)
-    return led_events(model, prompt, options, events)
+    asked = Asked(model, processor, prompt, options, prepared)
+    return led_events(model, prompt, options, run(model, processor, asked, store))
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request to a model, which it does not hold. ValueError if the model cannot do what is asked."""
+
+    model: InitVar[Model]
+    processor: InitVar[Processor]
+    prompt: Prompt
+    options: Options
+    prepared: float  # seconds that making the prompt took
+
+    def __post_init__(self, model: Model, processor: Processor) -> None:
+        check_length(self.prompt, model.config)
+        self.stops = model.config.generation.eos_token_ids
+        self.limit = min(self.options.max_tokens, model.config.text.max_position_embeddings - len(self.prompt))
+        self.adapter = adapter_of(model, self.options.adapter)
+        self.constraint = self.options.constraint(processor, self.prompt, self.stops)
+        self.drafts = drafts_of(model, self.options)
+
+    def new_row(self, processor: Processor) -> Row:
+        own = self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint
+        return Row(processor, *own)
+
+    def begin(self, model: Model, processor: Processor, hidden: mx.array) -> tuple[State, Given]:
+        """The state of its row, whose prompt has been read, and the first token. hidden: [1, 1, D], of the last
+        position."""
+        sampler, seed = sampler_of(model, processor, self.options), self.options.sampling.seed
+        stages = replace(sampler.stages, pauses=self.constraint is not None, adapts=self.adapter > 0)
+        seat = Seat(stages, len(self.prompt), self.limit, self.drafts, self.constraint)
+        return first_token(model, sampler, self.prompt, hidden, seed, seat, self.adapter)
 
 
 def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -> Events:
@@ -239,25 +264,14 @@ def drafts_of(model: Model, options: Options) -> int | None:
     return None if sampling.seed is None or is_greedy else SEEDED_LENGTH
 
 
-def run(
-    model: Model,
-    processor: Processor,
-    prompt: Prompt,
-    options: Options,
-    drafts: int | None,
-    adapter: int,
-    constraint: "Constraint | None",
-    prepared: float,
-    store: PromptStore | None,
-) -> Events:
-    row = row_of(model, processor, prompt, options, prepared, constraint)
-    length, limit = len(prompt), row.limit
-    sampler, seed = sampler_of(model, processor, options), options.sampling.seed
-    needed = predict(footprint_of(model), length, limit)
+def run(model: Model, processor: Processor, asked: Asked, store: PromptStore | None) -> Events:
+    prompt, scope, adapter = asked.prompt, asked.options.scope, asked.adapter
+    row, length = asked.new_row(processor), len(prompt)
+    needed = predict(footprint_of(model), length, asked.limit)
     mx.reset_peak_memory()
     with (
         bounded_memory.request(needed),
-        opened(store, model, processor, prompt, limit, needed.peak, options.scope, adapter) as reading,
+        opened(store, model, processor, prompt, asked.limit, needed.peak, scope, adapter) as reading,
     ):
         caches = reading.caches
         row.cached = caches.length
@@ -265,32 +279,22 @@ def run(
         for hidden in model.read(prompt, caches, reading.chunk, adapter):  # noqa: B007
             reading.keep()
             yield Reading(caches.length, length)
-        state, tokens, told = first_token(model, sampler, prompt, hidden[:, -1:], seed, constraint, adapter)
-        piece = row.take(tokens, told=told)
-        reading.ids += tokens
+        state, given = asked.begin(model, processor, hidden[:, -1:])
+        piece = row.take(given)
+        reading.ids += given.tokens
         yield piece
         if row.finish_reason is None:
-            batch, seat = Batch(model), seat_of(sampler, length, limit, drafts, constraint, adapter)
+            batch, seat = Batch(model), given.seat
             batch.put(seat, caches, state)
             try:
                 while row.finish_reason is None:
                     for given in batch.step():
-                        if given.error is not None:
-                            raise given.error
-                        piece = row.take(given.tokens, given.drafted, given.told)
+                        piece = row.take(given)
                         reading.ids += given.tokens
                         yield piece
             finally:
                 caches.take(batch.remove(seat))
     yield row.finish()
-
-
-def row_of(
-    model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float,
-    constraint: "Constraint | None",
-) -> Row:  # fmt: skip
-    limit = min(options.max_tokens, model.config.text.max_position_embeddings - len(prompt))
-    return Row(processor, prompt, model.config.generation.eos_token_ids, limit, options, prepared, constraint)
 
 
 def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
@@ -304,21 +308,19 @@ def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
 
 
 def first_token(
-    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int | None, constraint: "Constraint | None",
-    adapter: int = 0,
-) -> tuple[State, list[int], np.ndarray | None]:  # fmt: skip
-    """The state of a row whose prompt has been read, its first token, and how likely that was, if it is to be told.
-    hidden: [1, 1, D], of the last position. seed: None for one by chance."""
-    seed = secrets.randbits(64) if seed is None else seed
+    model: Model, sampler: Sampler, prompt: Prompt, hidden: mx.array, seed: int | None, seat: Seat, adapter: int = 0
+) -> tuple[State, Given]:
+    """The state of a row whose prompt has been read, and its first token. hidden: [1, 1, D], of the last position.
+    seed: None for one by chance."""
+    seed, constraint = secrets.randbits(64) if seed is None else seed, seat.constraint
     bits = None if constraint is None or not constraint.binds else mx.array(constraint.mask())[None, None]
     state = first_state(model, sampler, prompt.token_ids, hidden, seed, bits, adapter)
     if constraint is not None:
         state["pauses"] = mx.array([constraint.pauses])
-    tokens = tokens_of(state["token"])
+    tokens, told = tokens_of(state["token"]), state.pop("told", None)
     if constraint is not None and NOT_FINITE not in tokens:
         constraint.advance(tokens)
-    told = state.pop("told", None)
-    return state, tokens, None if told is None else np.asarray(told)[0]
+    return state, Given(seat, None, tokens, None if told is None else np.asarray(told)[0])
 
 
 def prompt_told(model: Model, hidden: mx.array, token_ids: list[int], adapter: int) -> np.ndarray:
@@ -329,13 +331,6 @@ def prompt_told(model: Model, hidden: mx.array, token_ids: list[int], adapter: i
         logits = model.language_model.head(hidden[:, start : start + ids.shape[1]], adapters)
         found.append(np.asarray(model.agreed(told(logits, ids))[0])[0])
     return np.concatenate(found)
-
-
-def seat_of(
-    sampler: Sampler, length: int, limit: int, drafts: int | None, constraint: "Constraint | None", adapter: int = 0
-) -> Seat:
-    stages = replace(sampler.stages, pauses=constraint is not None, adapts=adapter > 0)
-    return Seat(stages, length, limit, drafts, constraint)
 
 
 class BoundedMemory:

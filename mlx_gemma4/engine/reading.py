@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_gemma4.config import TextConfig
 from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
 from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
@@ -32,8 +31,7 @@ class Opened:
     ids: list[int] = field(default_factory=list)  # of the prompt and of what has come of the reply
     total: int = 0  # tokens of the prompt
     chunk: int = CHUNK
-    store: PromptStore | None = None
-    held: Held | None = None
+    held: Held | None = None  # what a store is to have back
 
     @property
     def known(self) -> list[int]:
@@ -44,25 +42,25 @@ class Opened:
 
     def keep(self) -> None:
         """Put aside what the next chunk overwrites."""
-        if self.store is not None and self.held is not None:
-            self.store.keep(self.held, self.caches.length)
-
-    def put_aside(self, store: PromptStore, space: bytes, prompt: Prompt, text: TextConfig) -> None:
-        """Give all that is known to a store, to be taken out again."""
-        held = store.adopt(space, prompt, text, self.caches) if self.held is None else self.held
-        store.give(held, self.known)
-        self.held = None
-
-    def forget(self) -> None:
-        """Give nothing back: the entries are lost."""
-        if self.store is not None and self.held is not None:
-            self.store.drop(self.held)
-            self.held = None
+        if self.held is not None:
+            self.held.store.keep(self.held, self.caches.length)
 
     def share(self) -> None:
         """Let others find the whole prompt, which has been read, while a reply to it is written."""
-        if self.store is not None and self.held is not None:
-            self.store.share(self.held)
+        if self.held is not None:
+            self.held.store.share(self.held)
+
+    def give(self) -> None:
+        """Give all that is known back."""
+        if self.held is not None:
+            self.held.store.give(self.held, self.known)
+            self.held = None
+
+    def forget(self) -> None:
+        """Give nothing back: the entries are lost."""
+        if self.held is not None:
+            self.held.store.drop(self.held)
+            self.held = None
 
 
 @contextmanager
@@ -98,21 +96,21 @@ def opened(
         log_parting(processor, prompt, held)
     # no more at once than a window, or the ring would have lost what is to be kept
     chunk = min(CHUNK, window_of(text) or CHUNK)
-    reading = Opened(held.caches, list(prompt.token_ids), len(prompt), chunk, store, held)
+    reading = Opened(held.caches, list(prompt.token_ids), len(prompt), chunk, held)
     try:
         yield reading
     except GeneratorExit:
-        store.give(held, reading.known)
+        reading.give()
         raise
     except KeyboardInterrupt:
         # where in a round it came is not known: of the prompt all is sure that was read
-        store.give(held, reading.ids[: held.caches.length])
+        reading.ids = reading.ids[: reading.caches.length]
+        reading.give()
         raise
     except BaseException:
-        store.drop(held)
+        reading.forget()
         raise
-    if reading.held is not None:
-        store.give(held, reading.known)
+    reading.give()
 
 
 def fingerprint_of(model: Model, adapter: int = 0) -> bytes:

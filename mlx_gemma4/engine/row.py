@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_gemma4.decoding.batch import Given
 from mlx_gemma4.decoding.round import NOT_FINITE
 from mlx_gemma4.engine.request import Options
 from mlx_gemma4.prompt.processor import Processor
@@ -76,16 +77,18 @@ class Row:
         self.tally = Tally()
         self.started = self.first_at = self.last_at = time.perf_counter()
 
-    def take(self, tokens: list[int], drafted: int | None = None, told: np.ndarray | None = None) -> Piece:
-        """What a round gave; drafted: how many it drafted, None for the first token, which no round gave. told: how
-        likely the tokens were (sampling.told), a row for each, if the request asks for it."""
+    def take(self, given: Given) -> Piece:
+        """What a round gave, or the reading of the prompt."""
+        if given.error is not None:
+            raise given.error
+        tokens, told = given.tokens, given.told
         if NOT_FINITE in tokens:
             raise RuntimeError(
                 f"the logits after {self.count} tokens of the reply are not finite; expected sound weights, "
                 "or a wider computing type"
             )
-        if drafted is not None:
-            self.tally.add(drafted, len(tokens) - 1)
+        if given.drafted is not None:
+            self.tally.add(given.drafted, len(tokens) - 1)
         ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
         if len(ids) == len(tokens) and self.constraint is not None and self.constraint.is_finished:
             self.finish_reason = "stop"  # nothing may follow
@@ -93,7 +96,7 @@ class Row:
         if repeated is not None:
             ids, self.finish_reason = ids[:repeated], "repetition"
         self.last_at = time.perf_counter()
-        if drafted is None:
+        if given.drafted is None:
             self.first_at = self.last_at
         text, thinking = [], []
         for place, token in enumerate(ids):

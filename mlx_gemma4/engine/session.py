@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, adapter_of, check_given, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of, space_of
 from mlx_gemma4.engine.request import Options, Request
-from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
@@ -25,6 +23,7 @@ from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
+from mlx_gemma4.weights.writing import beside, write_private
 
 MESSAGES, ABOUT, MEDIA_FOLDER, STORE_FOLDER = "messages.json", "session.json", "media", "store"
 FORMAT = 1
@@ -218,9 +217,9 @@ class Session:
             weights = {"weights": fingerprint_of(self.model).hex(), "split": self.model.split}
             about = {"format": FORMAT, **weights, "settings": asdict(self.settings)}
             # both are there before either takes the place of an older one
-            parts = [written_beside(folder / ABOUT, about), written_beside(folder / MESSAGES, messages)]
-            for part, name in zip(parts, (ABOUT, MESSAGES), strict=True):
-                part.replace(folder / name)
+            with beside(folder / MESSAGES) as part_of_messages, beside(folder / ABOUT) as part_of_about:
+                write_private(part_of_about, json_bytes(ABOUT, about))
+                write_private(part_of_messages, json_bytes(MESSAGES, messages))
         except OSError as error:
             raise OSError(f"the session's folder {str(folder)!r} cannot be written: {one_line(error)}") from None
 
@@ -297,7 +296,7 @@ def is_session(folder: Path) -> bool:
     if (
         not parts
         and folder.is_dir()
-        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) for entry in folder.iterdir())
+        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) and entry.name[0] != "." for entry in folder.iterdir())
     ):
         raise ValueError(f"session is {str(folder)!r}, which holds other files; expected a session, or a new folder")
     return bool(parts)
@@ -343,30 +342,12 @@ def read_part(folder: Path, name: str) -> Any:
         ) from None
 
 
-def written_beside(file: Path, value: Any) -> Path:
-    """A finished file that is to be renamed to `file`: that is the old one or the new one, and never half of one."""
+def json_bytes(name: str, value: Any) -> bytes:
+    """ValueError that names the file if it cannot hold a value."""
     try:
-        text = json.dumps(value, ensure_ascii=False, indent=1)
+        return json.dumps(value, ensure_ascii=False, indent=1).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{file.name} cannot hold the messages: {one_line(error)}; expected what JSON can hold"
-        ) from None
-    return bytes_beside(file, text.encode())
-
-
-def bytes_beside(file: Path, data: bytes) -> Path:
-    part = file.with_name(f".{file.name}.part")
-    part.unlink(missing_ok=True)  # of a process that was killed
-    try:
-        with (
-            if_stopped(lambda: part.unlink(missing_ok=True)),
-            open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened,
-        ):
-            opened.write(data)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    return part
+        raise ValueError(f"{name} cannot hold the messages: {one_line(error)}; expected what JSON can hold") from None
 
 
 def with_parts(message: Any, change: Callable[[Any, Path], Any], folder: Path) -> Any:
@@ -394,7 +375,8 @@ def saved_source(source: Any, kind: str, media: Path) -> str:
     data, suffix = media_bytes(source, kind)
     name = hashlib.blake2b(data, digest_size=16).hexdigest() + suffix
     if not (media / name).exists():
-        bytes_beside(media / name, data).replace(media / name)
+        with beside(media / name) as part:
+            write_private(part, data)
     return f"{MEDIA_FOLDER}/{name}"
 
 

@@ -269,13 +269,17 @@ class Caches:
                 if isinstance(layer, FullCache):
                     layer.grow(capacity(positions, self.context))
 
+    def clear(self) -> None:
+        """Hold nothing: others go on with the arrays, or nobody."""
+        self.take([()] * len(self.layers))
+
     def take(self, arrays: list[Arrays]) -> None:
         """Go on with what a round has made of the arrays."""
         for layer, own in zip(self.layers, arrays, strict=True):
             layer.arrays = own
 
 
-def traced(arrays: list[Arrays], text: TextConfig) -> Caches:
-    """Caches over the arrays of a trace."""
-    pairs = zip(text.layer_types, arrays, strict=True)
-    return Caches([cache_of(text.attention[kind], own) for kind, own in pairs], text.layer_types)
+def caches_of(arrays: list[Arrays], text: TextConfig) -> Caches:
+    """Caches over arrays, of a trace too."""
+    layers = [cache_of(text.attention[kind], own) for kind, own in zip(text.layer_types, arrays, strict=True)]
+    return Caches(layers, text.layer_types, context=text.max_position_embeddings)

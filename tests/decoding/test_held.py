@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +14,10 @@ from toy import toy_tokenizer
 
 from mlx_gemma4 import Prompt, Sampling
 from mlx_gemma4.decoding import round as speculate
-from mlx_gemma4.decoding.batch import Batch
+from mlx_gemma4.decoding.batch import Batch, Seat
 from mlx_gemma4.decoding.constraint import Constraint, DeadEndError
 from mlx_gemma4.decoding.sampling import Sampler
-from mlx_gemma4.engine.generation import first_token, seat_of
+from mlx_gemma4.engine.generation import first_token
 from mlx_gemma4.forms.form import Form
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.reply.reply import Controls
@@ -180,8 +181,9 @@ def reply(model: Model, sampler: Sampler, seed: int, drafts: int) -> list[int]:
     own, prompt = constraint(), Prompt(PROMPT)
     caches = model.caches(len(PROMPT))
     *_, hidden = model.read(prompt, caches)
-    state, tokens, _ = first_token(model, sampler, prompt, hidden[:, -1:], seed, own)
-    batch, seat = Batch(model), seat_of(sampler, len(PROMPT), 8, drafts, own)
+    seat = Seat(replace(sampler.stages, pauses=True), len(PROMPT), 8, drafts, own)
+    state, first = first_token(model, sampler, prompt, hidden[:, -1:], seed, seat)
+    batch, tokens = Batch(model), first.tokens
     batch.put(seat, caches, state)
     while len(tokens) < 3 and not own.is_finished:
         for given in batch.step():

@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from rounds import GREEDY
 
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate, generate_batch, load
+from mlx_gemma4.decoding.batch import Batch, Seat
 from mlx_gemma4.engine import engine
 from mlx_gemma4.engine.engine import Work
 from mlx_gemma4.model.model import Model
@@ -68,6 +70,41 @@ def test_what_was_read_while_logits_were_not_finite_is_not_found(
         monkeypatch.setattr(decoder, "embed", embed)
         reply = collect(engine.submit(own, max_tokens=8, sampling=GREEDY))
     assert (reply.token_ids, reply.stats.cached_tokens) == (expected, 0)
+
+
+def test_of_a_row_whose_reply_fails_nothing_is_copied(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    remove = Batch.remove
+
+    def removing(self: Batch, seat: Seat, *, keep: bool = True) -> Any:
+        kept.append(keep)
+        return remove(self, seat, keep=keep)
+
+    def failing(*given: Any) -> None:
+        raise RuntimeError("it failed")
+
+    monkeypatch.setattr(Batch, "remove", removing)
+    with Engine(*endless, max_batch=2, store=PromptStore()) as engine:
+        stream = engine.submit(prompts(1)[0][0], max_tokens=1000)
+        next(stream)
+        monkeypatch.setattr(stream.work.row, "take", failing)
+        with pytest.raises(RuntimeError, match=r"^it failed$"):
+            collect(stream)
+    assert kept == [False]
+
+
+@pytest.mark.parametrize("bound", [None, 1])
+def test_who_keeps_a_stream_that_has_ended_keeps_nothing_of_what_was_read(endless: Loaded, bound: int | None) -> None:
+    """bound: of the store's bytes, if there is one."""
+    store = None if bound is None else PromptStore(max_bytes=bound)
+    streams, held = [], []
+    with Engine(*endless, max_batch=1, store=store) as engine:
+        for own in prompts(4)[0]:
+            streams.append(engine.submit(own, max_tokens=4))
+            collect(streams[-1])
+            held.append(mx.get_active_memory())
+    one = sum(array.nbytes for own in endless[0].caches(200).arrays for array in own)
+    assert max(held) - min(held) < one / 10
 
 
 def test_replies_come_in_the_order_of_the_requests(endless: Loaded) -> None:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,7 @@ from mlx_gemma4 import Prompt, Sampling, collect, generate, load, stream_generat
 from mlx_gemma4.config import ModelConfig
 from mlx_gemma4.decoding import batch
 from mlx_gemma4.decoding import round as speculate
+from mlx_gemma4.decoding.batch import Given
 from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller, RoundClock
 from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.sampling import Sampler
@@ -98,7 +99,8 @@ def test_a_stop_token_is_told_of_only_where_it_ended_the_reply(
     _, processor = tiny
     ids = processor.tokenizer.encode("ab", add_special_tokens=False).ids
     row = Row(processor, Prompt(IDS), (1,), 10, Options(stop=stop, logprobs=0), 0.0)
-    row.take([*ids, 1], told=np.array([[-0.5 - place] for place in range(len(ids) + 1)]))
+    told = np.array([[-0.5 - place] for place in range(len(ids) + 1)])
+    row.take(Given(cast(Any, None), None, [*ids, 1], told))
     end = row.finish().end
     assert end == (None if is_cut else {"token_id": 1, "logprob": -0.5 - len(ids), "top": {}})
 
@@ -470,7 +472,7 @@ def test_what_was_measured_before_does_not_change_what_a_seed_gives(
     replies = []
     for best in (0, 2, 7):
         times = {0: deque([1.0] * 3), 2: deque([1.0] * 2), best: deque([1.0] * 3)}
-        monkeypatch.setattr(learnt_of(model), "controllers", {1: Controller(times=times, best=best)})
+        monkeypatch.setattr(learnt_of(model), "controllers", {(1, False): Controller(times=times, best=best)})
         replies.append(reply_of(endless, "auto", 30, sampling).token_ids)
     assert replies[0] == replies[1] == replies[2]
 

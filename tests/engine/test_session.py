@@ -18,7 +18,7 @@ from rounds import GREEDY
 
 from mlx_gemma4 import PromptStore, Session, generate
 from mlx_gemma4.engine.reading import fingerprint_of
-from mlx_gemma4.engine.session import ABOUT, MESSAGES, STORE_FOLDER
+from mlx_gemma4.engine.session import ABOUT, MESSAGES, STORE_FOLDER, is_session
 
 TOOL = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
 
@@ -163,6 +163,7 @@ def test_what_cannot_be_saved_leaves_what_was(tiny: Loaded, tmp_path: Path) -> N
     for wrong in (
         {"role": "user", "content": [{"type": "image", "image": tmp_path / "missing.png"}]},
         {"role": "user", "content": 5},
+        {"role": "user", "content": "half of a \ud83d"},
     ):
         session.messages.append(wrong)
         with pytest.raises((ValueError, OSError)):
@@ -191,6 +192,16 @@ def test_a_torn_session_is_one_line(tiny: Loaded, tmp_path: Path, name: str, con
     with pytest.raises(ValueError) as error:
         Session.load(tmp_path, *tiny)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_what_a_system_hides_in_a_folder_does_not_make_it_another(tmp_path: Path) -> None:
+    """Or what a kill has left of the first saving."""
+    for name in (".DS_Store", f".{ABOUT}.part"):
+        (tmp_path / name).touch()
+        assert not is_session(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="which holds other files; expected a session, or a new folder"):
+        is_session(tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{"thinking": 5}, {"tools": 5}, {"image_budget": "x"}, {"other": 1}])

@@ -23,11 +23,11 @@ from mlx_gemma4.model.cache import (
     FullCache,
     Offset,
     SlidingCache,
+    caches_of,
     capacity,
     empty_cache,
     entry_bytes,
     sliding_slots,
-    traced,
 )
 from mlx_gemma4.model.mask import attention_mask
 from mlx_gemma4.model.model import Model
@@ -293,7 +293,7 @@ def test_a_round_writes_in_place(kind: str) -> None:
 
     @mx.compile
     def write(held: list[Arrays], offset: mx.array) -> list[Arrays]:
-        caches = traced(held, replace(TEXT, layer_types=(kind,)))
+        caches = caches_of(held, replace(TEXT, layer_types=(kind,)))
         caches.layers[0].update(entries([[1, 2, 3]] * 2), offset)
         return caches.arrays
 

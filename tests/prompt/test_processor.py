@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import resources
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def test_token_ids_become_a_list_of_python_integers() -> None:
         ([1.0], r"token_ids\[0\] is 1.0; expected an integer of at least 0"),
         ([-1], r"token_ids\[0\] is -1; expected an integer of at least 0"),
         ([[1, 2]], r"token_ids\[0\] is \[1, 2\]; expected an integer of at least 0"),
+        (repeat(1), "token_ids has more than 1048576 tokens; expected no more than the context holds"),
     ],
 )
 def test_other_token_ids_are_refused(ids: Any, message: str) -> None:
@@ -156,6 +158,11 @@ def test_a_prompt_leaves_room_for_a_reply() -> None:
         check_length(Prompt([1] * 8), config)
     with pytest.raises(ValueError, match=r"^the prompt has the token id 512; the vocabulary has 512$"):
         check_length(Prompt([VOCAB]), config)
+
+
+def test_however_long_a_prompt_is_its_true_length_is_told() -> None:
+    with pytest.raises(ValueError, match=r"^the prompt has 1048583 tokens; the context holds 8, the reply included$"):
+        check_length(Prompt([1] * (2**20 + 7)), toy_config(positions=8))
 
 
 def test_a_conversation_beyond_the_context_is_refused(tmp_path: Path) -> None:
