@@ -12,6 +12,7 @@ import typer
 
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.convert.card import CARD, name_of
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.evaluate.quality import (
     KEPT,
     Distributions,
@@ -107,7 +108,7 @@ def evaluate(
     if results:
         print(table(results))
     head = {"evaluation": "quality", "reference": reference, "data": str(data) if data else "built-in"}
-    counts = {"exchanges": len(lines), "positions": len(known.log_rest)}
+    counts = {"exchanges": len(lines), "positions": known.positions}
     print(json.dumps(head | counts | {"results": [{"model": name} | asdict(own) for name, own in results.items()]}))
 
 
@@ -146,6 +147,10 @@ class Subject:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.checkpoint.model, self.exchanges)
+
+    @property
+    def positions(self) -> int:
+        return sum(own.rows.stop - own.rows.start for own in self.exchanges)
 
 
 def open_subject(
@@ -192,6 +197,10 @@ def check_same(subject: Subject, reference: Subject | Distributions) -> None:
         raise ValueError(
             f"{subject.name} makes other tokens of the exchanges than the reference did; "
             "expected the same vocabulary, chat template, --data and --max-tokens"
+        )
+    if subject.positions != reference.positions:
+        raise CheckpointError(
+            f"the reference has {reference.positions} positions; expected {subject.positions}, as the exchanges have"
         )
 
 

@@ -277,6 +277,11 @@ def test_older_spellings_are_the_same_chat(tiny: tuple[Model, Processor], folder
         ('{"messages": [{"role": "user", "content": "a"}]}', "no token to learn"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an assistant message"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}', "says nothing"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+            '{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "tool_calls": [5]}]}',
+            "messages[3].tool_calls[0]",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
          '"weight": 2}]}', "weight"),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}, '
