@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import computing_type
+from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.convert.card import CARD, name_of
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.evaluate.quality import (
@@ -80,14 +80,14 @@ def evaluate(
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
     if save_logits is not None:
-        save_logits = save_logits.expanduser()
+        save_logits = expanded(save_logits)
         check_name(save_logits, "save-logits")
         check_name(part_of(save_logits), "save-logits")
     if save_logits is not None and (save_logits.suffix != SAVED or not save_logits.absolute().parent.is_dir()):
         raise ValueError(f"save-logits is {str(save_logits)!r}; expected a file in a folder, with a name in {SAVED}")
     for name in names if write_card else ():
-        quality_line(Path(name).expanduser())
-    lines = read_lines(BUILT_IN if data is None else data.expanduser())
+        quality_line(expanded(name))
+    lines = read_lines(BUILT_IN if data is None else expanded(data))
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing, group)
     subjects = [open_subject(name, drafter, lines, max_tokens, computing, kv_bits, added, group) for name in names]
@@ -100,7 +100,7 @@ def evaluate(
     for name in names:
         results[name] = measure(subjects.pop(0), known)
         if write_card and not follows(group):
-            write_quality(Path(name).expanduser(), card_text(results[name], reference, len(lines)))
+            write_quality(expanded(name), card_text(results[name], reference, len(lines)))
     if follows(group):
         hear()  # that the first one is done
         return
@@ -186,7 +186,7 @@ def open_reference(
     group: mx.distributed.Group | None,
 ) -> Subject | Distributions:
     """The reference: a model, or what was saved of one."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == SAVED and path.is_file():
         return load_distributions(path)
     return open_subject(name, None, lines, max_tokens, dtype, group=group)

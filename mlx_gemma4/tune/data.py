@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_gemma4.config import expanded
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.prompt.messages import MEDIA, Message, as_now, from_folder, is_blank, json_lines
 
@@ -44,7 +45,7 @@ def read_split(data: str, split: str) -> list[Example] | None:
     data: a folder of JSON lines (`train.jsonl`), or what the library `datasets` reads: a folder of parquet files or a
     hub id. ValueError that names file and line if one is wrong, or if the file has none.
     """
-    folder = Path(data).expanduser()
+    folder = expanded(data)
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{data!r} is a file; expected a folder with train.jsonl, for --data")
