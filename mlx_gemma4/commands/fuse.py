@@ -120,7 +120,13 @@ def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize:
                 f"recipe {recipe.name} would round weights that are quantized already; expected the original ones too, "
                 "--source, or no recipe"
             )
-        return make_job(fused, recipe, None), Outcome()
+        job = make_job(fused, recipe, None)
+        if recipe.lattice and not job.on_lattice:
+            raise ValueError(
+                f"with the adapter none of the {len(job.planned)} matrices lies on a 4-bit lattice; expected another "
+                f"recipe than {recipe.name}"
+            )
+        return job, Outcome()
     if fused.folder != base.folder:
         return as_model_job(fused, base), Outcome()
     if fused.is_quantized:

@@ -178,7 +178,7 @@ def tune(
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
-        begin_with(network, resume_adapter_file)
+        begin_with(network, resume_adapter_file, scale)
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)
     if own.valid is None:
@@ -195,10 +195,10 @@ def tune(
             write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
     if test:  # before the drafter learns, for which the others would wait
         processes.sum([mx.zeros(1)])  # until the first has written what all read
-        begin_with(network, adapter_path / WEIGHTS)
+        begin_with(network, adapter_path / WEIGHTS, scale)
         loss = own.loss_of(rows["test"])
     if train_drafter and processes.rank == 0:
-        begin_with(network, adapter_path / WEIGHTS)
+        begin_with(network, adapter_path / WEIGHTS, scale)
         teach_drafter(checkpoint, own, adapter_path / "drafter")
     if test:
         del own, network, checkpoint  # room for the model as it is in use
