@@ -129,6 +129,14 @@ def quoted(value: Any) -> str:
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
 
 
+def expanded(path: str | Path) -> Path:
+    """A path whose `~` or `~user` is the folder that it stands for. ValueError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{quoted(str(path))} names a user who is not known here; expected a path") from None
+
+
 def read_bytes_of(path: Path) -> bytes:
     """A file's content; CheckpointError if there is no such file, or it is closed to us."""
     try:

@@ -18,6 +18,7 @@ from mlx_gemma4.config import (
     GenerationConfig,
     ModelConfig,
     Quantization,
+    expanded,
     parse_config,
     read_config,
 )
@@ -266,3 +267,9 @@ def test_a_sampling_default_that_is_none_is_refused(tmp_path: Path) -> None:
         read_config(write(tmp_path, config(TINY), {"top_p": "x"}))
     with pytest.raises(CheckpointError, match=r"top_p is 0; expected a number from 0 to 1, above 0$"):
         read_config(write(tmp_path, config(TINY), {"top_p": 0}))
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", Path("~nobody-of-this-name/x")])
+def test_a_home_folder_of_nobody_is_named(path: str | Path) -> None:
+    with pytest.raises(ValueError, match=r"^'~nobody-of-this-name/x' names a user who is not known here"):
+        expanded(path)

@@ -25,6 +25,7 @@ from mcp.types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, Conten
 from mcp.types import Tool as Listed
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
+from mlx_gemma4.config import expanded
 from mlx_gemma4.errors import a, one_line, with_name
 
 if sys.version_info < (3, 11):
@@ -57,8 +58,9 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> list[Config]:
     where, found = "mcp", source
     if isinstance(source, (str, Path)):
         where = f"mcp {str(source)!r}"
+        file = expanded(source)
         try:
-            found = json.loads(Path(source).expanduser().read_bytes())
+            found = json.loads(file.read_bytes())
         except OSError as error:
             raise ValueError(f"{where} cannot be read: {one_line(error)}") from None
         except (ValueError, RecursionError) as error:

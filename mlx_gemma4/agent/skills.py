@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
+from mlx_gemma4.config import expanded
 from mlx_gemma4.errors import one_line, shown
 
 FILE = "SKILL.md"
@@ -22,7 +23,7 @@ class Skill:
 
 def read_skills(folder: Path) -> list[Skill]:
     """The skills in a folder, or in its folders. ValueError if there are none, or one is not whole."""
-    folder = folder.expanduser()
+    folder = expanded(folder)
     files = [folder / FILE, *sorted(folder.glob(f"*/{FILE}"))]
     skills = [read_skill(file) for file in files if file.is_file()]
     if not skills:

@@ -22,7 +22,7 @@ from mlx_gemma4.agent.agent import Agent, Call, Result
 from mlx_gemma4.agent.tools import printable
 from mlx_gemma4.commands.generate import check_media, go_on, load_shown, parse_draft_length, print_reply
 from mlx_gemma4.commands.typed import Medium, read_argument, read_typed
-from mlx_gemma4.config import computing_type
+from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, adapter_of, follow
@@ -174,7 +174,7 @@ def session_folder(name: str) -> Path:
         raise ValueError(f"session is {shown(name)}; expected a name, or a path with a slash in it")
     folder = Path(name) if "/" in name or name in (".", "..") else HOME / "sessions" / name
     check_name(folder, "--session")
-    return folder.expanduser()
+    return expanded(folder)
 
 
 class Terminal:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4 import __version__
-from mlx_gemma4.config import FULL, computing_type, with_kv_bits
+from mlx_gemma4.config import FULL, computing_type, expanded, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, nbytes_at
 from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.split import SPLITS
@@ -196,8 +196,9 @@ def fit_machines(headers: Headers, rooms: Sequence[int], tokens: int) -> int:
 
 def read_hosts(file: Path) -> list[str]:
     """The machines of a hostfile of mlx.launch, as ssh knows them."""
+    file = expanded(file)
     try:
-        found = json.loads(file.expanduser().read_bytes())
+        found = json.loads(file.read_bytes())
         names = [str(host["ssh"]) for host in (found["hosts"] if isinstance(found, dict) else found)]
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
@@ -324,7 +325,7 @@ def headers_anywhere(
 
 
 def is_folder(path_or_hub_id: str) -> bool:
-    return Path(path_or_hub_id).expanduser().is_dir()
+    return expanded(path_or_hub_id).is_dir()
 
 
 def remote_tensors(snapshot: Path, hub_id: str, inside: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_gemma4.config import ModelConfig
+from mlx_gemma4.config import ModelConfig, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
 from mlx_gemma4.convert.fused import as_model_job, beside_job, check_same_model, fused_paths, share_kept, with_adapter
@@ -58,7 +58,7 @@ def fuse(
     if gguf and find_spec("gguf") is None:
         raise ValueError("--gguf needs the library gguf; expected mlx_gemma4[tune] to be installed")
     chosen = None if recipe is None else named_recipe(recipe)
-    output, adapter = check_output(save_path.expanduser(), "save-path"), adapter_path.expanduser()
+    output, adapter = check_output(expanded(save_path), "save-path"), expanded(adapter_path)
     base = open_target(find_folder(model))
     original = base if source is None else open_target(find_folder(source))
     if source is not None:
@@ -84,7 +84,7 @@ def fuse(
             part,
             name=output.absolute().name,
             source=f"{name_of(source or model)} with the adapter {name_of(str(adapter))}",
-            base_model=base_of(original.folder) if Path(source or model).expanduser().exists() else source or model,
+            base_model=base_of(original.folder) if expanded(source or model).exists() else source or model,
             recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
             target=outcomes[""].figures,
             drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
@@ -120,7 +120,13 @@ def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize:
                 f"recipe {recipe.name} would round weights that are quantized already; expected the original ones too, "
                 "--source, or no recipe"
             )
-        return make_job(fused, recipe, None), Outcome()
+        job = make_job(fused, recipe, None)
+        if recipe.lattice and not job.on_lattice:
+            raise ValueError(
+                f"with the adapter none of the {len(job.planned)} matrices lies on a 4-bit lattice; expected another "
+                f"recipe than {recipe.name}"
+            )
+        return job, Outcome()
     if fused.folder != base.folder:
         return as_model_job(fused, base), Outcome()
     if fused.is_quantized:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_gemma4.config import computing_type
+from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.engine.generation import Reading, follow, generation_events
@@ -106,7 +106,7 @@ def generate(
         max_tokens=max_tokens, sampling=sampling, draft_length=length, repetition_detection=repetition_detection,
         stop=stop, response_format=read_schema(schema) if is_first and schema is not None else None,
     )  # fmt: skip
-    session = None if session is None else session.expanduser()
+    session = None if session is None else expanded(session)
     if is_first:
         saved = None if session is None or not is_session(session) else read_saved(session)
         turn = request_messages(read_prompt(prompt), image, audio, video, None if saved else system)
@@ -167,8 +167,9 @@ def read_prompt(prompt: str) -> str:
 
 
 def read_schema(path: Path) -> Any:
+    file = expanded(path)
     try:
-        return json.loads(path.expanduser().read_bytes())
+        return json.loads(file.read_bytes())
     except OSError as error:
         raise ValueError(f"the schema {str(path)!r} cannot be read: {one_line(error)}") from None
     except (ValueError, RecursionError) as error:

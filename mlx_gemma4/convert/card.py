@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gemma4.config import read_json
+from mlx_gemma4.config import expanded, read_json
 from mlx_gemma4.terminal import size_text
 
 BASE_MODEL = "google/gemma-4-12B-it"  # of a folder that does not say what it is
@@ -62,7 +62,7 @@ class Figures:
 
 def name_of(path_or_hub_id: str) -> str:
     """What a card calls a model or a file: the last name of its path, also where that is `.`, or its hub id."""
-    path = Path(path_or_hub_id).expanduser()
+    path = expanded(path_or_hub_id)
     return os.path.basename(os.path.abspath(path)) if path.exists() else path_or_hub_id
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import ModelConfig, computing_type
+from mlx_gemma4.config import ModelConfig, computing_type, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
 from mlx_gemma4.convert.job import (
@@ -111,13 +111,13 @@ def convert(
         )
     if media_from is not None and files is None:
         raise ValueError("media-from is for a .gguf file; a model folder has its own")
-    output = check_output(Path(mlx_path).expanduser())
+    output = check_output(expanded(mlx_path))
     if upload_repo is not None:
         from mlx_gemma4.convert.upload import check_login  # here: a conversion alone needs no HTTP client
 
         check_login()
     source = open_sources(hf_path, files, media_from)
-    is_local = Path(hf_path).expanduser().exists()
+    is_local = expanded(hf_path).exists()
     beside = (media_from or str(source.folder)) if is_local and files is not None else hf_path
     convert_folder(source, hf_path, beside, output, upload_repo or output.absolute().name, settings)
     if upload_repo is not None:
@@ -186,7 +186,7 @@ class GGUF:
 
 def find_gguf(path_or_hub_id: str) -> GGUF | None:
     """The .gguf files that are meant, downloaded if they are on the hub; None for a model folder."""
-    path = Path(path_or_hub_id).expanduser()
+    path = expanded(path_or_hub_id)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUF(path, only([file for file in path.parent.glob("*.gguf") if is_media(file)]))
     if not path.is_dir():
@@ -235,7 +235,7 @@ def find_settings(media_from: str | None, files: GGUF) -> Path:
     """The folder of config.json and tokenizer; weights are downloaded only if the embedders are needed from there."""
     if media_from is None:
         return files.text.parent
-    if files.media is None or Path(media_from).expanduser().exists():
+    if files.media is None or expanded(media_from).exists():
         return find_folder(media_from)
     from mlx_gemma4.weights.hub import SETTINGS, download
 
@@ -312,7 +312,7 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
         assert isinstance(source.parsed, ModelConfig)
         if (said := copy_files(source.folder, part, source.parsed.generation)) is not None:
             note(said)
-        is_local = Path(hf_path).expanduser().exists()
+        is_local = expanded(hf_path).exists()
         base_model = base_of(source.folder) if is_local else hf_path
         is_demo = source.folder.resolve() == DEMO.resolve()  # it holds no weights of Google's
         write_card(

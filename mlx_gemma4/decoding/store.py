@@ -20,7 +20,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import TextConfig
+from mlx_gemma4.config import TextConfig, expanded
 from mlx_gemma4.decoding.disk import FULL, PAGE, SLIDING, Disk, Page, chained, common
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import (
@@ -191,7 +191,7 @@ class PromptStore:
             raise ValueError(f"folder is {shown(folder)}; expected a folder's path, or None")
         self.max_bytes = max_bytes
         self.room: int | None = None  # what the planner leaves
-        self.disk = None if folder is None else Disk(Path(folder).expanduser(), disk_bytes)
+        self.disk = None if folder is None else Disk(expanded(folder), disk_bytes)
         self.lines: list[Line] = []
         self.held: list[Held] = []
         self.clock = itertools.count(1)
@@ -422,8 +422,8 @@ class PromptStore:
         """Write what is held to the store's own folder, if it has one, or to another; ValueError for one that cannot be
         written to. prompt: a space and a prompt, of which alone what was read is to be written."""
         disk = self.disk
-        if folder is not None and (disk is None or Path(folder).expanduser() != disk.folder):
-            disk = Disk(Path(folder).expanduser(), None)
+        if folder is not None and (disk is None or expanded(folder) != disk.folder):
+            disk = Disk(expanded(folder), None)
         with self.lock:
             if disk is None:
                 return

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_gemma4.config import expanded
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, adapter_of, check_given, generation_events
@@ -238,7 +239,7 @@ class Session:
 def session_path(folder: Any) -> Path:
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"folder is {a(folder)}; expected a session's folder")
-    return Path(folder).expanduser()
+    return expanded(folder)
 
 
 def session_store(folder: Path) -> PromptStore:

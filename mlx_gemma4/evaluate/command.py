@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import computing_type
+from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.convert.card import CARD, name_of
+from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.evaluate.quality import (
     KEPT,
     Distributions,
@@ -79,14 +80,14 @@ def evaluate(
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
     if save_logits is not None:
-        save_logits = save_logits.expanduser()
+        save_logits = expanded(save_logits)
         check_name(save_logits, "save-logits")
         check_name(part_of(save_logits), "save-logits")
     if save_logits is not None and (save_logits.suffix != SAVED or not save_logits.absolute().parent.is_dir()):
         raise ValueError(f"save-logits is {str(save_logits)!r}; expected a file in a folder, with a name in {SAVED}")
     for name in names if write_card else ():
-        quality_line(Path(name).expanduser())
-    lines = read_lines(BUILT_IN if data is None else data.expanduser())
+        quality_line(expanded(name))
+    lines = read_lines(BUILT_IN if data is None else expanded(data))
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing, group)
     subjects = [open_subject(name, drafter, lines, max_tokens, computing, kv_bits, added, group) for name in names]
@@ -99,7 +100,7 @@ def evaluate(
     for name in names:
         results[name] = measure(subjects.pop(0), known)
         if write_card and not follows(group):
-            write_quality(Path(name).expanduser(), card_text(results[name], reference, len(lines)))
+            write_quality(expanded(name), card_text(results[name], reference, len(lines)))
     if follows(group):
         hear()  # that the first one is done
         return
@@ -107,7 +108,7 @@ def evaluate(
     if results:
         print(table(results))
     head = {"evaluation": "quality", "reference": reference, "data": str(data) if data else "built-in"}
-    counts = {"exchanges": len(lines), "positions": len(known.log_rest)}
+    counts = {"exchanges": len(lines), "positions": known.positions}
     print(json.dumps(head | counts | {"results": [{"model": name} | asdict(own) for name, own in results.items()]}))
 
 
@@ -147,6 +148,10 @@ class Subject:
     def fingerprint(self) -> str:
         return fingerprint(self.checkpoint.model, self.exchanges)
 
+    @property
+    def positions(self) -> int:
+        return sum(own.rows.stop - own.rows.start for own in self.exchanges)
+
 
 def open_subject(
     name: str,
@@ -181,7 +186,7 @@ def open_reference(
     group: mx.distributed.Group | None,
 ) -> Subject | Distributions:
     """The reference: a model, or what was saved of one."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == SAVED and path.is_file():
         return load_distributions(path)
     return open_subject(name, None, lines, max_tokens, dtype, group=group)
@@ -192,6 +197,10 @@ def check_same(subject: Subject, reference: Subject | Distributions) -> None:
         raise ValueError(
             f"{subject.name} makes other tokens of the exchanges than the reference did; "
             "expected the same vocabulary, chat template, --data and --max-tokens"
+        )
+    if subject.positions != reference.positions:
+        raise CheckpointError(
+            f"the reference has {reference.positions} positions; expected {subject.positions}, as the exchanges have"
         )
 
 

@@ -25,16 +25,14 @@ from mlx_gemma4.model.mask import whole_mask
 from mlx_gemma4.model.matrix import Adapted, adapt, settle_gains
 from mlx_gemma4.model.model import Model, image_blocks
 from mlx_gemma4.model.split import Share, join_head, join_layer
-from mlx_gemma4.prompt.messages import check_messages, check_tools, without_sources
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
-from mlx_gemma4.prompt.template import render, shield, unused_character
+from mlx_gemma4.prompt.said import asked_and_said
 from mlx_gemma4.weights.computing import load_value
 from mlx_gemma4.weights.load import Checkpoint, parameters, quantize_drafter
 
 KEPT = 1024  # tokens of a position whose probabilities are kept, 8 KB; what the others have is kept as one number
 ROWS = 32  # positions that go through the head at once: 34 MB for each array of probabilities
-TURN = "<|turn>model\n"  # how the template opens an answer; its tokens are not the model's
 
 
 # --- exchanges ---------------------------------------------------------------------------------
@@ -55,32 +53,13 @@ class Exchange:
 
 def encode(processor: Processor, line: dict[str, Any], max_tokens: int | None) -> Exchange:
     """The tokens of {"messages": […], "tools": […]}, of its answer the first `max_tokens`."""
-    messages, tools = line["messages"], line.get("tools")
-    request = processor(messages[:-1], tools=tools)
-    answer = answer_ids(processor, messages, tools)[:max_tokens]
-    whole = Prompt([*request.token_ids, *answer], request.media)
+    asked, said = asked_and_said(processor, line["messages"], line.get("tools"))
+    budget = processor.image_budget(None)
+    loaded = [(part["type"], processor.read(part, budget)) for part in asked.media]
+    request = processor.assemble(asked.text, asked.mark, loaded)
+    whole = Prompt([*request.token_ids, *said[:max_tokens]], request.media)
     check_length(whole, processor.config)
     return Exchange(whole, len(request))
-
-
-def answer_ids(processor: Processor, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
-    """The ids of the last message as the template writes it, up to its stop token."""
-    shown, functions = without_sources(check_messages(messages)), check_tools(tools)
-    content = shown[-1]["content"]
-    media = [] if isinstance(content, str) else [part["type"] for part in content if part["type"] != "text"]
-    if media:
-        raise ValueError(f"the answer has a part of type {media[0]}; expected text, for nothing else is generated")
-    mark = unused_character([shown, functions])
-    shown, functions = (shield(value, processor.control.starts, mark) for value in (shown, functions))
-    whole, before = (
-        render(processor.template, part, functions, False, processor.bos_token, add_generation_prompt=False)
-        for part in (shown, shown[:-1])
-    )
-    if not whole.startswith(before):
-        raise ValueError("the chat template rewrites what comes before an answer; expected Gemma 4's")
-    ids = processor.assemble(whole.removeprefix(before).removeprefix(TURN), mark, []).token_ids
-    stop = next((place for place, token in enumerate(ids) if token in processor.config.generation.eos_token_ids), None)
-    return ids if stop is None else ids[: stop + 1]
 
 
 def fingerprint(model: Model, exchanges: Sequence[Exchange]) -> str:
@@ -171,7 +150,12 @@ def read_exchanges(
             mx.eval(states[index])
         mx.clear_cache()
         step(place + 1, len(kinds))
-    return [Read(decoder.norm(hidden), caches, weight) for hidden, caches in zip(states, kept, strict=True)]
+    hidden = [decoder.norm(state) for state in states]
+    if not all(mx.isfinite(own).all().item() for own in hidden):
+        raise RuntimeError(
+            f"what {checkpoint.folder} computes is not finite; expected sound weights, or a wider computing type"
+        )
+    return [Read(own, caches, weight) for own, caches in zip(hidden, kept, strict=True)]
 
 
 def load_drafter(checkpoint: Checkpoint, read: Read) -> None:
@@ -194,6 +178,10 @@ class Distributions:
     log_rest: mx.array  # [N] float32: of all other tokens together
     fingerprint: str
 
+    @property
+    def positions(self) -> int:
+        return len(self.log_rest)
+
     def save(self, file: Path) -> None:
         arrays = {"ids": self.ids, "log_probs": self.log_probs, "log_rest": self.log_rest}
         part = part_of(file)
@@ -215,11 +203,14 @@ def load_distributions(file: Path) -> Distributions:
         arrays, metadata = cast(
             tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), format="safetensors", return_metadata=True)
         )
-        return Distributions(
-            arrays["ids"], arrays["log_probs"], arrays["log_rest"], fingerprint=metadata["fingerprint"]
-        )
+        ids, log_probs, rest = arrays["ids"], arrays["log_probs"], arrays["log_rest"]
+        found = Distributions(ids, log_probs, rest, fingerprint=metadata["fingerprint"])
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{file} is no file of --save-logits: {error}") from None
+    if ids.ndim != 2 or log_probs.shape != ids.shape or rest.shape != ids.shape[:1]:
+        shapes = ", ".join(f"{name} {list(own.shape)}" for name, own in arrays.items())
+        raise CheckpointError(f"{file} is no file of --save-logits: {shapes}; expected one length")
+    return found
 
 
 def blocks(count: int) -> Iterator[slice]:
@@ -228,10 +219,8 @@ def blocks(count: int) -> Iterator[slice]:
 
 
 def log_probabilities(model: Model, hidden: mx.array) -> mx.array:
-    """[R, hidden] -> [R, vocab] float32, at temperature 1, without the tokens that are never chosen."""
-    plain = Sampling(temperature=1, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
-    sampler = Sampler(plain, model.config.generation, model.config.text.vocab_size)
-    logits = mx.where(sampler.allowed, model.language_model.head(hidden[None])[0], -mx.inf)
+    """[R, hidden] -> [R, vocab] float32, of the weights alone: what settings suppress is as likely as they say."""
+    logits = model.language_model.head(hidden[None])[0]
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 import uvicorn
 
+from mlx_gemma4.config import expanded
 from mlx_gemma4.entry import leave
 from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.serve.app import App
@@ -95,9 +96,9 @@ def serve(
     if api_key == "":
         raise ValueError("--api-key is empty; expected a key")
     guard = Guard(host, keys, allow_host, allow_origin)
-    if allow_files is not None and not allow_files.expanduser().is_dir():
+    if allow_files is not None and not expanded(allow_files).is_dir():
         raise ValueError(f"--allow-files is {shown(str(allow_files))}; expected a folder")
-    allowed = Allowed(None if allow_files is None else allow_files.expanduser(), allow_urls)
+    allowed = Allowed(None if allow_files is None else expanded(allow_files), allow_urls)
     settings = Settings(
         model=model, drafter=drafter, dtype=dtype, kv_bits=kv_bits, split=split,
         adapter=adapters_of(adapter), max_batch=max_batch, max_queue=max_queue, store=store, store_bytes=store_bytes,
@@ -131,7 +132,7 @@ def share_heaps() -> None:
 
 def read_keys(path: Path) -> list[str]:
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = expanded(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the keys {str(path)!r} cannot be read: {one_line(error)}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_gemma4.config import computing_type
+from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.engine import Engine, Work, check_max_batch
 from mlx_gemma4.engine.request import adapter_named
@@ -79,7 +79,7 @@ class Resident:
         checkpoint = self.look()
         self.processor = load_processor(folder, checkpoint.config)
         self.context = checkpoint.config.text.max_position_embeddings
-        is_path = settings.model != "demo" and Path(settings.model).expanduser() == folder
+        is_path = settings.model != "demo" and expanded(settings.model) == folder
         self.name = folder.resolve().name if is_path else settings.model
         self.adapters = checkpoint.config.adapters
         if self.name in self.adapters:

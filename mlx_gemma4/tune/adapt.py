@@ -12,8 +12,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
+from mlx_gemma4.prompt.processor import optional_json
 from mlx_gemma4.tune.state import flat
-from mlx_gemma4.weights.adapter import read_weights
+from mlx_gemma4.weights.adapter import CONFIG, read_weights
 
 PROJECTION = "embedding_projection"
 KINDS = {"lora": LoRALinear.from_base, "dora": DoRALinear.from_base}
@@ -62,8 +63,12 @@ def attach(model: Model, adapter: Adapter, media: Iterable[str], seed: int) -> N
     mx.eval(model.trainable_parameters())
 
 
-def begin_with(model: Model, file: Path) -> None:
+def begin_with(model: Model, file: Path, scale: float) -> None:
     """Start from the weights in an adapter's file; ValueError unless they are those that are trained here."""
+    settings = optional_json(file.with_name(CONFIG)).get("lora_parameters")
+    theirs = settings.get("scale") if isinstance(settings, dict) else None
+    if theirs not in (None, scale):  # the same weights would say something else
+        raise ValueError(f"scale is {scale:g} and that of {file} {shown(theirs)}; expected the same --scale")
     found, own = read_weights(file), dict(flat(model.trainable_parameters()))
     for path in sorted(own.keys() ^ found.keys()):
         where = "is not in the file" if path in own else "is in the file and is not trained here"

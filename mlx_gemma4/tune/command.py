@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import mlx.core as mx
 import typer
 
-from mlx_gemma4.config import computing_type
+from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
@@ -134,8 +134,8 @@ def tune(
 
     check_numbers(iters, warmup, patience, seed, val_batches, learning_rate)
     check_update(batch_size, grad_accumulation_steps)
-    adapter_path = adapter_path.expanduser()
-    resume_adapter_file = None if resume_adapter_file is None else resume_adapter_file.expanduser()
+    adapter_path = expanded(adapter_path)
+    resume_adapter_file = None if resume_adapter_file is None else expanded(resume_adapter_file)
     check_paths(data, adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
     examples = read_examples(data, test, mask_prompt)
@@ -178,7 +178,7 @@ def tune(
     network = checkpoint.model
     attach(network, adapter, media, seed)
     if resume_adapter_file is not None:
-        begin_with(network, resume_adapter_file)
+        begin_with(network, resume_adapter_file, scale)
     own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
     adapter_path.mkdir(parents=True, exist_ok=True)
     if own.valid is None:
@@ -195,10 +195,10 @@ def tune(
             write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
     if test:  # before the drafter learns, for which the others would wait
         processes.sum([mx.zeros(1)])  # until the first has written what all read
-        begin_with(network, adapter_path / WEIGHTS)
+        begin_with(network, adapter_path / WEIGHTS, scale)
         loss = own.loss_of(rows["test"])
     if train_drafter and processes.rank == 0:
-        begin_with(network, adapter_path / WEIGHTS)
+        begin_with(network, adapter_path / WEIGHTS, scale)
         teach_drafter(checkpoint, own, adapter_path / "drafter")
     if test:
         del own, network, checkpoint  # room for the model as it is in use
@@ -236,7 +236,7 @@ def check_paths(data: str, adapter_path: Path, resume_adapter_file: Path | None)
     there = next(own for own in (adapter_path, *adapter_path.absolute().parents) if own.exists() or own.is_symlink())
     if not there.is_dir():
         raise ValueError(f"{there} is a file; expected a folder, for --adapter-path")
-    is_data = adapter_path.resolve() == Path(data).expanduser().resolve()
+    is_data = adapter_path.resolve() == expanded(data).resolve()
     if is_data or (adapter_path / "config.json").exists():
         held = "the examples" if is_data else "a model"
         raise ValueError(f"{adapter_path} holds {held}; expected a new folder, for --adapter-path")

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_gemma4.errors import a, shown
+from mlx_gemma4.config import expanded
+from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.prompt.messages import MEDIA, Message, as_now, from_folder, is_blank, json_lines
 
 FORMS = {  # the keys that an example is told by
@@ -44,7 +45,7 @@ def read_split(data: str, split: str) -> list[Example] | None:
     data: a folder of JSON lines (`train.jsonl`), or what the library `datasets` reads: a folder of parquet files or a
     hub id. ValueError that names file and line if one is wrong, or if the file has none.
     """
-    folder = Path(data).expanduser()
+    folder = expanded(data)
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{data!r} is a file; expected a folder with train.jsonl, for --data")
@@ -71,11 +72,18 @@ def read_split(data: str, split: str) -> list[Example] | None:
 def hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]] | None:
     try:
         from datasets import load_dataset  # here: it is a large library, and JSON lines need none
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise ValueError(f"{source} needs the library datasets; expected it, or a folder with train.jsonl") from None
-    found = load_dataset(source)
+    try:
+        found = load_dataset(source)
+    except (DatasetsError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read as a dataset: {one_line(error)}") from None
     name = next((name for name in SPLITS[split] if name in found), None)
-    return None if name is None else ((f"{source}, {name}, row {n}", row) for n, row in enumerate(found[name], 1))
+    if name is None:
+        return None
+    rows = found[name].to_iterable_dataset().decode(False)  # media as files, which are read here
+    return ((f"{source}, {name}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def parse(row: Any, where: str, folder: Path) -> Example:

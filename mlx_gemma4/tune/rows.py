@@ -13,15 +13,14 @@ import numpy as np
 
 from mlx_gemma4.errors import FetchError, TooLongError
 from mlx_gemma4.model.mask import attention_mask
-from mlx_gemma4.prompt.messages import LEADING_THOUGHT, MEDIA, Part
+from mlx_gemma4.prompt.messages import MEDIA, Part
 from mlx_gemma4.prompt.processor import Loaded, Processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
+from mlx_gemma4.prompt.said import asked_and_said
 from mlx_gemma4.prompt.template import check_unicode
-from mlx_gemma4.reply.reply import CHANNEL_OPEN, END_OF_TEXT, THOUGHT_CHANNEL
+from mlx_gemma4.reply.reply import END_OF_TEXT
 from mlx_gemma4.tune.data import Example, source_of
 
-TURN = "<|turn>model\n"  # behind it the template writes what the model says
-OPEN_THOUGHT = f"{CHANNEL_OPEN}{THOUGHT_CHANNEL}\n"
 MULTIPLE = 64  # of a row's length: kernels are made for few shapes
 BARE = 512  # tokens that are gathered in a row, if examples are shorter: a device is busy with so many
 
@@ -115,19 +114,12 @@ def replies(processor: Processor, example: Example, budget: int) -> tuple[list[B
         is_reply = isinstance(message, dict) and message.get("role") == "assistant"
         if not is_reply or not example.weights[index]:
             continue
-        if index == 0:
-            raise ValueError("messages begins with an assistant message; expected what it replies to")
-        if isinstance(message.get("content"), str) and LEADING_THOUGHT.match(message["content"]):
-            own = processor.parse_response(message["content"])  # a thought that was left in the text
-            message = message | {"content": own["content"], "reasoning": own["reasoning"]}
-        thinks = bool(message.get("reasoning") or message.get("reasoning_content"))
-        written = processor.write(example.messages[:index], example.tools, thinks)
+        written, said = asked_and_said(processor, example.messages[: index + 1], example.tools)
         for part in written.media[len(parts) :]:
             kind = part["type"]
             parts.append(part | {kind: source_of(part[kind], example.folder)})
             loaded.append((kind, processor.read(parts[-1], budget)))
         prompt = processor.assemble(written.text, written.mark, loaded[: len(written.media)])
-        said = said_ids(processor, message, f"messages[{index}]", written.text.endswith(OPEN_THOUGHT))
         whole = Prompt([*prompt.token_ids, *said], prompt.media)
         check_length(whole, processor.config)
         numbers = run_numbers(loaded)
@@ -144,25 +136,6 @@ def run_numbers(loaded: Sequence[tuple[str, list[Loaded]]]) -> dict[str, Iterato
         )
         for kind in MEDIA
     }  # fmt: skip
-
-
-def said_ids(processor: Processor, message: dict[str, object], where: str, in_thought: bool) -> list[int]:
-    """A reply's ids, as the template writes them in a chat of this message alone, up to its stop token.
-
-    in_thought: whether the prompt has opened the thought.
-    """
-    written = processor.write([{"role": "user", "content": ""}, message])
-    if written.media:
-        raise ValueError(f"{where} is an assistant message with {written.media[0]['type']}; expected text and calls")
-    text = written.text.partition(TURN)[2]
-    if in_thought:
-        text = text.removeprefix(OPEN_THOUGHT)
-    ids = processor.assemble(text, written.mark, []).token_ids
-    stops = processor.config.generation.eos_token_ids
-    stop = next((place for place, token in enumerate(ids) if token in stops), None)
-    if not stop:  # none, or nothing before it
-        raise ValueError(f"{where} says nothing; expected content or tool_calls")
-    return ids[: stop + 1]
 
 
 # --- branches to passages ----------------------------------------------------------------------

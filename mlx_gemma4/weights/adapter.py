@@ -443,6 +443,8 @@ def save(folder: Path, name: str, tensors: Mapping[str, mx.array], config: Mappi
 
 def read_weights(file: Path) -> dict[str, mx.array]:
     """What `write_adapter` was given, to go on from: mlx-lm's parts as they lie, by path in the model."""
+    if file.name == PEFT_WEIGHTS:
+        raise CheckpointError(f"{file} is PEFT's; expected {WEIGHTS}, as mlx-lm and mlx_gemma4.tune write it")
     found = {}
     for path, own in list_parts(file).items():
         for name, part in own.items():

@@ -69,6 +69,10 @@ def download(hub_id: str, patterns: Sequence[str]) -> Path:
         ) from None
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, json.JSONDecodeError) as error:
         return cached(hub_id, patterns, error)
+    except OSError as error:
+        if error.errno is not None:  # a file's, of this machine
+            raise
+        return cached(hub_id, patterns, error)  # what came is shorter than it should be
 
 
 def read_header(hub_id: str, name: str) -> dict[str, dict[str, Any]]:
@@ -125,9 +129,9 @@ def cached(hub_id: str, patterns: Sequence[str], failure: Exception) -> Path:
         cause = failure.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 500
     if status < 500 and status not in TRY_AGAIN:
-        raise CheckpointError(
-            f"the hub refuses {hub_id}: {reason(cause)}; expected one open to you (log in with `hf auth login`)"
-        )
+        closed = status in (401, 403)
+        expected = "one open to you (log in with `hf auth login`)" if closed else "a repository that is whole"
+        raise CheckpointError(f"the hub refuses {hub_id}: {reason(cause)}; expected {expected}")
     raise ConnectionError(f"{hub_id} is not (wholly) on this machine and the hub cannot be reached: {reason(cause)}")
 
 

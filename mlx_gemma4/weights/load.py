@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_gemma4 import __version__
-from mlx_gemma4.config import ModelConfig, Quantization, computing_type, quoted, read_config, with_kv_bits
+from mlx_gemma4.config import ModelConfig, Quantization, computing_type, expanded, quoted, read_config, with_kv_bits
 from mlx_gemma4.errors import CheckpointError, a, one_line, shown
 from mlx_gemma4.media.source import SHOWN_CHARACTERS
 from mlx_gemma4.model.arrange import arrange, widen_scalar
@@ -108,10 +108,10 @@ def find_adapter(adapter: str | Path | Mapping[str, str | Path] | None) -> Adapt
         for name, folder in adapter.items():
             if not isinstance(name, str) or name in ("", BASE) or not isinstance(folder, str | Path):
                 raise CheckpointError(f"adapter has {quoted(name)}: {quoted(folder)}; expected a name and a folder")
-        return {name: Path(folder).expanduser() for name, folder in adapter.items()} or None
+        return {name: expanded(folder) for name, folder in adapter.items()} or None
     if adapter is not None and not isinstance(adapter, str | Path):
         raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder, several by name, or None")
-    return None if adapter is None else Path(adapter).expanduser()
+    return None if adapter is None else expanded(adapter)
 
 
 def find_drafter(
@@ -135,7 +135,7 @@ def find_drafter(
     for own in (*([adapter / "drafter"] if isinstance(adapter, Path) else []), folder / "drafter"):
         if own.is_dir():
             return DrafterChoice(own, str(own), quantize=False)
-    if folder == Path(path_or_hub_id).expanduser():
+    if folder == expanded(path_or_hub_id):
         return None
     from mlx_gemma4.weights.hub import PATTERNS, download_partner
 

@@ -144,6 +144,7 @@ def test_rounded_on_the_base_s_grid_little_would_be_kept(place: Path) -> None:
         (["--source", "base"], "is quantized; expected the original weights"),
         (["--source", "stranger"], "expected its source"),
         (["--source", "nowhere"], "no folder"),
+        (["--source", "source", "--recipe", "qat"], "with the adapter none of the 45 matrices lies on a 4-bit lattice"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
@@ -151,7 +152,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
 ) -> None:
     if "stranger" in options:
         write_checkpoint(Path("stranger"), EVEN, seed=5)
-    words = [place / word if word == "base" else word for word in options]
+    words = [place / word if word in ("base", "source") else word for word in options]
     before = {file.name for file in Path().iterdir()}
     status, out, err = run("--model", place / "base", "--adapter-path", place / "lora", "--save-path", "fused", *words)
     assert (status, out) == (2, "") and said in err and err.count("\n") == 1

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -68,7 +68,6 @@ def results(out: str) -> list[dict[str, Any]]:
 def log_probs_of(model: Model, exchange: Exchange) -> np.ndarray:
     """[T, vocab] from the public logits."""
     logits = np.asarray(model.logits(exchange.prompt))[0, exchange.rows].astype(np.float64)
-    logits[:, list(model.config.generation.suppress_tokens)] = -np.inf
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
@@ -84,8 +83,7 @@ def test_the_figures_are_those_of_the_public_logits(tiny_folder: Path, relative:
     for line in LINES:
         exchange = encode(processor, line, None)
         p, q = log_probs_of(reference, exchange), log_probs_of(candidate, exchange)
-        with np.errstate(invalid="ignore"):
-            divergences += np.where(np.isfinite(p), np.exp(p) * (p - q), 0).sum(axis=-1).tolist()
+        divergences += (np.exp(p) * (p - q)).sum(axis=-1).tolist()
         same += (p.argmax(axis=-1) == q.argmax(axis=-1)).tolist()
     (found,) = results(out)
     assert found["positions"] == len(divergences)
@@ -101,6 +99,24 @@ def test_a_model_is_its_own_equal(tiny_folder: Path, data: Path, run: Run) -> No
     (found,) = results(run(tiny_folder, tiny_folder, "--data", data)[1])
     assert found["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert found["top1"] == 1
+
+
+def test_what_settings_suppress_is_compared_too(tiny_folder: Path, data: Path, tmp_path: Path, run: Run) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"suppress_tokens": list(range(110, 300))}))
+    (found,) = results(run(tiny_folder, folder, "--data", data)[1])
+    assert found["kl_mean"] == pytest.approx(0, abs=1e-6) and found["top1"] == 1
+
+
+def test_weights_that_are_no_numbers_are_one_line(tiny_folder: Path, data: Path, tmp_path: Path, run: Run) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    arrays = cast(dict[str, mx.array], mx.load(str(folder / "model.safetensors")))
+    wrong = next(name for name in arrays if name.endswith("layers.1.mlp.up_proj.weight"))
+    mx.save_safetensors(str(folder / "model.safetensors"), arrays | {wrong: arrays[wrong] * mx.nan})
+    status, out, err = run(tiny_folder, folder, "--data", data)
+    assert (status, out) == (1, "")
+    assert err == f"error: what {folder} computes is not finite; expected sound weights, or a wider computing type\n"
 
 
 def test_what_is_not_kept_counts_as_one_token(
@@ -261,6 +277,36 @@ def test_control_tokens_typed_in_a_chat_are_text(tiny: Loaded) -> None:
     assert tiny[1].tokenizer.decode(answer[:-1]) == "a <turn|> b"
 
 
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
+THOUGHT = "<|channel>thought\nhm\n<channel|>"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"content": "yes", "reasoning": "hm"}, f"{THOUGHT}yes<turn|>"),
+        ({"content": f"{THOUGHT}yes"}, f"{THOUGHT}yes<turn|>"),
+        (
+            {"content": "let me", "tool_calls": [CALL]},
+            'let me<|tool_call>call:look{at:<|"|>sky<|"|>}<tool_call|><|tool_response>',
+        ),
+    ],
+)
+def test_an_answer_is_what_the_model_would_say(tiny: Loaded, said: dict[str, Any], expected: str) -> None:
+    asked = [{"role": "user", "content": "is it"}]
+    exchange = encode(tiny[1], {"messages": [*asked, {"role": "assistant", **said}]}, None)
+    assert tiny[1].tokenizer.decode(exchange.prompt.token_ids[exchange.start :], skip_special_tokens=False) == expected
+    request = tiny[1](asked, thinking=THOUGHT in expected)
+    assert exchange.prompt.token_ids[: exchange.start] == request.token_ids
+
+
+def test_an_answer_may_follow_another(tiny: Loaded) -> None:
+    asked = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes"}]
+    exchange = encode(tiny[1], {"messages": [*asked, {"role": "assistant", "content": "and no"}]}, None)
+    assert exchange.prompt.token_ids[: exchange.start] == tiny[1](asked).token_ids
+    assert tiny[1].tokenizer.decode(exchange.prompt.token_ids[exchange.start :]) == "and no"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -275,7 +321,7 @@ def test_control_tokens_typed_in_a_chat_are_text(tiny: Loaded) -> None:
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": '
             '[{"type": "image", "path": "b.png"}]}]}',
-            "exchange 1: the answer has a part of type image",
+            "exchange 1: messages[1] is an assistant message with image",
         ),
     ],
 )
@@ -356,6 +402,18 @@ def test_other_exchanges_than_the_saved_ones_are_refused(
     assert "makes other tokens of the exchanges" in run(saved, tiny_folder, "--data", data)[2]
     mx.save_safetensors(str(saved), {"ids": mx.array([1])})
     assert "is no file of --save-logits" in run(saved, tiny_folder, "--data", data)[2]
+
+
+def test_saved_logits_of_another_length_are_refused(tiny_folder: Path, data: Path, tmp_path: Path, run: Run) -> None:
+    saved = tmp_path / "reference.safetensors"
+    run(tiny_folder, "--data", data, "--save-logits", saved, "--max-tokens", 2)
+    arrays, about = cast(Any, mx.load(str(saved), return_metadata=True))
+    mx.save_safetensors(str(saved), arrays | {"ids": arrays["ids"][:3]}, about)
+    status, _, err = run(saved, tiny_folder, "--data", data, "--max-tokens", 2)
+    assert status == 2 and "ids [3, 512]" in err and err.endswith("expected one length\n")
+    mx.save_safetensors(str(saved), {name: own[:3] for name, own in arrays.items()}, about)
+    status, _, err = run(saved, tiny_folder, "--data", data, "--max-tokens", 2)
+    assert status == 2 and "has 3 positions; expected 4" in err
 
 
 def test_the_card_gets_the_figures(

@@ -1,5 +1,7 @@
 """Rows are what inference reads, and what is learnt is what the model must say."""
 
+import io
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,11 @@ def test_older_spellings_are_the_same_chat(tiny: tuple[Model, Processor], folder
         ('{"messages": [{"role": "user", "content": "a"}]}', "no token to learn"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an assistant message"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}', "says nothing"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+            '{"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "tool_calls": [5]}]}',
+            "messages[3].tool_calls[0]",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
          '"weight": 2}]}', "weight"),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}, '
@@ -309,6 +316,37 @@ def test_a_server_that_is_away_is_no_fault_of_the_example(tiny: tuple[Model, Pro
     turns = [user("a", image="http://127.0.0.1:9/a.png"), {"role": "assistant", "content": "b"}]
     with pytest.raises(FetchError, match="line 1: "):
         branches(tiny[1], example(turns, folder))
+
+
+def test_media_in_parquet_files_stay_files(tiny: tuple[Model, Processor], tmp_path: Path) -> None:
+    """As their columns' types decode them, sounds would need torchcodec, and all pictures be in memory at once."""
+    datasets = pytest.importorskip("datasets")
+    sound, picture = io.BytesIO(), io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(6400))
+    Image.new("RGB", (48, 48)).save(picture, "PNG")
+    said = [{"role": "user", "content": "<image>and<audio>"}, {"role": "assistant", "content": "b"}]
+    rows = {
+        "messages": [said], "audio": [{"bytes": sound.getvalue(), "path": None}],
+        "images": [[{"bytes": picture.getvalue(), "path": None}]],
+    }  # fmt: skip
+    made = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio())
+    made.cast_column("images", datasets.List(datasets.Image())).to_parquet(tmp_path / "train.parquet")
+    (example,) = read_split(str(tmp_path), "train") or []
+    _, media = branches(tiny[1], example)
+    assert [part[part["type"]] for part in media] == [picture.getvalue(), sound.getvalue()]
+
+
+def test_parquet_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1, or not")
+    with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be read as a dataset: "):
+        read_split(str(tmp_path), "train")
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "train.parquet")
+    datasets.Dataset.from_dict({"other": [5]}).to_parquet(tmp_path / "train-2.parquet")
+    with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be read as a dataset: "):
+        read_split(str(tmp_path), "train")
 
 
 def test_folders_without_examples_are_refused(tmp_path: Path) -> None:

@@ -530,6 +530,13 @@ def test_another_runs_weights_are_a_beginning(
     capsys.readouterr()
     assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file, "--rank", "4")) == 2
     assert "has the shape" in capsys.readouterr().err
+    assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file, "--scale", "20")) == 2
+    assert capsys.readouterr().err.endswith(f"scale is 20 and that of {file} 10.0; expected the same --scale\n")
+    Path(file).rename(tmp_path / "adapter_model.safetensors")
+    peft = str(tmp_path / "adapter_model.safetensors")
+    assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", peft)) == 2
+    assert "is PEFT's; expected adapters.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
 
 
 def test_an_adapter_loads_in_mlx_lm(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.fails: dict[str, tuple[int, str]] = {}  # beginning of a path -> status and X-Error-Code
         self.slow: str | None = None  # the file that comes byte by byte
+        self.short: str | None = None  # the file that comes by half
         self.fetched: list[str] = []
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -87,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
                 time.sleep(0.05)
         else:
-            self.send(data, body, 200, headers)
+            self.send(data[: len(data) // 2] if body and name == self.server.short else data, body, 200, headers)
 
     def send_json(self, value: object, body: bool) -> None:
         self.send(json.dumps(value).encode(), body, 200, {"Content-Type": "application/json"})
@@ -191,7 +192,23 @@ def test_a_gated_model_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_hub_that_refuses_is_no_network_failure(hub: Hub, tmp_path: Path) -> None:
     hub.fails["/api/models/"] = (403, "")
-    check_refused(ask(tmp_path / "home", hub.url), 2, f"the hub refuses {ID}: 403 Forbidden")
+    check_refused(ask(tmp_path / "home", hub.url), 2, f"the hub refuses {ID}: 403 Forbidden", "hf auth login")
+
+
+def test_what_is_not_there_needs_no_login(hub: Hub, tmp_path: Path) -> None:
+    hub.fails[f"/{ID}/resolve/"] = (404, "EntryNotFound")
+    done = ask(tmp_path / "home", hub.url)
+    check_refused(done, 2, f"the hub refuses {ID}: 404", "expected a repository that is whole")
+    assert "login" not in done.stderr
+
+
+def test_a_file_that_came_short_is_a_failure(hub: Hub, tmp_path: Path) -> None:
+    hub.short = "model.safetensors"
+    done = ask(tmp_path / "home", hub.url)
+    check_refused(done, 1, f"{ID} is not (wholly) on this machine", "Consistency check failed: file should be of size")
+    assert "force_download" not in done.stderr
+    hub.short = None
+    assert ask(tmp_path / "home", hub.url).returncode == 0
 
 
 def test_a_hub_that_cannot_be_reached_is_a_failure(tmp_path: Path) -> None:
