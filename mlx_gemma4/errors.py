@@ -21,10 +21,11 @@ class FetchError(MediaError):
 
 
 class TooLongError(ValueError):
-    """A prompt that leaves the context no room for a reply."""
+    """A prompt that leaves the context no room for a reply. least: it has at least so many tokens."""
 
-    def __init__(self, tokens: int, limit: int, text: str = ""):
-        super().__init__(text or f"the prompt has {tokens} tokens; the context holds {limit}, the reply included")
+    def __init__(self, tokens: int, limit: int, text: str = "", least: bool = False):
+        count = f"at least {tokens}" if least else f"{tokens}"
+        super().__init__(text or f"the prompt has {count} tokens; the context holds {limit}, the reply included")
         self.tokens, self.limit = tokens, limit
 
 

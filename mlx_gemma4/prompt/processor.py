@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from mlx_gemma4.config import QUOTED, ModelConfig, quoted, read_bytes_of, read_json
-from mlx_gemma4.errors import CheckpointError, a, shown, unbroken
+from mlx_gemma4.errors import CheckpointError, TooLongError, a, shown, unbroken
 from mlx_gemma4.media.source import unheard
 from mlx_gemma4.prompt.messages import Part, check_messages, check_tools, media_parts, taken_up, without_sources
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_length
@@ -85,6 +85,12 @@ class Written:
     begun: str  # of the reply: what its last message already says
 
 
+def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text; `Tokenizer.encode` would stop all other threads, for seconds if it is a megabyte."""
+    found: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class ControlText:
     """Text with control tokens -> ids, where only the template's control tokens count as such."""
@@ -121,7 +127,7 @@ class ControlText:
 
     def encode(self, text: str) -> list[int]:
         """The ids of text in which nothing is a control token."""
-        found: list[int] = self.plain.encode(text, add_special_tokens=False).ids if text else []
+        found = encoded(self.plain, text) if text else []
         if self.spelled.keys().isdisjoint(found):
             return found
         # A model that looks for whole words first (`ignore_merges`) finds control tokens in its vocabulary.
@@ -164,6 +170,7 @@ class Processor:
         """
         budget = self.image_budget(image_budget)
         written = self.write(messages, tools, thinking, preserve_thinking, continue_final_message)
+        self.check_text(written.text.replace(written.mark, ""))
         loaded = [(part["type"], self.read(part, budget)) for part in written.media]
         prompt = replace(self.assemble(written.text, written.mark, loaded), tools=written.tools, begun=written.begun)
         check_length(prompt, self.config)
@@ -200,6 +207,20 @@ class Processor:
         )
         self.check_placeholders(text, media)
         return Written(text, mark, tuple(media), tuple(functions), "" if begun is None else begun["content"])
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text as it stands, in which control tokens are such. TooLongError if it cannot fit the context."""
+        self.check_text(text)
+        return encoded(self.tokenizer, text)
+
+    def check_text(self, text: str) -> None:
+        """TooLongError for more than the context holds of the longest tokens: to count its own may take minutes."""
+        limit = self.config.text.max_position_embeddings
+        if len(text) < limit:
+            return
+        least = len(text) // max(map(len, self.tokenizer.get_vocab()))
+        if least >= limit:
+            raise TooLongError(least, limit, least=True)
 
     def parse_response(self, text: str, tools: list[dict[str, Any]] | None = None) -> dict[str, Any]:
         """The assistant message that a reply's text, control tokens and all, amounts to, whoever wrote it.

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
@@ -52,9 +52,34 @@ def compile_template(source: str) -> Template:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     try:
-        return environment.from_string(source)
+        tree = environment.parse(source)
+        for loop in tree.find_all(nodes.For):
+            leave_early(loop)
+        return environment.from_string(tree)
     except SyntaxError as error:  # of the Python that jinja2 makes of it, as from a break outside a loop
         raise TemplateSyntaxError(error.msg, 1) from None
+
+
+def leave_early(loop: nodes.For) -> None:
+    """Let a loop end where a flag is set with which it does nothing more: the published template looks ahead from each
+    message through all that follow, seconds for a thousand of them."""
+    match [node for node in loop.body if not is_blank(node)]:
+        case [nodes.If(test=nodes.Getattr(node=nodes.Name(name=name))) as choice]:
+            idle = choice.body
+        case [nodes.If(test=nodes.Not(node=nodes.Getattr(node=nodes.Name(name=name))), elif_=[]) as choice]:
+            idle = choice.else_
+        case _:
+            return
+    changing = {"loop", *(node.name for node in nodes.Tuple([loop.target], "store").find_all(nodes.Name))}
+    if name not in changing and all(map(is_blank, idle)):
+        idle[:] = [nodes.Break()]
+
+
+def is_blank(node: nodes.Node) -> bool:
+    """Whether it writes nothing."""
+    if not isinstance(node, nodes.Output):
+        return False
+    return all(isinstance(part, nodes.TemplateData) and not part.data for part in node.nodes)
 
 
 class GenerationBlock(Extension):
@@ -199,7 +224,9 @@ def template_turns(messages: list[Message], joined_turns: bool = True) -> list[M
     for index, message in enumerate(messages):
         if message["role"] == "tool":
             continue
-        answers = list(takewhile(lambda other: other["role"] == "tool", messages[index + 1 :]))
+        later = range(index + 1, len(messages))
+        end = next((number for number in later if messages[number]["role"] != "tool"), len(messages))
+        answers = messages[index + 1 : end]
         if "tool_calls" not in message or "tool_responses" in message:
             turns += [message, *answers]
             continue

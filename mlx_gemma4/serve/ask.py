@@ -21,6 +21,7 @@ EXPECTED = {
     "int_from_float": "a whole number", "float_type": "a number", "float_parsing": "a number",
     "bool_type": "true or false", "bool_parsing": "true or false", "list_type": "a list", "dict_type": "an object",
     "model_type": "an object", "model_attributes_type": "an object", "missing": "a value",
+    "too_short": "at least one",
 }  # fmt: skip
 
 
@@ -123,7 +124,9 @@ def checked(kind: type[Checked], body: dict[str, Any], where: str = "") -> Check
         place = (where + keys).removeprefix(".")
         if first["type"] == "missing":
             raise Refused(f"{place} is missing; expected a value", field=place) from None
-        got = a(first["input"]) if isinstance(first["input"], (dict, list)) else shown(first["input"])
+        got = (
+            a(first["input"]) if first["input"] and isinstance(first["input"], (dict, list)) else shown(first["input"])
+        )
         expected = EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be ")[:LONGEST])
         raise Refused(f"{place} is {got}; expected {expected}", field=place) from None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.engine.completion import finish_reason, thought_of, tool_choice, usage
@@ -23,6 +23,10 @@ PING = ": ping\n"  # not two line breaks, at which some clients look for an even
 
 TokenBytes = Callable[[int], bytes]
 Count = Annotated[int, Field(ge=1)]
+
+
+def as_texts(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
 
 # --- what a request has ------------------------------------------------------------------------
@@ -62,7 +66,7 @@ class Drawn(Body):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(as_texts)] = None
     logit_bias: dict[str, float] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
@@ -75,10 +79,6 @@ class Drawn(Body):
             repetition_penalty=self.repetition_penalty, frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty, seed=None if self.seed is None else self.seed % 2**64,
         )  # fmt: skip
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def bias(self) -> dict[int, float] | None:
@@ -101,7 +101,7 @@ class Request(Drawn):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
@@ -147,7 +147,7 @@ def file_of(file: Any, where: str) -> Part:
     return file_part(file.get("filename"), file["file_data"], f"{where}.file_data")
 
 
-def chosen(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def chosen(choice: Any, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """tool_choice in our words, and the tools that it leaves."""
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = checked(AllowedTools, choice, "tool_choice").allowed_tools
@@ -157,7 +157,7 @@ def chosen(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> 
     return choice_of(choice, tools), tools
 
 
-def choice_of(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> str:
+def choice_of(choice: Any, tools: list[dict[str, Any]]) -> str:
     """tool_choice in our words; ValueError for a name that no tool has comes with the tools."""
     if choice is None or choice in ("auto", "none"):
         return choice or "auto"
@@ -200,7 +200,7 @@ def asked(request: Request) -> Ask:
         preserve_thinking=options.preserve_thinking is not False,  # who gives thoughts back wants them read
         max_tokens=request.max_completion_tokens or request.max_tokens,
         sampling=request.sampling,
-        stop=request.stops,
+        stop=tuple(request.stop or ()),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         logit_bias=request.bias,
         continue_final_message=bool(request.continue_final_message),

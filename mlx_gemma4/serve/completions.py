@@ -49,7 +49,7 @@ class Completions(OpenAI):
             prompts=prompts,
             max_tokens=DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens,
             sampling=request.sampling,
-            stop=request.stops,
+            stop=tuple(request.stop or ()),
             logprobs=request.logprobs,
             logit_bias=request.bias,
             n=replies,

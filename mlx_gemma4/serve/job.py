@@ -192,7 +192,7 @@ def prompts(ask: Ask, resident: Resident) -> Iterator[tuple[Prompt, int]]:
         )
         yield prompt, 0
     for given in ask.prompts:
-        ids = given if isinstance(given, list) else processor.tokenizer.encode(given, add_special_tokens=False).ids
+        ids = given if isinstance(given, list) else processor.ids(given)
         begin = processor.control.ids[processor.bos_token]
         added = [] if ids[:1] == [begin] else [begin]  # without it the model reads no text as text
         yield Prompt(added + ids), len(added)

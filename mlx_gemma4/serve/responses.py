@@ -71,7 +71,7 @@ class Request(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: Text | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Any = None
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
@@ -289,14 +289,14 @@ def input_of(tool: Custom) -> dict[str, Any]:
     return {"type": "string", "description": f"Of this {tool.format.syntax} grammar:\n{tool.format.definition}"}
 
 
-def chosen(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def chosen(choice: Any, tools: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """tool_choice in our words, and the tools that it leaves."""
     if choice is None:
         return "auto", tools
-    if isinstance(choice, str):
-        if choice not in ("auto", "none", "required"):
-            raise Refused(f"tool_choice is {shown(choice)}; expected auto, none, required or an object")
+    if choice in ("auto", "none", "required"):
         return choice, tools
+    if not isinstance(choice, dict):
+        raise Refused(f"tool_choice is {shown(choice)}; expected auto, none, required or an object")
     names = [tool["function"]["name"] for tool in tools]
     kind = choice.get("type")
     if kind == "allowed_tools":

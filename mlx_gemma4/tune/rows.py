@@ -95,7 +95,7 @@ def branches(
 
 def text_branch(processor: Processor, text: str) -> Branch:
     check_unicode(text)
-    ids: list[int] = processor.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = processor.ids(text)
     begin, end = processor.control.ids[processor.bos_token], processor.control.ids.get(END_OF_TEXT)
     ids = ids if ids[:1] == [begin] else [begin, *ids]
     if end is not None and ids[-1] not in processor.config.generation.eos_token_ids:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib import resources
 from itertools import repeat
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from toy import MEDIA, SPECIAL, toy_tokenizer
 
+from mlx_gemma4 import load
 from mlx_gemma4.config import (
     AudioConfig,
     CheckpointError,
@@ -27,8 +29,9 @@ from mlx_gemma4.config import (
     TextConfig,
     VisionConfig,
 )
+from mlx_gemma4.errors import TooLongError
 from mlx_gemma4.prompt.messages import strip_thinking
-from mlx_gemma4.prompt.processor import MediaSettings, Processor, load_processor
+from mlx_gemma4.prompt.processor import ControlText, MediaSettings, Processor, encoded, load_processor
 from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.reply.reply import Controls, ReplyParser
 
@@ -632,3 +635,34 @@ def test_importing_and_a_text_prompt_load_no_media_libraries() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    tokenizer, beats, done = load("demo")[1].tokenizer, 0, Event()
+
+    def beat() -> None:
+        nonlocal beats
+        while not done.wait(0.001):
+            beats += 1
+
+    thread = Thread(target=beat)
+    thread.start()
+    before = beats
+    ids = encoded(tokenizer, "x" * 200_000)
+    beaten = beats - before
+    done.set()
+    thread.join()
+    assert len(ids) == 200_000 and beaten > 5
+
+
+def test_what_cannot_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = load("demo")[1]
+    longest = max(map(len, processor.tokenizer.get_vocab()))
+    for text in ("x", "<"):  # the second one is shielded, which makes the template's text longer
+        with pytest.raises(TooLongError, match=r"the prompt has \d+ tokens"):  # they are counted
+            processor([{"role": "user", "content": text * (8192 * longest - 100)}])
+    monkeypatch.setattr(ControlText, "encode", pytest.fail)
+    with pytest.raises(TooLongError, match=r"^the prompt has at least \d+ tokens; the context holds 8192"):
+        processor([{"role": "user", "content": "x" * 8192 * longest}])
+    with pytest.raises(TooLongError, match="at least 8192 tokens"):
+        processor.ids("x" * 8192 * longest)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_gemma4.prompt.messages import (
     check_messages,
@@ -90,6 +91,53 @@ def test_a_template_that_fails_is_a_value_error_of_one_line(source: str, reason:
     with pytest.raises(ValueError, match=f"^the chat template fails on this request: .*({reason})") as caught:
         render(compile_template(source), [USER], [], False, "<bos>")
     assert "\n" not in str(caught.value)
+
+
+def test_each_turn_of_a_long_conversation_costs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, plain = 0, ImmutableSandboxedEnvironment.getattr
+
+    def counted(self: Any, value: Any, name: str) -> Any:
+        nonlocal looked
+        looked += 1
+        return plain(self, value, name)
+
+    monkeypatch.setattr(ImmutableSandboxedEnvironment, "getattr", counted)
+    steps = []
+    for turns in (10, 20, 40):
+        looked = 0
+        talk = [
+            USER,
+            CALL,
+            {"role": "tool", "tool_call_id": "c", "content": "x"},
+            {"role": "assistant", "content": "x"},
+        ]
+        render(TEMPLATE, talk * turns, [], False, "<bos>")
+        steps.append(looked)
+    assert steps[2] - steps[1] == 2 * (steps[1] - steps[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "written"),
+    [
+        ("{% if not n.f %}{{ i }}{% set n.f = true %}{% endif %}", "0"),
+        ("{% if n.f %}{% elif i > 5 %}x{% else %}{{ i }}{% set n.f = i == 1 %}{% endif %}", "01"),
+        ("{% if not n.f %}{{ i }}{% set n.f = true %}{% else %},{% endif %}", "0,,"),
+        ("{% if not n.f %}{{ i }}{% set n.f = true %}{% elif i == 2 %}x{% endif %}", "0x"),
+        ("{% if n.f %}{{ i }}{% endif %}{% set n.f = true %}", "12"),
+        ("{% if loop.first %}{% else %}{{ i }}{% endif %}", "12"),
+        ("{% if not loop.first %}{{ i }}{% endif %}", "12"),
+    ],
+)
+def test_a_loop_that_is_left_early_writes_what_it_would_have(body: str, written: str) -> None:
+    source = "{% set n = namespace(f=false) %}{% for i in range(3) %}" + body + "{% endfor %}"
+    assert render(compile_template(source), [], [], False, "") == written
+
+
+def test_the_things_of_a_loop_may_have_flags() -> None:
+    source = "{% for m in messages %}{% if not m.skip %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    messages = [{"skip": flag, "content": str(flag)} for flag in (False, True, False, True)]
+    assert render(compile_template(source), messages, [], False, "") == "TrueTrue"
+    assert render(compile_template(source.replace("not ", "")), messages, [], False, "") == "FalseFalse"
 
 
 def test_a_break_outside_a_loop_is_a_syntax_error_of_the_template() -> None:

@@ -234,6 +234,8 @@ def test_tools_that_come_with_the_input_stand_among_the_others() -> None:
         ("max_output_tokens", {"max_output_tokens": 0}),
         ("tools[0].name", {"tools": [{"type": "function"}]}),
         ("tool_choice", {"tool_choice": "any"}),
+        ("tool_choice", {"tool_choice": ["auto"]}),
+        ("tool_choice", {"tool_choice": {"type": "allowed_tools", "mode": 5}}),
         ("tool_choice.name", {"tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}),
         ("tool_choice.type", {"tool_choice": {"type": "web_search"}}),
         ("text.format.schema", {"text": {"format": {"type": "json_schema"}}}),

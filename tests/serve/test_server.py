@@ -24,6 +24,8 @@ from serving import Running, served  # noqa: E402
 from mlx_gemma4 import Sampling, collect  # noqa: E402
 from mlx_gemma4.serve import answering  # noqa: E402
 from mlx_gemma4.serve import connection as connection_module  # noqa: E402
+from mlx_gemma4.serve.ask import Refused  # noqa: E402
+from mlx_gemma4.serve.chat import Chat  # noqa: E402
 from mlx_gemma4.serve.guard import Guard  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
 from mlx_gemma4.terminal import adapters_of  # noqa: E402
@@ -69,6 +71,21 @@ def post(body: dict[str, Any]) -> bytes:
 
 
 # --- paths -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"stop": 5}, "stop is 5; expected a list"),
+        ({"stop": ["a", 1]}, "stop[1] is 1; expected a string"),
+        ({"tool_choice": 5}, "tool_choice is 5; expected auto, none, required or a function's name"),
+        ({"messages": []}, "messages is []; expected at least one"),
+    ],
+)
+def test_what_may_be_of_several_types_is_named_as_the_client_wrote_it(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused) as found:
+        Chat("gemma", lambda _: b"").parse(SUM | body, "")
+    assert found.value.message == message and message.startswith(f"{found.value.field} is ")
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/models", "//models/", "/v1//models", "/v1/v1/models/"])
