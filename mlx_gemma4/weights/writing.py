@@ -14,7 +14,7 @@ from mlx_gemma4.errors import unbroken
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Where to write what is to take the place of `path` when the block has ended well."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".part-{path.name}")  # mlx writes to no other ending
     try:
         with if_stopped(lambda: part.unlink(missing_ok=True)):
             yield part

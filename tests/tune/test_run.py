@@ -494,7 +494,7 @@ def test_long_examples_are_left_out_when_asked_and_counted(
     assert "4 of 27 examples of train are longer than 60 tokens, left out" in capsys.readouterr().err
     (data / "train.jsonl").write_text(json.dumps(row) + "\n")
     assert run(argv) == 2
-    assert "train.jsonl, line 1: token_ids has more than 1048576 tokens" in capsys.readouterr().err
+    assert "train.jsonl, line 1: the prompt has at least 65536 tokens; the context" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_names_its_example(
