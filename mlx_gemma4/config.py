@@ -140,13 +140,21 @@ def expanded(path: str | Path) -> Path:
 def read_bytes_of(path: Path) -> bytes:
     """A file's content; CheckpointError if there is no such file, or it is closed to us."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; expected a model folder with a {path.name}") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; expected a file") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    check_no_pointer(path, data)
+    return data
+
+
+def check_no_pointer(path: Path, data: bytes) -> None:
+    """CheckpointError for a file that begins as what Git leaves in the place of a large one, without Git LFS."""
+    if data.startswith(b"version https://git-lfs."):
+        raise CheckpointError(f"{path} is a pointer of Git LFS; expected the file itself, which `git lfs pull` fetches")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def batch_bytes(model: Footprint, lengths: Sequence[int], size: int, ahead: int)
     """The memory for rows that hold so many positions each, to go on together for `ahead` more, in a batch of `size`
     places: the longest row's slots are there for each place."""
     needed = predict(model, max(lengths), ahead)
-    slots = capacity(max(lengths) + ahead + ROUND)
+    slots = capacity(max(lengths) + ahead + ROUND, model.text.max_position_embeddings)
     place = model.row_bytes(SLIDING) * sliding_slots(model.text.sliding_window) + model.row_bytes(FULL) * slots
     logits = LOGIT_ARRAYS * (model.drafts + 1) * model.text.vocab_size * 4
     return needed.peak + size * place + (size - 1) * logits

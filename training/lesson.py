@@ -43,7 +43,7 @@ NEIGHBOURS: dict[str, Callable[[random.Random, Material], Item]] = {
     "colour": image_item,
 }
 REHEARSED = (
-    ("neighbour", 0.3), ("text", 0.3), ("tool", 0.15), ("image", 0.1), ("audio", 0.05), ("both", 0.05), ("video", 0.05),
+    ("neighbour", 0.3), ("text", 0.25), ("tool", 0.15), ("image", 0.1), ("audio", 0.05), ("both", 0.1), ("video", 0.05),
 )  # fmt: skip
 
 

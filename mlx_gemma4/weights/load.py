@@ -75,7 +75,8 @@ def find_folder(path_or_hub_id: str | Path, patterns: Sequence[str] | None = Non
         if text and folder.is_dir():
             return folder
         if folder.is_file():
-            raise CheckpointError(f"{folder} is a file; expected a model folder or a hub id")
+            made = " (mlx_gemma4.convert makes one of GGUF)" if folder.suffix == ".gguf" else ""
+            raise CheckpointError(f"{folder} is a file; expected a model folder{made} or a hub id")
     except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us, a `~user` who does not exist
         raise CheckpointError(
             f"{name} cannot be read: {one_line(error)}; expected a model folder or a hub id"

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlx_gemma4.config import COMPUTING, QUOTED, quoted, read_json
+from mlx_gemma4.config import COMPUTING, QUOTED, check_no_pointer, quoted, read_json
 from mlx_gemma4.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -194,6 +194,8 @@ def tensors_in(file: Path) -> list[Tensor]:
             size = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(size))
     except SafetensorError as error:
+        with open(file, "rb") as opened:
+            check_no_pointer(file, opened.read(QUOTED))
         raise CheckpointError(
             f"{file} is damaged or incomplete ({str(error)[:QUOTED]}); expected a whole safetensors file, so fetch it "
             "again"

@@ -595,6 +595,8 @@ def damage(folder: Path, what: str) -> None:
         (folder / "tokenizer.json").write_text("{")
     elif what == "tokenizer of another model":
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
+    elif what == "tokenizer a pointer of git-lfs":
+        (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     elif what == "template damaged":
         (folder / "chat_template.jinja").write_text("{% if %}")
     elif what == "template failing":
@@ -607,7 +609,8 @@ DAMAGES = {
     "weights cut in the header": "model.safetensors is damaged or incomplete (",
     "weights cut in the data": "model.safetensors is damaged or incomplete (",
     "weights of another format": "model.safetensors is damaged or incomplete (",
-    "a pointer of git-lfs": "model.safetensors is damaged or incomplete (",
+    "a pointer of git-lfs": "model.safetensors is a pointer of Git LFS; expected the file itself",
+    "tokenizer a pointer of git-lfs": "tokenizer.json is a pointer of Git LFS; expected the file itself",
     "shard missing": "lacks model-00001-of-00002.safetensors, 1 of 1 weight files missing",
     "index without map": "model.safetensors.index.json has no weight_map; expected ",
     "index of another type": "model.safetensors.index.json names 5; expected a file in its folder",
