@@ -25,7 +25,6 @@ from mlx_gemma4.evaluate.quality import (
     fingerprint,
     load_distributions,
     load_drafter,
-    part_of,
     read_exchanges,
     unpack,
 )
@@ -34,7 +33,7 @@ from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
-from mlx_gemma4.weights.writing import write_text
+from mlx_gemma4.weights.writing import part_of, write_text
 
 BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this project
 SAVED = ".safetensors"

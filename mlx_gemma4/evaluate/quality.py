@@ -17,7 +17,6 @@ from mlx import nn
 from mlx.utils import tree_map_with_path
 
 from mlx_gemma4.decoding.sampling import Sampler, Sampling
-from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.model.arrange import arrange_drafter, arrange_layer
 from mlx_gemma4.model.cache import Caches, LayerCache, empty_cache
@@ -30,6 +29,7 @@ from mlx_gemma4.prompt.prompt import Prompt, check_length
 from mlx_gemma4.prompt.said import asked_and_said
 from mlx_gemma4.weights.computing import load_value
 from mlx_gemma4.weights.load import Checkpoint, parameters, quantize_drafter
+from mlx_gemma4.weights.writing import beside
 
 KEPT = 1024  # tokens of a position whose probabilities are kept, 8 KB; what the others have is kept as one number
 ROWS = 32  # positions that go through the head at once: 34 MB for each array of probabilities
@@ -184,18 +184,8 @@ class Distributions:
 
     def save(self, file: Path) -> None:
         arrays = {"ids": self.ids, "log_probs": self.log_probs, "log_rest": self.log_rest}
-        part = part_of(file)
-        try:
-            with if_stopped(lambda: part.unlink(missing_ok=True)):
-                mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
-                part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def part_of(file: Path) -> Path:
-    """The name of a file until it is whole."""
-    return file.with_suffix(f".part{file.suffix}")
+        with beside(file) as part:
+            mx.save_safetensors(str(part), arrays, {"fingerprint": self.fingerprint})
 
 
 def load_distributions(file: Path) -> Distributions:

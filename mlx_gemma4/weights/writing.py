@@ -11,10 +11,15 @@ from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import unbroken
 
 
+def part_of(path: Path) -> Path:
+    """The name of a file until it is whole, with its ending: mlx writes to no other."""
+    return path.with_name(f".part-{path.name}")
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Where to write what is to take the place of `path` when the block has ended well."""
-    part = path.with_name(f".part-{path.name}")  # mlx writes to no other ending
+    part = part_of(path)
     try:
         with if_stopped(lambda: part.unlink(missing_ok=True)):
             yield part

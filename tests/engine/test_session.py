@@ -19,6 +19,7 @@ from rounds import GREEDY
 from mlx_gemma4 import PromptStore, Session, generate
 from mlx_gemma4.engine.reading import fingerprint_of
 from mlx_gemma4.engine.session import ABOUT, MESSAGES, STORE_FOLDER, is_session
+from mlx_gemma4.weights.writing import part_of
 
 TOOL = {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}
 
@@ -196,7 +197,7 @@ def test_a_torn_session_is_one_line(tiny: Loaded, tmp_path: Path, name: str, con
 
 def test_what_a_system_hides_in_a_folder_does_not_make_it_another(tmp_path: Path) -> None:
     """Or what a kill has left of the first saving."""
-    for name in (".DS_Store", f".{ABOUT}.part"):
+    for name in (".DS_Store", part_of(tmp_path / ABOUT).name):
         (tmp_path / name).touch()
         assert not is_session(tmp_path)
     (tmp_path / "notes.txt").touch()
