@@ -287,8 +287,7 @@ class Compiler:
 
     def one_of(self, schema: Schema, place: str) -> Node:
         """Of the values that a schema lists those that fit what stands beside them."""
-        listed = schema.get("enum")
-        values = [schema["const"]] if "const" in schema else listed if isinstance(listed, list) else []
+        values, listed = values_of(schema) or [], schema.get("enum")
         kinds = set(types_of({"type": schema["type"]})) if "type" in schema else {"any"}
         found = [value for value in values if fits(value, kinds) and (not isinstance(listed, list) or value in listed)]
         if any(isinstance(value, (list, dict)) for value in found):
