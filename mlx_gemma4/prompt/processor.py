@@ -170,7 +170,6 @@ class Processor:
         """
         budget = self.image_budget(image_budget)
         written = self.write(messages, tools, thinking, preserve_thinking, continue_final_message)
-        self.check_text(written.text.replace(written.mark, ""))
         loaded = [(part["type"], self.read(part, budget)) for part in written.media]
         prompt = replace(self.assemble(written.text, written.mark, loaded), tools=written.tools, begun=written.begun)
         check_length(prompt, self.config)
@@ -206,6 +205,7 @@ class Processor:
             begun,
         )
         self.check_placeholders(text, media)
+        self.check_text(text.replace(mark, ""))
         return Written(text, mark, tuple(media), tuple(functions), "" if begun is None else begun["content"])
 
     def ids(self, text: str) -> list[int]:
