@@ -39,6 +39,7 @@ from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, re
 
 # Tokens read at once while rows are decoding: one chunk is what such a row waits for longest.
 SHORT_CHUNK = 128
+PAUSE = 0.25  # seconds that reading may be ahead of rounds: short prompts that come together are read together
 AHEAD = 2  # so many requests are prepared for each row, where many are asked
 FORESEEN = 1024  # tokens of a reply that must fit for its row to be taken in beside others
 
@@ -145,7 +146,7 @@ class Engine:
         self.works: list[Work] = []  # of the engine's own thread
         self.batch = Batch(model)
         self.read = 0  # tokens, of all prompts
-        self.debt = 0.0  # seconds that reading has had beyond what rounds had
+        self.debt = 0.0  # seconds that reading has had beyond what rounds had, while there were rows
         self.closed = False
         self.news = Condition()
         self.rank = 0 if model.group is None else model.group.rank()
@@ -269,7 +270,7 @@ class Engine:
                 release(self.model.group)
                 return None
         gone = [place for place, work in enumerate(self.works) if work.cancelled]
-        return same(self.model.group, Word([work.asked for work in asked], gone, self.debt <= 0, known))
+        return same(self.model.group, Word([work.asked for work in asked], gone, self.debt <= PAUSE, known))
 
     def take(self, asked: list[Work]) -> None:
         for work in asked:
@@ -383,7 +384,7 @@ class Engine:
         work = self.next_to_read()
         if work is None:
             return
-        started = time.perf_counter()
+        started, delays = time.perf_counter(), bool(self.batch.rows)
         self.batch.clock.interrupted()
         try:
             if work.reading is None:
@@ -394,7 +395,8 @@ class Engine:
             if work.reading is not None:
                 work.reading.forget()  # what came of it is not sure
             self.end(work, error)
-        self.debt += time.perf_counter() - started
+        if delays:
+            self.debt += time.perf_counter() - started
 
     def next_to_read(self) -> Work | None:
         """Whose prompt to read: that of which least is left, less the tokens that others had read since it came, so

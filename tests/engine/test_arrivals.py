@@ -18,7 +18,7 @@ from toy_checkpoint import TINY
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate
 from mlx_gemma4.decoding.disk import PAGE
 from mlx_gemma4.engine import engine
-from mlx_gemma4.engine.engine import Work
+from mlx_gemma4.engine.engine import Stream, Work
 from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
@@ -150,6 +150,7 @@ class Timed(Engine):
     def __init__(self, clock: Clock, *args: Any, **options: Any):
         self.clock, self.shares = clock, {"reading": 0.0, "rounds": 0.0}
         self.noted = False
+        self.steps = ""  # a chunk: c, a round: r
         super().__init__(*args, **options)
 
     def spend(self, what: str, seconds: float) -> None:
@@ -160,6 +161,7 @@ class Timed(Engine):
     def read_on(self, work: Work) -> None:
         self.noted = self.noted or bool(self.batch.rows)
         before = self.read
+        self.steps += "c"
         super().read_on(work)
         self.spend("reading", (self.read - before) / 128)
         self.noted = self.noted and bool(work.left)
@@ -169,6 +171,7 @@ class Timed(Engine):
 
         def timed() -> Any:
             self.spend("rounds", 0.1)
+            self.steps += "r"
             return step()
 
         self.batch.step = timed  # type: ignore[method-assign]
@@ -192,8 +195,43 @@ def test_while_rows_run_reading_takes_at_most_half_of_the_time(
         reading, rounds = running.shares["reading"], running.shares["rounds"]
         row.close()
     assert reading == pytest.approx(2001 / 128)
-    assert rounds >= reading - 1.01  # the chunk that is being read is made up for behind it
+    # what is read ahead, and the chunk that is being read, are made up for behind them
+    assert rounds >= reading - 1.01 - engine.PAUSE
     assert rounds <= reading + 1.01  # and the reader has its half
+
+
+class Joined(Timed):
+    """Others ask as soon as the first row is there."""
+
+    def __init__(self, others: list[Prompt], *args: Any, **options: Any):
+        self.others, self.joined = others, list[Stream]()
+        super().__init__(*args, **options)
+
+    def decode(self) -> None:
+        while self.others:
+            self.joined.append(self.submit(self.others.pop(), max_tokens=1, draft_length=0))
+        super().decode()
+
+
+@pytest.mark.parametrize(
+    ("others", "steps"),
+    [
+        pytest.param([long_prompt(127)], "crcr", id="what was read before there were rows is nobody's delay"),
+        pytest.param([long_prompt(14)] * 3, "rcrcrcr", id="short prompts that come together are read together"),
+        pytest.param([long_prompt(127)] * 2, "rc" + "r" * 8 + "c", id="behind a long one rows have their share first"),
+    ],
+)
+def test_when_newcomers_are_read(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch, others: list[Prompt], steps: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine, "time", clock)
+    with Joined([*others], clock, *endless, max_batch=8) as running:
+        row = running.submit(long_prompt(2000), max_tokens=60, draft_length=0, repetition_detection="off")
+        collect(row)
+        for stream in running.joined:
+            collect(stream)
+    assert steps in running.steps
 
 
 def test_what_eight_share_is_read_once(planted: Loaded) -> None:
