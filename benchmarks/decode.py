@@ -95,8 +95,9 @@ def measure(
     """The stats and the token ids of one run."""
     ids: list[int] = []
     stream = stream_generate(
-        model, processor, prompt, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length
-    )
+        model, processor, prompt, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
+        repetition_detection="off",
+    )  # fmt: skip
     for piece in stream:
         ids += piece.token_ids
         if piece.stats is not None:

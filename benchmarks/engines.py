@@ -163,7 +163,9 @@ def open_own(model: str) -> Ask:
 
     def ask(question: str, max_tokens: int) -> Iterator[Told]:
         prompt, tokens = processor([{"role": "user", "content": question}]), 0
-        for piece in stream_generate(loaded, processor, prompt, max_tokens=max_tokens, sampling=GREEDY):
+        for piece in stream_generate(
+            loaded, processor, prompt, max_tokens=max_tokens, sampling=GREEDY, repetition_detection="off"
+        ):
             tokens += len(piece.token_ids)
             yield Told(piece.text, tokens, len(prompt))
 

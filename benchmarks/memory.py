@@ -101,7 +101,7 @@ def measure(case: Case) -> tuple[int, int, int]:
     for _ in range(REPEATS if case.prompt < 20_000 else 1):
         reply = generate(
             model, processor, prompt, max_tokens=case.reply, sampling=Sampling(temperature=0),
-            draft_length=MAX_DRAFTS if case.drafter else 0,
+            draft_length=MAX_DRAFTS if case.drafter else 0, repetition_detection="off",
         )  # fmt: skip
         peak = max(peak, reply.stats.peak_memory - others)
     predicted = predict(footprint_of(model), case.prompt, case.reply)
