@@ -10,7 +10,7 @@ import typer
 from mlx_gemma4.config import ModelConfig, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
-from mlx_gemma4.convert.fused import as_model_job, beside_job, check_same_model, fused_paths, share_kept, with_adapter
+from mlx_gemma4.convert.fused import adapted_job, check_same_model, fused_paths, share_kept, with_adapter
 from mlx_gemma4.convert.job import (
     Job,
     Outcome,
@@ -127,12 +127,9 @@ def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize:
                 f"recipe than {recipe.name}"
             )
         return job, Outcome()
-    if fused.folder != base.folder:
-        return as_model_job(fused, base), Outcome()
     if fused.is_quantized:
         note("without --source what is adapted is stored at 8 bits: on fewer most of what was learnt would be lost")
-        return beside_job(fused)
-    return make_job(fused, FULL_PRECISION, None), Outcome()
+    return adapted_job(fused, base)
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """A fused folder computes what model and adapter do, keeps what the adapter changes, and is whole or not there."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from conftest import Run
 from toy_checkpoint import write_checkpoint, write_drafter
 
 from mlx_gemma4.commands.fuse import main
+from mlx_gemma4.convert.command import convert
 from mlx_gemma4.convert.fused import FusedTensor, with_adapter
 from mlx_gemma4.convert.job import open_gguf, open_target
 from mlx_gemma4.convert.recipes import uniform_recipe
@@ -120,6 +122,31 @@ def test_what_is_not_adapted_stays_as_it_is(run: Run, place: Path) -> None:
     assert {path.rpartition(".")[0] for path in changed} == {"language_model.layers.5.mlp.up_proj"}
     config = json.loads(Path("fused/config.json").read_text())["quantization"]
     assert config["bits"] == 4 and config["language_model.model.layers.5.mlp.up_proj"]["bits"] == 8
+
+
+@pytest.mark.parametrize("scales", ["bfloat16", "float32"])
+@pytest.mark.parametrize("options", [[], ["--source", "original"]])
+def test_a_lattice_that_is_not_adapted_is_kept(run: Run, place: Path, options: list[str], scales: str) -> None:
+    """Quantized anew it would be rounded, from whichever weights."""
+    shutil.copytree(place / "source", "original")
+    weights = mx.load("original/model.safetensors")
+    codes = np.array([-8, *range(-3, 4)] * 4, np.float32)  # of a block, whose grid MLX would lay otherwise
+    for name, value in weights.items():
+        if value.ndim == 2 and name.endswith("_proj.weight"):
+            weights[name] = mx.array(np.resize(0.06 * codes, value.shape)).astype(mx.bfloat16)
+    Path("original/model.safetensors").unlink()
+    mx.save_safetensors("original/model.safetensors", weights)
+    convert(hf_path="original", mlx_path="lattice", recipe="qat", scales=scales)
+    write_adapter(Path("one"), random_adapter(EVEN, ("mlp.up_proj",), layers=1), "lora", 3, 1.0, 1)
+    status, _, err = run("--model", "lattice", "--adapter-path", "one", "--save-path", "fused", *options)
+    assert status == 0, err
+    before, after = list_tensors(Path("lattice")), list_tensors(Path("fused"))
+    changed = {
+        path
+        for path, old in before.items()
+        if old.dtype != after[path].dtype or not mx.array_equal(old.read(), after[path].read()).item()
+    }
+    assert {path.rpartition(".")[0] for path in changed} == {"language_model.layers.5.mlp.up_proj"}
 
 
 def test_rounded_on_the_base_s_grid_little_would_be_kept(place: Path) -> None:
