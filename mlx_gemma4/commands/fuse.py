@@ -88,6 +88,7 @@ def fuse(
             recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
             target=outcomes[""].figures,
             drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
+            is_tied=base.parsed.text.tie_word_embeddings,
         )
     for folder, one in outcomes.items():
         print_outcome(output / folder, jobs[folder], one)

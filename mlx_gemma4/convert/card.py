@@ -39,7 +39,8 @@ Text, images, audio and video in, text out, with mlx_gemma4:
 ```sh
 mlx_gemma4.generate --model {name} --prompt "What is this?" --image photo.jpg
 ```
-
+"""
+OTHERS = """
 It loads in mlx-vlm too, and in what builds on it:
 
 ```sh
@@ -87,11 +88,13 @@ def front_matter(base_model: str | None) -> str:
 
 
 def write_card(
-    folder: Path, name: str, source: str, base_model: str | None, recipe: str, target: Figures, drafter: Figures | None
-) -> None:
-    """Write the README.md of a model folder. `name` is what it will be called, `source` what it was made from."""
+    folder: Path, name: str, source: str, base_model: str | None, recipe: str, target: Figures, drafter: Figures | None,
+    is_tied: bool,
+) -> None:  # fmt: skip
+    """Write the README.md of a model folder. `name` is what it will be called, `source` what it was made from; is_tied:
+    the embedding is the head, without which mlx-vlm does not load it."""
     size = target.text + (f"; the drafter in `drafter/`: {drafter.text}" if drafter else "")
-    text = TEMPLATE.format(
+    text = (TEMPLATE + OTHERS * is_tied).format(
         front_matter=front_matter(base_model), name=name, source=source, recipe=recipe, size=size, quality=NOT_MEASURED
     )
     (folder / CARD).write_text(text, encoding="utf-8")
