@@ -63,11 +63,11 @@ def fuse(
     original = base if source is None else open_target(find_folder(source))
     if source is not None:
         check_same_model(original, base)
-    fused = with_adapter(original, adapter)
+    fused = with_adapter(original, adapter, base)
     job, outcome = how_to_write(fused, base, chosen, dequantize)
     jobs, outcomes = {"": job}, {"": outcome}
     choice = find_drafter(model, base.folder, drafter, adapter=adapter)
-    assert isinstance(base.parsed, ModelConfig)
+    assert isinstance(base.parsed, ModelConfig) and isinstance(job.source.parsed, ModelConfig)
     if choice is not None:
         own = open_drafter(choice.folder, base.parsed)
         jobs[DRAFTER] = make_job(own, FULL_PRECISION, None) if dequantize else keep_job(own, None)
@@ -88,7 +88,7 @@ def fuse(
             recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
             target=outcomes[""].figures,
             drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
-            is_tied=base.parsed.text.tie_word_embeddings,
+            config=job.source.parsed,
         )
     for folder, one in outcomes.items():
         print_outcome(output / folder, jobs[folder], one)

@@ -48,11 +48,11 @@ class FusedTensor:
         return found
 
 
-def with_adapter(source: Source, adapter: Path) -> Source:
-    """A checkpoint with an adapter's parts added to its matrices."""
+def with_adapter(source: Source, adapter: Path, model: Source) -> Source:
+    """A checkpoint with the parts of an adapter of `model`, which is it or made of it, added to its matrices."""
     matrices = {
         path.removesuffix(".weight"): tensor.shape
-        for path, tensor in source.tensors.items()
+        for path, tensor in model.tensors.items()
         if path.endswith(".weight") and len(tensor.shape) == 2 and path != f"{EMBEDDING}.weight"
     }
     parts = {path: tensor.read() for path, tensor in read_adapter(adapter, matrices).items()}

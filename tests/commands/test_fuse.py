@@ -104,10 +104,11 @@ def test_llama_cpp_s_files_hold_the_fused_model(run: Run, place: Path, options: 
     assert media.get_field("clip.vision.projector_type").contents() == "gemma4uv"
     assert {tensor.name for tensor in text.tensors} >= {"rope_freqs.weight", "token_embd.weight", "blk.0.attn_q.weight"}
     back = open_gguf(*files, Path("fused"))
-    expected = with_adapter(open_target(place / ("source" if "source" in options else "base")), place / "lora").tensors
-    assert back.tensors.keys() == expected.keys()
+    base = open_target(place / "base")
+    fused = with_adapter(open_target(place / "source") if "source" in options else base, place / "lora", base)
+    assert back.tensors.keys() == fused.tensors.keys()
     bound = {"BF16": 0.01, "Q8_0": 0.02, "Q4_0": 0.2}[kind]
-    for path, tensor in expected.items():
+    for path, tensor in fused.tensors.items():
         found, value = (own.rows(0, own.shape[0]).astype(mx.float32) for own in (back.tensors[path], tensor))
         assert mx.linalg.norm(found - value).item() <= bound * mx.linalg.norm(value).item(), path
 
@@ -149,9 +150,26 @@ def test_a_lattice_that_is_not_adapted_is_kept(run: Run, place: Path, options: l
     assert {path.rpartition(".")[0] for path in changed} == {"language_model.layers.5.mlp.up_proj"}
 
 
+def test_an_adapter_of_what_the_model_has_not_is_refused(run: Run, place: Path) -> None:
+    """Though its source has it."""
+    shutil.copytree(place / "base", "text")
+    for file in Path("text").glob("model*"):
+        file.unlink()
+    tensors = {own.name: own.read() for path, own in list_tensors(place / "base").items() if "embed_audio" not in path}
+    mx.save_safetensors("text/model.safetensors", tensors)
+    words = ["--model", "text", "--adapter-path", place / "lora", "--save-path", "fused", "--source", place / "source"]
+    status, _, err = run(*words)
+    assert status == 2 and "are none of this model, first 'embed_audio.embedding_projection.lora_a'" in err
+    write_adapter(Path("one"), random_adapter(EVEN, ("mlp.up_proj",)), "lora", 3, 1.0, -1)
+    assert run(*words, "--adapter-path", "one")[0] == 0
+    assert list_tensors(Path("fused")).keys() == list_tensors(Path("text")).keys()
+    assert "\nText, images, video in; text out" in Path("fused/README.md").read_text()
+
+
 def test_rounded_on_the_base_s_grid_little_would_be_kept(place: Path) -> None:
     """Why the source, or 8 bits."""
-    fused = with_adapter(open_target(place / "base"), place / "lora")
+    model = open_target(place / "base")
+    fused = with_adapter(model, place / "lora", model)
     along = size = 0.0
     for tensor in fused.tensors.values():
         if isinstance(tensor, FusedTensor):
