@@ -210,7 +210,7 @@ def read_report(file: Path) -> dict[str, Any]:
     """ValueError if it is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{file} is no report of benchmarks/report.py; expected its report.json") from None
     if not isinstance(found, dict) or found.get("report") != 1:
         raise ValueError(f"{file} is no report of benchmarks/report.py; expected its report.json")

@@ -142,13 +142,21 @@ def read_bytes_of(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; expected a model folder with a {path.name}") from None
+        raise CheckpointError(
+            f"{path} is missing; expected a model folder with a {path.name}{of_gguf(path.parent)}"
+        ) from None
     except IsADirectoryError:
         raise CheckpointError(f"{path} is a folder; expected a file") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     check_no_pointer(path, data)
     return data
+
+
+def of_gguf(folder: Path) -> str:
+    """How a folder that lacks something becomes a model's, if a GGUF file is there."""
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    return "" if file is None else f", which mlx_gemma4.convert makes of {file.name}"
 
 
 def check_no_pointer(path: Path, data: bytes) -> None:

@@ -10,7 +10,7 @@ import typer
 from mlx_gemma4.config import ModelConfig, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
-from mlx_gemma4.convert.fused import as_model_job, beside_job, check_same_model, fused_paths, share_kept, with_adapter
+from mlx_gemma4.convert.fused import adapted_job, check_same_model, fused_paths, share_kept, with_adapter
 from mlx_gemma4.convert.job import (
     Job,
     Outcome,
@@ -63,11 +63,11 @@ def fuse(
     original = base if source is None else open_target(find_folder(source))
     if source is not None:
         check_same_model(original, base)
-    fused = with_adapter(original, adapter)
+    fused = with_adapter(original, adapter, base)
     job, outcome = how_to_write(fused, base, chosen, dequantize)
     jobs, outcomes = {"": job}, {"": outcome}
     choice = find_drafter(model, base.folder, drafter, adapter=adapter)
-    assert isinstance(base.parsed, ModelConfig)
+    assert isinstance(base.parsed, ModelConfig) and isinstance(job.source.parsed, ModelConfig)
     if choice is not None:
         own = open_drafter(choice.folder, base.parsed)
         jobs[DRAFTER] = make_job(own, FULL_PRECISION, None) if dequantize else keep_job(own, None)
@@ -88,6 +88,7 @@ def fuse(
             recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
             target=outcomes[""].figures,
             drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
+            config=job.source.parsed,
         )
     for folder, one in outcomes.items():
         print_outcome(output / folder, jobs[folder], one)
@@ -127,12 +128,9 @@ def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize:
                 f"recipe than {recipe.name}"
             )
         return job, Outcome()
-    if fused.folder != base.folder:
-        return as_model_job(fused, base), Outcome()
     if fused.is_quantized:
         note("without --source what is adapted is stored at 8 bits: on fewer most of what was learnt would be lost")
-        return beside_job(fused)
-    return make_job(fused, FULL_PRECISION, None), Outcome()
+    return adapted_job(fused, base)
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_gemma4.config import expanded, read_json
+from mlx_gemma4.config import ModelConfig, expanded, read_json
 from mlx_gemma4.terminal import size_text
 
 BASE_MODEL = "google/gemma-4-12B-it"  # of a folder that does not say what it is
@@ -34,16 +34,17 @@ TEMPLATE = """\
 - Size: {size}
 - {quality}
 
-Text, images, audio and video in, text out, with mlx_gemma4:
+{inputs} in; text out, with mlx_gemma4:
 
 ```sh
-mlx_gemma4.generate --model {name} --prompt "What is this?" --image photo.jpg
+mlx_gemma4.generate --model {name} {request}
 ```
-
+"""
+OTHERS = """
 It loads in mlx-vlm too, and in what builds on it:
 
 ```sh
-mlx_vlm.generate --model {name} --prompt "What is this?" --image photo.jpg
+mlx_vlm.generate --model {name} {request}
 ```
 """
 
@@ -87,11 +88,16 @@ def front_matter(base_model: str | None) -> str:
 
 
 def write_card(
-    folder: Path, name: str, source: str, base_model: str | None, recipe: str, target: Figures, drafter: Figures | None
-) -> None:
+    folder: Path, name: str, source: str, base_model: str | None, recipe: str, target: Figures, drafter: Figures | None,
+    config: ModelConfig,
+) -> None:  # fmt: skip
     """Write the README.md of a model folder. `name` is what it will be called, `source` what it was made from."""
+    media = {"images": config.vision, "audio": config.audio, "video": config.vision}
+    request = '--prompt "What is this?" --image photo.jpg' if config.vision else '--prompt "What is the sea?"'
+    text = TEMPLATE + OTHERS * config.text.tie_word_embeddings  # for a head of its own mlx-vlm has no place
     size = target.text + (f"; the drafter in `drafter/`: {drafter.text}" if drafter else "")
-    text = TEMPLATE.format(
-        front_matter=front_matter(base_model), name=name, source=source, recipe=recipe, size=size, quality=NOT_MEASURED
-    )
+    text = text.format(
+        front_matter=front_matter(base_model), name=name, source=source, recipe=recipe, size=size, quality=NOT_MEASURED,
+        inputs=", ".join(["Text", *(name for name, own in media.items() if own is not None)]), request=request,
+    )  # fmt: skip
     (folder / CARD).write_text(text, encoding="utf-8")

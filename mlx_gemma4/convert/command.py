@@ -323,6 +323,7 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
             recipe=settings.recipe.name if settings.recipe is not None else "full precision",
             target=target.figures,
             drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
+            config=source.parsed,
         )
     for folder, outcome in outcomes.items():
         print_outcome(output / folder, jobs[folder], outcome)

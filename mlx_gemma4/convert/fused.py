@@ -6,13 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gemma4.config import Quantization, parse_quantization
+from mlx_gemma4.config import Quantization
 from mlx_gemma4.convert.job import Job, Outcome, Source, make_job, open_target
 from mlx_gemma4.convert.recipes import Recipe
 from mlx_gemma4.errors import CheckpointError
 from mlx_gemma4.weights.adapter import read_adapter
-from mlx_gemma4.weights.tensors import EMBEDDING, Rows, Shape, block_ranges, module_path
-from mlx_gemma4.weights.whole import quantization_of
+from mlx_gemma4.weights.tensors import EMBEDDING, Rows, Shape, block_ranges
+from mlx_gemma4.weights.whole import quantization_by_path, quantization_of
 
 # Of matrices whose base is quantized and stays as it is elsewhere: a delta is mostly smaller than a 4-bit step.
 ADAPTED_BITS = 8
@@ -48,11 +48,11 @@ class FusedTensor:
         return found
 
 
-def with_adapter(source: Source, adapter: Path) -> Source:
-    """A checkpoint with an adapter's parts added to its matrices."""
+def with_adapter(source: Source, adapter: Path, model: Source) -> Source:
+    """A checkpoint with the parts of an adapter of `model`, which is it or made of it, added to its matrices."""
     matrices = {
         path.removesuffix(".weight"): tensor.shape
-        for path, tensor in source.tensors.items()
+        for path, tensor in model.tensors.items()
         if path.endswith(".weight") and len(tensor.shape) == 2 and path != f"{EMBEDDING}.weight"
     }
     parts = {path: tensor.read() for path, tensor in read_adapter(adapter, matrices).items()}
@@ -68,11 +68,8 @@ def fused_paths(source: Source) -> list[str]:
 
 
 def quantization_by_tensor(source: Source) -> dict[str, Quantization | None]:
-    """Of every matrix of a checkpoint by its path; empty if none is quantized."""
-    if not source.is_quantized:
-        return {}
-    default, overrides = parse_quantization(source.config.get("quantization") or source.config["quantization_config"])
-    known = ({"": default} if default else {}) | {module_path(name): own for name, own in overrides.items()}
+    """Of every matrix of a checkpoint by its path."""
+    known = quantization_by_path(source.parsed, "")
     return {
         path: quantization_of(path.removesuffix(".weight"), known) if is_packed(source, path) else None
         for path, tensor in source.tensors.items()
@@ -84,28 +81,26 @@ def is_packed(source: Source, path: str) -> bool:
     return f"{path.removesuffix('.weight')}.scales" in source.stored
 
 
-def as_model_job(source: Source, like: Source) -> Job:
-    """How to write a fused source with the bits that another checkpoint has; None of them: in full precision."""
-    job = make_job(source, Recipe("full precision", None), like.dtype)
-    return replace(job, planned=job.planned | quantization_by_tensor(like))
+def adapted_job(fused: Source, model: Source) -> tuple[Job, Outcome]:
+    """How to write a model whose adapted matrices are those of `fused`, which is it or its original; what is not
+    adapted stays as it is.
 
-
-def beside_job(source: Source) -> tuple[Job, Outcome]:
-    """How to write a fused quantized checkpoint without its original: what is adapted at 8 bits, the rest as it is."""
+    Of the original they get the model's own bits, of a quantized model 8.
+    """
     planned: dict[str, Quantization | None] = {}
-    outcome, tensors = Outcome(), dict(source.stored)
-    for path, own in quantization_by_tensor(source).items():
-        if not isinstance(source.tensors[path], FusedTensor):
+    outcome, tensors = Outcome(), dict(model.stored)
+    for path, own in quantization_by_tensor(model).items():
+        if not isinstance(fused.tensors[path], FusedTensor):
             outcome.used[path] = own
             continue
         module = path.removesuffix(".weight")
         for part in ("scales", "biases"):
             tensors.pop(f"{module}.{part}", None)
-        tensors[path] = source.tensors[path]
-        if own is not None:
-            size = own.group_size if own.mode == "affine" else 32
-            planned[path] = Quantization(size, ADAPTED_BITS, "affine")
-    job = make_job(source, Recipe("full precision", None), None)
+        tensors[path] = fused.tensors[path]
+        if own is not None and fused.is_quantized:
+            own = Quantization(own.group_size if own.mode == "affine" else 32, ADAPTED_BITS, "affine")
+        planned[path] = own
+    job = make_job(model, Recipe("full precision", None), None)
     return replace(job, tensors=tensors, planned=planned), outcome
 
 

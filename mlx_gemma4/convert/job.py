@@ -104,12 +104,15 @@ class Job:
     dtype: mx.Dtype  # of what is not quantized, and of scales
     float32_scales: bool  # of lattices
 
-    def dtype_of(self, tensor: Rows) -> mx.Dtype:
-        return self.dtype if tensor.dtype in FLOATING else tensor.dtype
+    def dtype_of(self, path: str) -> mx.Dtype:
+        """Scales that are kept are rounded only where another type was asked for: a lattice's may be wider."""
+        own = self.tensors[path].dtype
+        kept = path.endswith((".scales", ".biases")) and self.dtype == self.source.dtype
+        return own if kept or own not in FLOATING else self.dtype
 
-    def scales_of(self, tensor: Rows) -> mx.Dtype:
+    def scales_of(self, path: str) -> mx.Dtype:
         """The type of a lattice's scales."""
-        return mx.float32 if self.float32_scales else self.dtype_of(tensor)
+        return mx.float32 if self.float32_scales else self.dtype_of(path)
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +121,7 @@ class Job:
         for path, tensor in self.tensors.items():
             found = path in self.on_lattice
             own = lattice.QUANTIZATION if found else self.planned.get(path)
-            size = (self.scales_of(tensor) if found else self.dtype_of(tensor)).size
+            size = (self.scales_of(path) if found else self.dtype_of(path)).size
             total += weights_nbytes({path: tensor.shape}, {path: own}, size)[path]
         return total
 
@@ -276,9 +279,9 @@ def write_model(job: Job, folder: Path, outcome: Outcome) -> Iterator[int]:
 
 
 def write_tensor(job: Job, path: str, tensor: Rows, writer: ShardWriter, outcome: Outcome) -> Iterator[int]:
-    name, own, dtype = job.source.names[path], job.planned.get(path), job.dtype_of(tensor)
+    name, own, dtype = job.source.names[path], job.planned.get(path), job.dtype_of(path)
     if path in job.on_lattice:
-        line = yield from write_on_lattice(job, name, tensor, writer)
+        line = yield from write_on_lattice(job, path, tensor, writer)
         if line is not None:
             outcome.used[path] = lattice.QUANTIZATION
             outcome.lattices.append(line)
@@ -296,10 +299,10 @@ def write_tensor(job: Job, path: str, tensor: Rows, writer: ShardWriter, outcome
 
 
 def write_on_lattice(
-    job: Job, name: str, tensor: Rows, writer: ShardWriter
+    job: Job, path: str, tensor: Rows, writer: ShardWriter
 ) -> Generator[int, None, LatticeLine | None]:
     """Write a matrix on its lattice; returns None, and leaves nothing, if a block of it lies on none."""
-    scale_type = job.scales_of(tensor)
+    name, scale_type = job.source.names[path], job.scales_of(path)
     writer.begin(layout(name, tensor.shape, lattice.QUANTIZATION, scale_type))
     columns, done, blocks, inexact, error = tensor.shape[1], 0, 0, 0, 0.0
     for start, stop in block_ranges(tensor):

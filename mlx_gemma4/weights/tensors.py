@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlx_gemma4.config import COMPUTING, QUOTED, check_no_pointer, quoted, read_json
+from mlx_gemma4.config import COMPUTING, QUOTED, check_no_pointer, of_gguf, quoted, read_json
 from mlx_gemma4.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -229,7 +229,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
-            raise CheckpointError(f"{folder} has no model*.safetensors; expected a model folder")
+            raise CheckpointError(f"{folder} has no model*.safetensors; expected a model folder{of_gguf(folder)}")
         check_one_set(folder, [file.name for file in files])
         return files
     files = indexed_files(folder)

@@ -108,6 +108,9 @@ def test_a_report_is_whole_right_and_goes_on_where_it_stopped(
         run(folder, other)
     with pytest.raises(ValueError, match=r"is of another model, gemma; expected .*demo, as"):
         compare_reports.main([tmp_path / "report.json", other / "report.json"])
+    for none in (tmp_path / "nowhere.json", other):
+        with pytest.raises(ValueError, match=f"^{none} is no report of .*; expected its report.json$"):
+            compare_reports.main([tmp_path / "report.json", none])
     assert (other / "report.json").read_bytes() == kept and len(list(other.iterdir())) == 1
     (other / "report.json").write_text("[1]")
     with pytest.raises(ValueError, match="is no report of"):

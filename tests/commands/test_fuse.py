@@ -1,6 +1,7 @@
 """A fused folder computes what model and adapter do, keeps what the adapter changes, and is whole or not there."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from conftest import Run
 from toy_checkpoint import write_checkpoint, write_drafter
 
 from mlx_gemma4.commands.fuse import main
+from mlx_gemma4.convert.command import convert
 from mlx_gemma4.convert.fused import FusedTensor, with_adapter
 from mlx_gemma4.convert.job import open_gguf, open_target
 from mlx_gemma4.convert.recipes import uniform_recipe
@@ -102,10 +104,11 @@ def test_llama_cpp_s_files_hold_the_fused_model(run: Run, place: Path, options: 
     assert media.get_field("clip.vision.projector_type").contents() == "gemma4uv"
     assert {tensor.name for tensor in text.tensors} >= {"rope_freqs.weight", "token_embd.weight", "blk.0.attn_q.weight"}
     back = open_gguf(*files, Path("fused"))
-    expected = with_adapter(open_target(place / ("source" if "source" in options else "base")), place / "lora").tensors
-    assert back.tensors.keys() == expected.keys()
+    base = open_target(place / "base")
+    fused = with_adapter(open_target(place / "source") if "source" in options else base, place / "lora", base)
+    assert back.tensors.keys() == fused.tensors.keys()
     bound = {"BF16": 0.01, "Q8_0": 0.02, "Q4_0": 0.2}[kind]
-    for path, tensor in expected.items():
+    for path, tensor in fused.tensors.items():
         found, value = (own.rows(0, own.shape[0]).astype(mx.float32) for own in (back.tensors[path], tensor))
         assert mx.linalg.norm(found - value).item() <= bound * mx.linalg.norm(value).item(), path
 
@@ -122,9 +125,51 @@ def test_what_is_not_adapted_stays_as_it_is(run: Run, place: Path) -> None:
     assert config["bits"] == 4 and config["language_model.model.layers.5.mlp.up_proj"]["bits"] == 8
 
 
+@pytest.mark.parametrize("scales", ["bfloat16", "float32"])
+@pytest.mark.parametrize("options", [[], ["--source", "original"]])
+def test_a_lattice_that_is_not_adapted_is_kept(run: Run, place: Path, options: list[str], scales: str) -> None:
+    """Quantized anew it would be rounded, from whichever weights."""
+    shutil.copytree(place / "source", "original")
+    weights = mx.load("original/model.safetensors")
+    codes = np.array([-8, *range(-3, 4)] * 4, np.float32)  # of a block, whose grid MLX would lay otherwise
+    for name, value in weights.items():
+        if value.ndim == 2 and name.endswith("_proj.weight"):
+            weights[name] = mx.array(np.resize(0.06 * codes, value.shape)).astype(mx.bfloat16)
+    Path("original/model.safetensors").unlink()
+    mx.save_safetensors("original/model.safetensors", weights)
+    convert(hf_path="original", mlx_path="lattice", recipe="qat", scales=scales)
+    write_adapter(Path("one"), random_adapter(EVEN, ("mlp.up_proj",), layers=1), "lora", 3, 1.0, 1)
+    status, _, err = run("--model", "lattice", "--adapter-path", "one", "--save-path", "fused", *options)
+    assert status == 0, err
+    before, after = list_tensors(Path("lattice")), list_tensors(Path("fused"))
+    changed = {
+        path
+        for path, old in before.items()
+        if old.dtype != after[path].dtype or not mx.array_equal(old.read(), after[path].read()).item()
+    }
+    assert {path.rpartition(".")[0] for path in changed} == {"language_model.layers.5.mlp.up_proj"}
+
+
+def test_an_adapter_of_what_the_model_has_not_is_refused(run: Run, place: Path) -> None:
+    """Though its source has it."""
+    shutil.copytree(place / "base", "text")
+    for file in Path("text").glob("model*"):
+        file.unlink()
+    tensors = {own.name: own.read() for path, own in list_tensors(place / "base").items() if "embed_audio" not in path}
+    mx.save_safetensors("text/model.safetensors", tensors)
+    words = ["--model", "text", "--adapter-path", place / "lora", "--save-path", "fused", "--source", place / "source"]
+    status, _, err = run(*words)
+    assert status == 2 and "are none of this model, first 'embed_audio.embedding_projection.lora_a'" in err
+    write_adapter(Path("one"), random_adapter(EVEN, ("mlp.up_proj",)), "lora", 3, 1.0, -1)
+    assert run(*words, "--adapter-path", "one")[0] == 0
+    assert list_tensors(Path("fused")).keys() == list_tensors(Path("text")).keys()
+    assert "\nText, images, video in; text out" in Path("fused/README.md").read_text()
+
+
 def test_rounded_on_the_base_s_grid_little_would_be_kept(place: Path) -> None:
     """Why the source, or 8 bits."""
-    fused = with_adapter(open_target(place / "base"), place / "lora")
+    model = open_target(place / "base")
+    fused = with_adapter(model, place / "lora", model)
     along = size = 0.0
     for tensor in fused.tensors.values():
         if isinstance(tensor, FusedTensor):

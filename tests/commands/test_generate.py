@@ -593,6 +593,12 @@ def damage(folder: Path, what: str) -> None:
         (folder / "tokenizer.json").unlink()
     elif what == "tokenizer no JSON":
         (folder / "tokenizer.json").write_text("{")
+    elif what == "a GGUF alone":
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / "gemma.gguf").write_bytes(b"GGUF")
+    elif what == "a GGUF in the place of the weights":
+        (folder / "model.safetensors").rename(folder / "gemma.gguf")
     elif what == "tokenizer of another model":
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))
     elif what == "tokenizer a pointer of git-lfs":
@@ -617,6 +623,8 @@ DAMAGES = {
     "index no JSON": "model.safetensors.index.json is not valid JSON: ",
     "tensor missing": "the checkpoint lacks 1 of 96 tensors, first language_model.layers.3.mlp.up_proj.weight",
     "tensor of another shape": "has shape [96, 64]; expected [100, 64]",
+    "a GGUF alone": "a model folder with a config.json, which mlx_gemma4.convert makes of gemma.gguf",
+    "a GGUF in the place of the weights": "expected a model folder, which mlx_gemma4.convert makes of gemma.gguf",
     "config missing": "config.json is missing; expected a model folder with a config.json",
     "config no JSON": "config.json is not valid JSON: ",
     "config of another model": "config.json: model_type is 'llama'; expected 'gemma4_unified'",

@@ -67,6 +67,7 @@ def test_a_head_of_its_own_is_converted(source: Path, run: Run) -> None:
     assert run("--hf-path", source, "--mlx-path", "q", "--q-bits", "8")[0] == 0
     config = json.loads(Path("q/config.json").read_text())
     assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert "mlx-vlm" not in Path("q/README.md").read_text()  # which has no place for it
     names = {own.name for own in list_tensors(Path("q")).values()}
     assert {"language_model.lm_head.weight", "language_model.lm_head.scales"} <= names
     expected, found = (load(folder)[0].logits(TEXT) for folder in (source, Path("q")))

@@ -217,6 +217,7 @@ def test_the_card_says_what_it_is(source: Path, run: Run) -> None:
     ):
         assert f"\n{line}\n" in card
     assert "--model gemma-4bit" in card and "bits a weight; the drafter" in card
+    assert "mlx_vlm.generate --model gemma-4bit" in card
     assert f"\n{source.name}, converted to MLX" in card
 
 

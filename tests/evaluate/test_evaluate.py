@@ -16,6 +16,7 @@ from PIL import Image
 from toy_checkpoint import TINY, Shape, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, Sampling, load
+from mlx_gemma4.config import read_config
 from mlx_gemma4.convert.card import CARD, NOT_MEASURED, Figures
 from mlx_gemma4.convert.card import write_card as write_new_card
 from mlx_gemma4.decoding.sampling import Sampler
@@ -424,7 +425,7 @@ def test_the_card_gets_the_figures(
         patch.setattr(evaluate_module, "read_exchanges", lambda *_: pytest.fail("it reads"))
         status, _, err = run(tiny_folder, folder, "--data", data, "--write-card")
     assert status == 2 and "has no line for the quality" in err
-    write_new_card(folder, "model", "gemma", "google/gemma", "4bit", Figures(10, 20), None)
+    write_new_card(folder, "model", "gemma", "google/gemma", "4bit", Figures(10, 20), None, read_config(folder))
     before = (folder / CARD).read_text()
     for _ in range(2):  # measured again, the line is replaced again
         assert run(tiny_folder, folder, "--data", data, "--write-card")[0] == 0
