@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -273,7 +274,7 @@ def test_servers_that_nobody_closes_end_with_the_process(tmp_path: Path) -> None
     code += "kept = Servers(read_configs(json.loads(sys.argv[1])), 60, 60); print(len(kept.tools(set())))"
     config = json.dumps({"mcpServers": {"test": entry(tmp_path)}})
     done = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "9\n", "")
 
 
 def test_names_that_clash_begin_with_their_servers(tmp_path: Path) -> None:
@@ -312,6 +313,61 @@ def test_a_call_that_changes_things_is_not_made_twice(tmp_path: Path) -> None:
         assert named(servers, "send_message").run({"name": "Ann", "text": "hi"}) == [{"type": "text", "text": "sent"}]
     finally:
         servers.close()
+
+
+def test_an_error_of_a_server_is_told_whatever_its_number(tmp_path: Path) -> None:
+    servers = started(tmp_path)
+    try:
+        with pytest.raises(ToolError, match="no seats left"):
+            named(servers, "refuse").run({})
+    finally:
+        servers.close()
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """A server with sessions, as the protocol had them until 2025; their numbers are its states."""
+
+    sessions: ClassVar[set[str]] = set()
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, found, error = 200, dict[str, Any](), None
+        if asked["method"] == "initialize":
+            self.sessions.add("1")
+            info = {"name": "forgetful", "version": "1"}
+            found = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": info}
+        elif self.headers["Mcp-Session-Id"] not in self.sessions:
+            status, error = 404, {"code": -32001, "message": "Session not found"}
+        elif asked["method"] == "tools/list":
+            found = {"tools": [{"name": "get_weather", "inputSchema": {"type": "object"}}]}
+        else:
+            found = {"content": [{"type": "text", "text": "sunny"}]}
+        said = {"result": found} if error is None else {"error": error}
+        body = json.dumps({"jsonrpc": "2.0", "id": asked.get("id")} | said).encode()
+        self.send_response(status if "id" in asked else 202)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Mcp-Session-Id": "1"}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_server_that_has_forgotten_its_sessions_is_asked_in_a_new_one() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as http:
+        threading.Thread(target=http.serve_forever).start()
+        url = f"http://127.0.0.1:{http.server_address[1]}/mcp"
+        servers = Servers(read_configs({"mcpServers": {"web": {"url": url}}}), 30, 30)
+        try:
+            for _ in range(2):
+                assert named(servers, "get_weather").run({}) == [{"type": "text", "text": "sunny"}]
+                Forgetful.sessions.clear()
+        finally:
+            servers.close()
+            http.shutdown()
 
 
 @pytest.mark.parametrize(
