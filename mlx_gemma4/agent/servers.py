@@ -21,7 +21,7 @@ import httpx2
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import Client, MCPError, StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
-from mcp.types import CallToolResult, ContentBlock, TextResourceContents
+from mcp.types import METHOD_NOT_FOUND, CallToolResult, ContentBlock, TextResourceContents
 from mcp.types import Tool as Listed
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
@@ -176,12 +176,7 @@ class Server:
     async def connected(self, log: TextIO) -> AsyncIterator[Client]:
         with anyio.fail_after(self.start_timeout) as scope:
             async with self.transport(log) as transport, Client(transport, read_timeout_seconds=None) as client:
-                self.listed, cursor = [], None
-                while True:
-                    page = await client.list_tools(cursor=cursor)
-                    self.listed += page.tools
-                    if (cursor := page.next_cursor) is None:
-                        break
+                self.listed = await listed_tools(client)
                 scope.deadline = math.inf
                 yield client
 
@@ -267,6 +262,21 @@ class Server:
         except (MCPError, TimeoutError):
             return None
         raise ToolError(said)
+
+
+async def listed_tools(client: Client) -> list[Listed]:
+    """None of a server that has prompts or resources alone."""
+    found, cursor = list[Listed](), None
+    try:
+        while True:
+            page = await client.list_tools(cursor=cursor)
+            found += page.tools
+            if (cursor := page.next_cursor) is None:
+                return found
+    except MCPError as error:
+        if error.code != METHOD_NOT_FOUND:
+            raise
+        return found
 
 
 def plain(name: str) -> str:

@@ -114,6 +114,18 @@ def test_what_a_tool_raises_is_told_and_the_conversation_goes_on(demo: Loaded) -
     assert texts(agent) == ["Error: ConnectionError: no station in Paris"]
 
 
+def test_a_tool_that_changes_its_arguments_changes_nothing_that_was_said(demo: Loaded) -> None:
+    def take(order: Any) -> str:
+        order["items"].clear()
+        return "taken"
+
+    agent = Agent(*demo, [take])
+    made = {"id": "c", "type": "function", "function": {"name": "take", "arguments": {"order": {"items": ["lamp"]}}}}
+    agent.messages.append({"role": "assistant", "content": "", "tool_calls": [made]})
+    assert [type(event) for event in agent.run([made])] == [Call, Result]
+    assert texts(agent) == ["taken"] and made["function"]["arguments"] == {"order": {"items": ["lamp"]}}
+
+
 def test_the_last_step_is_written_without_tools(demo: Loaded) -> None:
     agent = Agent(*demo, [get_weather], max_steps=1)
     assert agent.send(QUESTION, sampling=GREEDY).tool_calls == [] and len(agent.messages) == 2
@@ -326,9 +338,11 @@ def test_an_error_of_a_server_is_told_whatever_its_number(tmp_path: Path) -> Non
 
 
 class Forgetful(BaseHTTPRequestHandler):
-    """A server with sessions, as the protocol had them until 2025; their numbers are its states."""
+    """A server with sessions, as the protocol had them until 2025."""
 
     sessions: ClassVar[set[str]] = set()
+    schema: ClassVar[dict[str, Any]] = {"type": "object"}
+    has_tools = True
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -339,8 +353,10 @@ class Forgetful(BaseHTTPRequestHandler):
             found = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": info}
         elif self.headers["Mcp-Session-Id"] not in self.sessions:
             status, error = 404, {"code": -32001, "message": "Session not found"}
+        elif asked["method"] == "tools/list" and self.has_tools:
+            found = {"tools": [{"name": "get_weather", "inputSchema": self.schema}]}
         elif asked["method"] == "tools/list":
-            found = {"tools": [{"name": "get_weather", "inputSchema": {"type": "object"}}]}
+            error = {"code": -32601, "message": "Method not found"}
         else:
             found = {"content": [{"type": "text", "text": "sunny"}]}
         said = {"result": found} if error is None else {"error": error}
@@ -356,18 +372,44 @@ class Forgetful(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_has_forgotten_its_sessions_is_asked_in_a_new_one() -> None:
+@pytest.fixture(scope="module")
+def forgetful() -> Iterator[dict[str, Any]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as http:
         threading.Thread(target=http.serve_forever).start()
-        url = f"http://127.0.0.1:{http.server_address[1]}/mcp"
-        servers = Servers(read_configs({"mcpServers": {"web": {"url": url}}}), 30, 30)
-        try:
-            for _ in range(2):
-                assert named(servers, "get_weather").run({}) == [{"type": "text", "text": "sunny"}]
-                Forgetful.sessions.clear()
-        finally:
-            servers.close()
-            http.shutdown()
+        yield {"mcpServers": {"web": {"url": f"http://127.0.0.1:{http.server_address[1]}/mcp"}}}
+        http.shutdown()
+
+
+def test_a_server_that_has_forgotten_its_sessions_is_asked_in_a_new_one(forgetful: dict[str, Any]) -> None:
+    servers = Servers(read_configs(forgetful), 30, 30)
+    try:
+        for _ in range(2):
+            assert named(servers, "get_weather").run({}) == [{"type": "text", "text": "sunny"}]
+            Forgetful.sessions.clear()
+    finally:
+        servers.close()
+
+
+def test_a_server_need_not_have_tools(demo: Loaded, forgetful: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Forgetful, "has_tools", False)
+    with Agent(*demo, mcp=forgetful) as agent:
+        assert agent.session.settings.tools is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({}, "the tool 'get_weather'.parameters has the $ref '#/no'"), ({"adapter": "x"}, "adapter is")]
+)
+def test_servers_end_where_an_agent_does_not_begin(
+    demo: Loaded, forgetful: dict[str, Any], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], said: str
+) -> None:
+    closed: list[Servers] = []
+    end = Servers.close
+    monkeypatch.setattr(Servers, "close", lambda self: (closed.append(self), end(self)))
+    if not given:
+        monkeypatch.setattr(Forgetful, "schema", {"type": "object", "properties": {"city": {"$ref": "#/no"}}})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Agent(*demo, mcp=forgetful, **given)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(
