@@ -11,6 +11,7 @@ if (folder / "refuse").exists():
 if (folder / "sleep").exists():
     time.sleep(60)
 
+from mcp import MCPError  # noqa: E402
 from mcp.server.mcpserver import Image, MCPServer  # noqa: E402
 from mcp.types import ToolAnnotations  # noqa: E402
 
@@ -54,6 +55,12 @@ def wait(seconds: float) -> str:
 @server.tool()
 def fail() -> str:
     raise ValueError("it went wrong")
+
+
+@server.tool()
+def refuse() -> str:
+    (folder / "calls").open("a").write("x")
+    raise MCPError(-32000, "no seats left")  # the number that clients have for a lost connection
 
 
 @server.tool()

@@ -14,13 +14,14 @@ from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading
 from mlx_gemma4.engine.request import Options
-from mlx_gemma4.engine.session import Session
+from mlx_gemma4.engine.session import Session, copied
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import request_messages
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import is_whole
+from mlx_gemma4.prompt.tools import template_function
 from mlx_gemma4.reply.reply import Piece, Reply, assistant_message, collect, whole_thought
 from mlx_gemma4.weights.load import footprint_of
 
@@ -102,20 +103,22 @@ class Agent:
             self.opened.callback(servers.close)
             found += servers.tools({tool.name for tool in found})
         self.tools = {tool.name: tool for tool in found}
-        self.allow, self.max_steps = set(allow), max_steps
+        self.allow, self.max_steps = set(map(str, allow)), max_steps
         try:
             self.check(found)
+            declared = [tool.declaration for tool in found] or None
+            self.session = Session(model, processor, system, declared, thinking, image_budget, store, adapter)
         except ValueError:
             self.close()
             raise
-        declared = [tool.declaration for tool in found] or None
-        self.session = Session(model, processor, system, declared, thinking, image_budget, store, adapter)
 
     def check(self, found: list[Tool]) -> None:
         names = [tool.name for tool in found]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two tools are named {shown(twice)}; expected each name once")
+        for tool in found:
+            template_function(tool.declaration["function"], f"the tool {shown(tool.name)}")
         for pattern in self.allow:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"allow has {shown(pattern)}; expected one of {', '.join(names) or 'no tools'}")
@@ -206,7 +209,7 @@ class Agent:
 
     def run(self, calls: list[dict[str, Any]]) -> Iterator[Call | Result]:
         for made in calls:
-            call = Call(**made["function"], allowed=self.is_allowed(made["function"]["name"]))
+            call = Call(**copied(made["function"]), allowed=self.is_allowed(made["function"]["name"]))
             yield call
             parts = self.answer(call) if call.allowed else [text_part("Error: the user does not allow this call.")]
             self.record(made, parts)

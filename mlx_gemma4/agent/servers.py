@@ -21,7 +21,7 @@ import httpx2
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import Client, MCPError, StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
-from mcp.types import CONNECTION_CLOSED, REQUEST_TIMEOUT, CallToolResult, ContentBlock, TextResourceContents
+from mcp.types import METHOD_NOT_FOUND, CallToolResult, ContentBlock, TextResourceContents
 from mcp.types import Tool as Listed
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
@@ -176,12 +176,7 @@ class Server:
     async def connected(self, log: TextIO) -> AsyncIterator[Client]:
         with anyio.fail_after(self.start_timeout) as scope:
             async with self.transport(log) as transport, Client(transport, read_timeout_seconds=None) as client:
-                self.listed, cursor = [], None
-                while True:
-                    page = await client.list_tools(cursor=cursor)
-                    self.listed += page.tools
-                    if (cursor := page.next_cursor) is None:
-                        break
+                self.listed = await listed_tools(client)
                 scope.deadline = math.inf
                 yield client
 
@@ -245,17 +240,43 @@ class Server:
         """None: the server is gone."""
         if self.client is None:
             return None
-        future = self.portal.start_task_soon(self.client.call_tool, name, arguments, self.call_timeout)
+        future = self.portal.start_task_soon(self.result, self.client, name, arguments)
         try:
             return future.result()
-        except MCPError as error:
-            if error.code == CONNECTION_CLOSED:
-                return None
-            late = error.code == REQUEST_TIMEOUT
-            raise ToolError(f"no answer within {self.call_timeout:g} s" if late else error.message) from None
         except KeyboardInterrupt:
             future.cancel()
             raise
+
+    async def result(self, client: Client, name: str, arguments: dict[str, Any]) -> CallToolResult | None:
+        try:
+            with anyio.fail_after(self.call_timeout):
+                return await client.call_tool(name, arguments)
+        except TimeoutError:
+            raise ToolError(f"no answer within {self.call_timeout:g} s") from None
+        except MCPError as error:
+            said = error.message
+        # Servers use the numbers too that the client has for a lost connection, so another question shows which it is.
+        try:
+            with anyio.fail_after(self.start_timeout):
+                await client.list_tools(cache_mode="bypass")
+        except (MCPError, TimeoutError):
+            return None
+        raise ToolError(said)
+
+
+async def listed_tools(client: Client) -> list[Listed]:
+    """None of a server that has prompts or resources alone."""
+    found, cursor = list[Listed](), None
+    try:
+        while True:
+            page = await client.list_tools(cursor=cursor)
+            found += page.tools
+            if (cursor := page.next_cursor) is None:
+                return found
+    except MCPError as error:
+        if error.code != METHOD_NOT_FOUND:
+            raise
+        return found
 
 
 def plain(name: str) -> str:

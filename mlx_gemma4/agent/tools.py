@@ -2,12 +2,14 @@
 
 import asyncio
 import inspect
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import cache
+from threading import Thread
 from typing import Any
 
+from mlx_gemma4.engine.session import media_bytes
 from mlx_gemma4.errors import a, one_line
 
 Part = dict[str, Any]
@@ -54,9 +56,26 @@ def function_tool(function: Callable[..., Any]) -> Tool:
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
             raise ToolError("; ".join(wrong)) from None
-        return parts_of(asyncio.run(value) if inspect.iscoroutine(value) else value)
+        return parts_of(awaited(value) if inspect.iscoroutine(value) else value)
 
     return Tool(function.__name__, inspect.getdoc(function) or "", schema, run, is_own=True)
+
+
+def awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop())
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # if this was interrupted
+
+
+@cache
+def loop() -> asyncio.AbstractEventLoop:
+    """Where coroutines of tools run, from the first to the last: a notebook's own loop is busy with the agent, and what
+    a coroutine keeps, such as an HTTP client, belongs to the loop that it began in."""
+    made = asyncio.new_event_loop()
+    Thread(target=made.run_forever, daemon=True).start()
+    return made
 
 
 def parts_of(value: Any) -> list[Part]:
@@ -67,16 +86,16 @@ def parts_of(value: Any) -> list[Part]:
     if isinstance(value, (list, tuple)) and any(isinstance(entry, Image.Image) for entry in value):
         return [part for entry in value for part in parts_of(entry)]
     if isinstance(value, Image.Image):
-        made = io.BytesIO()  # as bytes: what is done to the image later does not change what was said
-        value.save(made, "PNG")
-        return [{"type": "image", "image": made.getvalue()}]
+        # as bytes: what is done to the image later does not change what was said
+        return [{"type": "image", "image": media_bytes(value, "image")[0]}]
     if not isinstance(value, str):
         value = json.dumps(to_jsonable_python(value, fallback=str, inf_nan_mode="null"), ensure_ascii=False)
     return [text_part(value)]
 
 
 def text_part(text: str) -> Part:
-    return {"type": "text", "text": text}
+    """A text for the model; of half a surrogate pair, as names of files that are not UTF-8 have, a ?."""
+    return {"type": "text", "text": text.encode("utf-8", "replace").decode()}
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ is left out is logged. What the model writes is checked against the tools as the
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 from urllib.parse import unquote
@@ -45,7 +46,7 @@ SIGNS = {
 
 
 def template_tools(tools: list[Schema]) -> list[Schema]:
-    """Checked tools as the template can write them; what it cannot is logged, a line a tool.
+    """Checked tools as the template can write them; what it cannot is logged, a line a tool, once.
 
     ValueError, one line, for a reference that leads nowhere and for what is no schema.
     """
@@ -54,9 +55,14 @@ def template_tools(tools: list[Schema]) -> list[Schema]:
         function, lost = template_function(tool["function"], f"tools[{index}]")
         written.append({"type": "function", "function": function})
         if lost:
-            name = function["name"][:80]
-            logger.warning("the chat template cannot write all of %s, left out: %s", name, listed(lost))
+            warn(function["name"][:80], listed(lost))
     return written
+
+
+@lru_cache(1000)
+def warn(name: str, lost: str) -> None:
+    """Once, not with every prompt that has the tool."""
+    logger.warning("the chat template cannot write all of %s, left out: %s", name, lost)
 
 
 def argument_schemas(tools: Iterable[Schema]) -> dict[str, Schema]:

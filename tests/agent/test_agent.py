@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -111,6 +112,18 @@ def test_what_a_tool_raises_is_told_and_the_conversation_goes_on(demo: Loaded) -
     agent = Agent(*demo, [get_weather])
     assert agent.send(QUESTION, sampling=GREEDY).finish_reason == "stop"
     assert texts(agent) == ["Error: ConnectionError: no station in Paris"]
+
+
+def test_a_tool_that_changes_its_arguments_changes_nothing_that_was_said(demo: Loaded) -> None:
+    def take(order: Any) -> str:
+        order["items"].clear()
+        return "taken"
+
+    agent = Agent(*demo, [take])
+    made = {"id": "c", "type": "function", "function": {"name": "take", "arguments": {"order": {"items": ["lamp"]}}}}
+    agent.messages.append({"role": "assistant", "content": "", "tool_calls": [made]})
+    assert [type(event) for event in agent.run([made])] == [Call, Result]
+    assert texts(agent) == ["taken"] and made["function"]["arguments"] == {"order": {"items": ["lamp"]}}
 
 
 def test_the_last_step_is_written_without_tools(demo: Loaded) -> None:
@@ -273,7 +286,7 @@ def test_servers_that_nobody_closes_end_with_the_process(tmp_path: Path) -> None
     code += "kept = Servers(read_configs(json.loads(sys.argv[1])), 60, 60); print(len(kept.tools(set())))"
     config = json.dumps({"mcpServers": {"test": entry(tmp_path)}})
     done = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "9\n", "")
 
 
 def test_names_that_clash_begin_with_their_servers(tmp_path: Path) -> None:
@@ -312,6 +325,91 @@ def test_a_call_that_changes_things_is_not_made_twice(tmp_path: Path) -> None:
         assert named(servers, "send_message").run({"name": "Ann", "text": "hi"}) == [{"type": "text", "text": "sent"}]
     finally:
         servers.close()
+
+
+def test_an_error_of_a_server_is_told_whatever_its_number(tmp_path: Path) -> None:
+    servers = started(tmp_path)
+    try:
+        with pytest.raises(ToolError, match="no seats left"):
+            named(servers, "refuse").run({})
+    finally:
+        servers.close()
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """A server with sessions, as the protocol had them until 2025."""
+
+    sessions: ClassVar[set[str]] = set()
+    schema: ClassVar[dict[str, Any]] = {"type": "object"}
+    has_tools = True
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, found, error = 200, dict[str, Any](), None
+        if asked["method"] == "initialize":
+            self.sessions.add("1")
+            info = {"name": "forgetful", "version": "1"}
+            found = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": info}
+        elif self.headers["Mcp-Session-Id"] not in self.sessions:
+            status, error = 404, {"code": -32001, "message": "Session not found"}
+        elif asked["method"] == "tools/list" and self.has_tools:
+            found = {"tools": [{"name": "get_weather", "inputSchema": self.schema}]}
+        elif asked["method"] == "tools/list":
+            error = {"code": -32601, "message": "Method not found"}
+        else:
+            found = {"content": [{"type": "text", "text": "sunny"}]}
+        said = {"result": found} if error is None else {"error": error}
+        body = json.dumps({"jsonrpc": "2.0", "id": asked.get("id")} | said).encode()
+        self.send_response(status if "id" in asked else 202)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Mcp-Session-Id": "1"}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def forgetful() -> Iterator[dict[str, Any]]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as http:
+        threading.Thread(target=http.serve_forever).start()
+        yield {"mcpServers": {"web": {"url": f"http://127.0.0.1:{http.server_address[1]}/mcp"}}}
+        http.shutdown()
+
+
+def test_a_server_that_has_forgotten_its_sessions_is_asked_in_a_new_one(forgetful: dict[str, Any]) -> None:
+    servers = Servers(read_configs(forgetful), 30, 30)
+    try:
+        for _ in range(2):
+            assert named(servers, "get_weather").run({}) == [{"type": "text", "text": "sunny"}]
+            Forgetful.sessions.clear()
+    finally:
+        servers.close()
+
+
+def test_a_server_need_not_have_tools(demo: Loaded, forgetful: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Forgetful, "has_tools", False)
+    with Agent(*demo, mcp=forgetful) as agent:
+        assert agent.session.settings.tools is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({}, "the tool 'get_weather'.parameters has the $ref '#/no'"), ({"adapter": "x"}, "adapter is")]
+)
+def test_servers_end_where_an_agent_does_not_begin(
+    demo: Loaded, forgetful: dict[str, Any], monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], said: str
+) -> None:
+    closed: list[Servers] = []
+    end = Servers.close
+    monkeypatch.setattr(Servers, "close", lambda self: (closed.append(self), end(self)))
+    if not given:
+        monkeypatch.setattr(Forgetful, "schema", {"type": "object", "properties": {"city": {"$ref": "#/no"}}})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Agent(*demo, mcp=forgetful, **given)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """Functions as tools: the schema that the model reads, arguments checked, results that it can read."""
 
+import asyncio
+import io
 import json
+import os
+import signal
+import threading
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -89,6 +94,37 @@ def test_methods_and_coroutines_are_functions_too() -> None:
     assert function_tool(Shop().order).run({"item": "lamp"}) == [{"type": "text", "text": "one lamp"}]
 
 
+def test_coroutines_run_in_one_loop_whatever_runs_around_them() -> None:
+    loops = set()
+
+    async def order(item: str) -> str:
+        loops.add(asyncio.get_running_loop())
+        return f"one {item}"
+
+    tool = function_tool(order)
+
+    async def cell() -> list[Any]:  # as in a notebook
+        return tool.run({"item": "lamp"})
+
+    assert asyncio.run(cell()) == tool.run({"item": "lamp"}) == [{"type": "text", "text": "one lamp"}]
+    assert len(loops) == 1
+
+
+def test_a_coroutine_that_is_interrupted_is_cancelled() -> None:
+    ended = threading.Event()
+
+    async def wait() -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.set()
+
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        function_tool(wait).run({})
+    assert ended.wait(10)
+
+
 def positions(*values: int) -> int:
     return sum(values)
 
@@ -130,6 +166,23 @@ def test_results_are_texts_images_and_json() -> None:
     }
     assert [part["type"] for part in parts(["left", image, "right"])] == ["text", "image", "text"]
     assert parts(["left", "right"]) == [{"type": "text", "text": '["left", "right"]'}]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "F", "I", "LAB", "YCbCr"])
+def test_images_of_every_mode_are_results(mode: str) -> None:
+    def look() -> Image.Image:
+        return Image.new(mode, (40, 40))
+
+    (part,) = function_tool(look).run({})
+    with Image.open(io.BytesIO(part["image"])) as image:
+        assert image.size == (40, 40)
+
+
+def test_names_of_files_that_are_not_utf_8_can_be_told() -> None:
+    def names() -> list[str]:
+        return [os.fsdecode(b"caf\xe9.txt")]
+
+    assert told(function_tool(names)) == ["caf?.txt"]
 
 
 def test_nothing_can_hide_in_what_is_shown() -> None:

@@ -127,6 +127,8 @@ def test_nothing_vanishes_without_a_logged_line(caplog: pytest.LogCaptureFixture
         "the description of its parameters"
     ]
     caplog.clear()
+    declared({"properties": {"a": {"type": "integer", "minimum": 1, "default": 2, "title": "A"}}, "description": "p"})
+    assert caplog.messages == []  # it has been said
     declared({"broken\nkey": None})
     assert caplog.messages == ["the chat template cannot write all of f, left out: broken key of parameters"]
     caplog.clear()
