@@ -417,10 +417,10 @@ class Engine:
         return [work for work in self.works if work.reading is not None]
 
     def shares(self, work: Work, other: Work) -> bool:
-        """Whether what another reads will be found by this one."""
+        """Whether what another reads will be found by this one, and sooner than this one would have read it."""
         same = (work.options.scope, work.adapter) == (other.options.scope, other.adapter)
         same = same and not work.is_scored and not other.is_scored
-        return self.store is not None and same and common(work.units, other.units) >= PAGE
+        return self.store is not None and same and common(work.units, other.units) >= max(PAGE, other.left)
 
     def fits(self, work: Work) -> bool:
         """Whether a newcomer fits beside those in work, for a while: what a reply may come to is not reserved."""

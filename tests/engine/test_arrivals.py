@@ -243,6 +243,19 @@ def test_what_eight_share_is_read_once(planted: Loaded) -> None:
     assert sum(1501 + tail - reply.stats.cached_tokens for tail, reply in enumerate(replies)) == read
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_begins_alike(planted: Loaded) -> None:
+    """Of which it could find no more than their beginning, once all of it is read."""
+    begin = long_prompt(300).token_ids
+    with Engine(*planted, max_batch=2, store=PromptStore()) as running:
+        long = running.submit(Prompt([*begin, *long_prompt(3500).token_ids]), max_tokens=1)
+        while running.read < 500:
+            time.sleep(0.001)
+        short = running.submit(Prompt([*begin, 150]), max_tokens=1)
+        collect(long)
+        collect(short)
+    assert short.work.row.first_at < long.work.row.first_at
+
+
 def test_a_cancelled_reading_stays_in_the_store(planted: Loaded) -> None:
     prompt = long_prompt(3500)
     with Engine(*planted, max_batch=2, store=PromptStore()) as running:
