@@ -108,6 +108,16 @@ def test_the_server_says_that_it_lives(server: Running) -> None:
         assert f"mlx_gemma4_{name}" in counted
 
 
+def test_a_reply_of_one_token_has_no_rate(server: Running) -> None:
+    def rates() -> str:
+        counted = httpx.get(server.url + "/metrics").text
+        return next(line for line in counted.splitlines() if line.startswith("mlx_gemma4_tokens_per_second_count"))
+
+    before = rates()
+    assert httpx.post(server.url + CHAT, json=SUM | {"max_tokens": 1}, timeout=60).status_code == 200
+    assert rates() == before
+
+
 # --- who may ask -----------------------------------------------------------------------------------
 
 
