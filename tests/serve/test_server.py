@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from adapters import random_adapter
 from toy_checkpoint import TINY
@@ -290,6 +291,26 @@ def test_a_full_queue_says_when_to_come_again(endless: Running) -> None:
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["type"] == "rate_limit_error"
     until(lambda: endless.resident.asked == 0)
+
+
+def test_more_replies_than_ever_fit_are_no_matter_of_waiting(server: Running) -> None:
+    refused = httpx.post(server.url + CHAT, json=SUM | {"n": 3})
+    assert refused.status_code == 400 and "retry-after" not in refused.headers
+    assert refused.json()["error"]["message"] == "the request asks for 3 replies; expected at most 2"
+
+
+def test_a_recording_is_admitted_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pieces are no requests of their own, which a queue that fills meanwhile would end."""
+    samples = np.random.default_rng(0).normal(0, 0.1, 3 * 8000).astype(np.float32)
+    cuts = [(0, 8000), (8000, 16000), (16000, 24000)]
+    monkeypatch.setattr(answering, "read_recording", lambda recording: (samples, cuts))
+    form = {"response_format": "verbose_json"}
+    url = server.url + "/v1/audio/transcriptions"
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_gemma4.serve.transcription.TOKENS", 4)
+        answer = httpx.post(url, files={"file": ("a.wav", b"-")}, data=form, timeout=60)
+    assert answer.status_code == 200 and len(answer.json()["segments"]) == 3
+    until(lambda: server.resident.asked == 0)
 
 
 def test_whoever_waits_is_pinged(endless: Running, monkeypatch: pytest.MonkeyPatch) -> None:
