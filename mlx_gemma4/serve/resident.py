@@ -140,6 +140,7 @@ class Resident:
             logger.error("%s cannot be loaded: %s", self.name, error)
             if self.group is not None:
                 give_up()  # the others have gone on
+        self.release(0)  # nobody may ask at all
         mx.clear_streams()
 
     @property
@@ -162,6 +163,8 @@ class Resident:
         with self.quiet:
             self.asked -= replies
             if not self.asked and self.settings.unload_after is not None:
+                if self.timer is not None:
+                    self.timer.cancel()
                 self.timer = Timer(self.settings.unload_after, self.unload)
                 self.timer.daemon = True
                 self.timer.start()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -353,6 +354,13 @@ def test_memory_is_given_back_and_taken_again() -> None:
         until(lambda: running.resident.engine is None)
         assert httpx.get(running.url + "/ready").status_code == 200
         assert httpx.post(running.url + CHAT, json=SUM, timeout=60).json()["choices"] == first
+
+
+def test_memory_is_given_back_if_nobody_has_asked_at_all() -> None:
+    with served(Settings(model="demo", unload_after=0.2)) as running:
+        Thread(target=running.resident.load_ahead).start()
+        until(lambda: running.resident.is_ready)
+        until(lambda: running.resident.engine is None)
 
 
 # --- adapters ----------------------------------------------------------------------------------
