@@ -334,10 +334,10 @@ class Engine:
         if reading.held is None:
             space = space_of(self.model, work.options.scope, work.adapter)
             reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
-        reading.give()
         work.reading = None
+        self.leave_room()  # first, or what is given would have to fit beside it
+        reading.give()
         work.stack.close()
-        self.leave_room()
 
     def hand_on(self, work: Work, given: Given) -> None:
         """Give what a round gave, or the reading of the prompt, to whoever asked."""
@@ -440,16 +440,17 @@ class Engine:
             self.shelf.leave(memory_limit() - int(self.needed(self.busy, FORESEEN, self.footprint)))
 
     def open(self, work: Work) -> None:
+        is_new = work.row is None
         if work.row is None:
             work.row = work.new_row(self.processor)
         prompt, limit = work.grown, min(work.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
-        store = None if work.is_scored else self.store if work.parked is None else self.shelf
+        store = None if work.is_scored else self.store if is_new else self.shelf
         own, scope = self.processor, work.options.scope
         context = opened(store, self.model, own, prompt, limit, needed.peak, scope, work.adapter)
         work.reading = work.stack.enter_context(context)
-        if work.parked is None:
+        if is_new:
             work.row.cached = work.reading.caches.length
         self.leave_room()
 
@@ -474,7 +475,7 @@ class Engine:
             self.batch.put(work.seat, reading.caches, state)
             return
         state, given = work.begin(self.model, self.processor, hidden[:, -1:])
-        if NOT_FINITE not in given.tokens:
+        if self.store is not None and NOT_FINITE not in given.tokens:
             reading.share()
         work.seat = given.seat
         self.batch.put(work.seat, reading.caches, state)

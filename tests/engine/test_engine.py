@@ -221,6 +221,43 @@ def test_rows_that_do_not_fit_on_are_parked_and_give_what_they_give_alone(
     assert stored or not watched.shelf.lines
 
 
+def random_prompt(seed: int, length: int) -> Prompt:
+    return Prompt([2, *np.random.default_rng(seed).integers(110, 500, length).tolist()])
+
+
+def test_what_a_parked_row_has_is_not_read_again(
+    endless: Loaded, room: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has room for it where it has left."""
+    monkeypatch.setattr(engine, "FORESEEN", 8)
+    room[0] = 2 * 460
+    options = {"max_tokens": 90, "draft_length": 0, "repetition_detection": "off"}
+    with Watched(*endless, max_batch=2, store=PromptStore()) as watched:
+        streams = [watched.submit(random_prompt(seed, 400), **options) for seed in (0, 1)]
+        for stream in streams:
+            collect(stream)
+        assert watched.parked > 0 and watched.read == 2 * 401
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_reading_that_was_parked_goes_on_and_finds_no_more_than_others_read(
+    endless: Loaded, room: list[int], stored: bool
+) -> None:
+    with Watched(*endless, max_batch=2, store=PromptStore() if stored else None) as watched:
+        row = watched.submit(random_prompt(0, 20), max_tokens=3000, draft_length=0, repetition_detection="off")
+        next(row)
+        reader = watched.submit(random_prompt(1, 3000), max_tokens=1)
+        while watched.read < 1000:
+            next(row)
+        room[0] = 5000  # positions: one of them fits, and the store beside it
+        while not watched.parked:
+            next(row)
+        room[0] = 2**60
+        assert collect(reader).stats.cached_tokens == int(stored)  # the first token is the same
+        row.close()
+        assert watched.read <= 21 + 3001
+
+
 def test_where_one_row_alone_fits_they_take_turns(endless: Loaded, room: list[int]) -> None:
     asked, limits = prompts(5)
     alone = [
