@@ -62,6 +62,7 @@ class Work(Asked):
     def __post_init__(self, model: Model, processor: Processor) -> None:
         super().__post_init__(model, processor)
         self.units, self.ids = units(self.prompt), self.prompt.token_ids
+        self.came = time.perf_counter()
 
     @property
     def grown(self) -> Prompt:
@@ -442,6 +443,7 @@ class Engine:
     def open(self, work: Work) -> None:
         is_new = work.row is None
         if work.row is None:
+            work.prepared += time.perf_counter() - work.came  # the client has waited for it too
             work.row = work.new_row(self.processor)
         prompt, limit = work.grown, min(work.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)

@@ -234,6 +234,17 @@ def test_when_newcomers_are_read(
     assert steps in running.steps
 
 
+def test_the_time_to_the_first_token_counts_what_was_waited_for_a_row(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine, "time", clock)
+    with Joined([Prompt([2, 150])], clock, *endless, max_batch=1) as running:
+        collect(running.submit("hello", max_tokens=60, draft_length=0, repetition_detection="off"))
+        reply = collect(running.joined[0])
+    assert reply.stats.time_to_first_token >= 0.1 * 57
+
+
 def test_what_eight_share_is_read_once(planted: Loaded) -> None:
     with Engine(*planted, max_batch=8, store=PromptStore()) as running:
         streams = [running.submit(long_prompt(1500, tail), max_tokens=4, sampling=GREEDY) for tail in range(8)]
