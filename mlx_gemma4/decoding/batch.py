@@ -126,9 +126,11 @@ class Batch:
         place, caches = self.seats.index(seat), cast(Caches, self.caches)
         found = caches.arrays
         if len(self.seats) > 1:
-            found = []
-            for arrays in caches.arrays:
-                found.append(tuple(mx.contiguous(array[place : place + 1]) for array in arrays) if keep else ())
+            found, slots = [], capacity(seat.positions, caches.context)  # of its own: others' may be many more
+            for layer in caches.layers:
+                own = slice(slots if isinstance(layer, FullCache) else None)
+                arrays = tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
+                found.append(arrays if keep else ())
                 mx.eval(found[-1])
         self.seats[place] = None
         if self.rows:

@@ -300,6 +300,17 @@ def test_what_max_tokens_bounds_is_not_reserved(endless: Loaded, room: list[int]
         assert watched.parked == 0
 
 
+def test_the_store_has_of_a_short_row_no_slots_of_a_long_one_beside_it(endless: Loaded) -> None:
+    store = PromptStore()
+    with Engine(*endless, max_batch=2, store=store) as engine_:
+        long = engine_.submit(random_prompt(0, 2500), max_tokens=900, draft_length=0, repetition_detection="off")
+        next(long)
+        collect(engine_.submit(random_prompt(1, 100), max_tokens=4))
+        bytes_of = {len(line): line.nbytes for line in store.lines}
+        long.close()
+    assert bytes_of[101 + 3] <= bytes_of[2501] / 4
+
+
 def test_slots_that_a_long_row_needed_go_with_it(endless: Loaded) -> None:
     long = Prompt(np.random.default_rng(0).integers(110, 500, 2000).tolist())
     with Engine(*endless, max_batch=2) as engine_:
