@@ -297,8 +297,7 @@ class Engine:
         started = time.perf_counter()
         try:
             self.make_room()
-            if all(work.seat is not None for work in self.works):
-                self.batch.shrink()
+            self.batch.shrink(len(self.busy))
             given = self.batch.step()
         except Exception as error:  # whatever a round raises, those who wait for it must learn it
             settle(self.model.group, error)
@@ -322,7 +321,7 @@ class Engine:
                 self.hand_out(self.batch.flush())
             else:
                 self.park(busy[-1])
-                self.batch.shrink()
+                self.batch.shrink(len(self.busy))
 
     def park(self, work: Work) -> None:
         """Put a row, or what has been read for it, into the store, from which it is taken up again when it fits."""

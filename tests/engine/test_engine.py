@@ -13,7 +13,7 @@ from rounds import GREEDY
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate, generate_batch, load
 from mlx_gemma4.decoding.batch import Batch, Seat
 from mlx_gemma4.engine import engine
-from mlx_gemma4.engine.engine import Work
+from mlx_gemma4.engine.engine import Stream, Work
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
@@ -321,3 +321,55 @@ def test_slots_that_a_long_row_needed_go_with_it(endless: Loaded) -> None:
         stream = engine_.submit(Prompt([2, 150]), max_tokens=500, draft_length=0)
         next(stream)
         assert engine_.batch.caches is not None and engine_.batch.caches.slots <= 1536
+
+
+class Visited(Engine):
+    """Where others keep coming, for so many rounds. Notes slots of rows, and the most of all places behind a chunk."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.left = self.most = 0
+        self.slots: list[int] = []
+        self.visitors: list[Stream] = []
+        super().__init__(*args, **options)
+
+    def decode(self) -> None:
+        if self.left and self.batch.caches is not None:
+            self.left -= 1
+            self.slots.append(self.batch.caches.slots)
+            while len(self.works) + len(self.asked) < 4:
+                self.visitors.append(self.submit(Prompt([2, 150]), max_tokens=5, draft_length=0))
+        super().decode()
+
+    def read_on(self, work: Work) -> None:
+        super().read_on(work)
+        if self.batch.caches is not None:
+            self.most = max(self.most, len(self.batch.seats) * self.batch.caches.slots)
+
+
+def test_slots_that_a_long_row_needed_go_with_it_though_others_wait(endless: Loaded) -> None:
+    with Visited(*endless, max_batch=2) as visited:
+        row = visited.submit(random_prompt(0, 9), max_tokens=400, draft_length=0, repetition_detection="off")
+        next(row)
+        long = visited.submit(random_prompt(1, 3000), max_tokens=2, draft_length=0)
+        next(long)
+        visited.left = 40
+        collect(long)
+        while visited.left:
+            next(row)
+        row.close()
+    assert visited.slots[-1] <= 1024
+
+
+def test_a_long_newcomer_gets_no_more_places_than_there_are_rows(endless: Loaded) -> None:
+    """Those of rows that ended while it was read would each have its slots."""
+    options = {"draft_length": 0, "repetition_detection": "off"}
+    with Visited(*endless, max_batch=8) as visited:
+        rows = [visited.submit(random_prompt(n, 9), max_tokens=100 if n else 2000, **options) for n in range(7)]
+        for row in rows:
+            next(row)
+        long = visited.submit(random_prompt(8, 3500), max_tokens=5, **options)
+        for row in rows[1:]:
+            collect(row)
+        collect(long)
+        rows[0].close()
+    assert visited.most <= 2 * 4096
