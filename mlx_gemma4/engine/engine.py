@@ -395,8 +395,7 @@ class Engine:
             if work.reading is not None:
                 work.reading.forget()  # what came of it is not sure
             self.end(work, error)
-        if delays:
-            self.debt += time.perf_counter() - started
+        self.debt = self.debt + time.perf_counter() - started if delays else 0.0  # it is owed to rows that are there
 
     def next_to_read(self) -> Work | None:
         """Whose prompt to read: that of which least is left, less the tokens that others had read since it came, so

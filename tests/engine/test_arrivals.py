@@ -234,6 +234,30 @@ def test_when_newcomers_are_read(
     assert steps in running.steps
 
 
+class Following(Joined):
+    """Others ask one by one, each as soon as nobody else is there but one row."""
+
+    def decode(self) -> None:
+        others, self.others = self.others, []
+        if others and len(self.works) == 1:
+            self.joined.append(self.submit(others.pop(), max_tokens=30, draft_length=0))
+        super().decode()
+        self.others = others
+
+
+def test_what_rows_were_owed_goes_with_them(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine, "time", clock)
+    others = [Prompt([2, 150]), long_prompt(1000)]
+    with Following(others, clock, *endless, max_batch=2) as running:
+        collect(running.submit("hello", max_tokens=15, draft_length=0, repetition_detection="off"))
+        while others:
+            time.sleep(0.001)
+        for stream in running.joined:
+            collect(stream)
+    assert "ccrcr" in running.steps
+
+
 def test_the_time_to_the_first_token_counts_what_was_waited_for_a_row(
     endless: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
