@@ -52,6 +52,7 @@ class Work(Asked):
     cancelled: bool = False
     asked: bytes = b""  # for the other machines that share the model
     arrived: int = 0  # tokens that the engine had read before it came
+    found: int = 0  # of its own, that the store had then
     ids: list[int] = field(default_factory=list)  # of its prompt, and of its reply when it was parked
     parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
     stack: ExitStack = field(default_factory=ExitStack)
@@ -78,7 +79,7 @@ class Work(Asked):
     def left(self) -> int:
         """Tokens that are still to be read."""
         whole = len(self.prompt) if self.parked is None else len(self.ids) - 1
-        return whole - (0 if self.reading is None else self.reading.caches.length)
+        return whole - (self.found if self.reading is None else self.reading.caches.length)
 
     @property
     def is_scored(self) -> bool:
@@ -95,6 +96,7 @@ class Word:
     """What a step goes by."""
 
     asked: list[bytes]  # requests that are new
+    found: list[int]  # tokens of each that the first machine's store has
     cancelled: list[int]  # which of the works, these among them, nobody waits for
     reads: bool  # it is the turn of a prompt
     known: list[int]  # positions of the works before it: all machines must have come as far
@@ -271,7 +273,13 @@ class Engine:
                 release(self.model.group)
                 return None
         gone = [place for place, work in enumerate(self.works) if work.cancelled]
-        return same(self.model.group, Word([work.asked for work in asked], gone, self.debt <= PAUSE, known))
+        requests, found = [work.asked for work in asked], [self.found(work) for work in asked]
+        return same(self.model.group, Word(requests, found, gone, self.debt <= PAUSE, known))
+
+    def found(self, work: Work) -> int:
+        if self.store is None or not self.store.lines or work.is_scored:
+            return 0
+        return self.store.found(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)
 
     def take(self, asked: list[Work]) -> None:
         for work in asked:
@@ -286,6 +294,8 @@ class Engine:
                     f"error: machine {self.rank} has come to another place than machine 0; expected the same on all"
                 )
             self.take([Work(self.model, self.processor, *pickle.loads(asked)) for asked in word.asked])
+        for work, found in zip(reversed(self.works), reversed(word.found), strict=False):
+            work.found = found
         for work in [self.works[place] for place in word.cancelled]:
             self.end(work)
         if word.reads or not self.batch.rows:

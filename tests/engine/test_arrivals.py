@@ -291,6 +291,20 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_that_begins_alike(planted: 
     assert short.work.row.first_at < long.work.row.first_at
 
 
+def test_a_conversations_next_turn_does_not_wait_for_a_prompt_that_nobody_has_read(planted: Loaded) -> None:
+    """It is the longer one, and has less to read."""
+    with Engine(*planted, max_batch=2, store=PromptStore()) as running:
+        turn = long_prompt(3000)
+        collect(running.submit(turn, max_tokens=1))
+        new = running.submit(Prompt(long_prompt(2500).token_ids[:0:-1]), max_tokens=1)
+        while running.read < 3500:
+            time.sleep(0.001)
+        next_turn = running.submit(Prompt([*turn.token_ids, 150]), max_tokens=1)
+        collect(new)
+        collect(next_turn)
+    assert next_turn.work.row.first_at < new.work.row.first_at
+
+
 def test_a_cancelled_reading_stays_in_the_store(planted: Loaded) -> None:
     prompt = long_prompt(3500)
     with Engine(*planted, max_batch=2, store=PromptStore()) as running:
