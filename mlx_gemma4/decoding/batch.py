@@ -100,16 +100,18 @@ class Batch:
         if self.caches is None:
             self.seats, self.caches, self.state = [seat], copy, state
             return
-        if None not in self.seats:
-            self.resize(size_of(len(self.seats) + 1))
+        size, slots = size_of(len(self.rows) + 1), capacity(seat.positions + 2 * ROUND, copy.context)
+        if size > len(self.seats) or (size < len(self.seats) and slots > self.caches.slots):  # no empty place grows
+            self.resize(size)
         place = self.seats.index(None)
-        slots = max(self.caches.slots, copy.slots)
+        slots = max(slots, self.caches.slots)
         for layer, new in zip(self.caches.layers, copy.layers, strict=True):
             for cache in (layer, new):
                 if isinstance(cache, FullCache):
                     cache.grow(slots)
             layer.arrays = tuple(
-                put_row(array, row, place) for array, row in zip(layer.arrays, new.arrays, strict=True)
+                put_row(array, row[:, :, : array.shape[2]], place)
+                for array, row in zip(layer.arrays, new.arrays, strict=True)
             )
             new.arrays = ()
             mx.eval(layer.arrays)
@@ -126,9 +128,11 @@ class Batch:
         place, caches = self.seats.index(seat), cast(Caches, self.caches)
         found = caches.arrays
         if len(self.seats) > 1:
-            found = []
-            for arrays in caches.arrays:
-                found.append(tuple(mx.contiguous(array[place : place + 1]) for array in arrays) if keep else ())
+            found, slots = [], capacity(seat.positions, caches.context)  # of its own: others' may be many more
+            for layer in caches.layers:
+                own = slice(slots if isinstance(layer, FullCache) else None)
+                arrays = tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
+                found.append(arrays if keep else ())
                 mx.eval(found[-1])
         self.seats[place] = None
         if self.rows:
@@ -149,15 +153,15 @@ class Batch:
         before, self.waiting = self.waiting, None
         return [] if before is None else self.read(before)
 
-    def shrink(self) -> None:
-        """Go on with fewer places, if the rows need only half as many, and with fewer slots likewise."""
+    def shrink(self, rows: int) -> None:
+        """Go on with fewer places, if half as many do for so many rows, and with fewer slots likewise."""
         if not self.rows:
             return
-        caches, size = cast(Caches, self.caches), size_of(len(self.rows))
+        caches, size = cast(Caches, self.caches), size_of(rows)
         slots = capacity(max(seat.positions for seat in self.rows) + 2 * ROUND, caches.context)
         if size < len(self.seats) or 2 * slots <= caches.slots:
             self.clock.interrupted()
-            self.resize(size, slots)
+            self.resize(min(size, len(self.seats)), slots)
 
     def resize(self, size: int, slots: int | None = None) -> None:
         """slots: of full layers, if they are to have fewer."""

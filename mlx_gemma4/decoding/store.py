@@ -317,6 +317,11 @@ class PromptStore:
             return None
         return same, int(line.units[same, 0]), int(own[same, 0])
 
+    def found(self, space: bytes, own: np.ndarray, prompt: Prompt) -> int:
+        """How many tokens of a prompt memory has. own: its units."""
+        with self.lock:
+            return self.best(space, own, prompt)[1]
+
     def best(self, space: bytes, own: np.ndarray, prompt: Prompt) -> tuple[Line | None, int]:
         found: Line | None = None
         best = 0

@@ -52,6 +52,7 @@ class Work(Asked):
     cancelled: bool = False
     asked: bytes = b""  # for the other machines that share the model
     arrived: int = 0  # tokens that the engine had read before it came
+    found: int = 0  # of its own, that the store had then
     ids: list[int] = field(default_factory=list)  # of its prompt, and of its reply when it was parked
     parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
     stack: ExitStack = field(default_factory=ExitStack)
@@ -62,6 +63,7 @@ class Work(Asked):
     def __post_init__(self, model: Model, processor: Processor) -> None:
         super().__post_init__(model, processor)
         self.units, self.ids = units(self.prompt), self.prompt.token_ids
+        self.came = time.perf_counter()
 
     @property
     def grown(self) -> Prompt:
@@ -77,7 +79,7 @@ class Work(Asked):
     def left(self) -> int:
         """Tokens that are still to be read."""
         whole = len(self.prompt) if self.parked is None else len(self.ids) - 1
-        return whole - (0 if self.reading is None else self.reading.caches.length)
+        return whole - (self.found if self.reading is None else self.reading.caches.length)
 
     @property
     def is_scored(self) -> bool:
@@ -94,6 +96,7 @@ class Word:
     """What a step goes by."""
 
     asked: list[bytes]  # requests that are new
+    found: list[int]  # tokens of each that the first machine's store has
     cancelled: list[int]  # which of the works, these among them, nobody waits for
     reads: bool  # it is the turn of a prompt
     known: list[int]  # positions of the works before it: all machines must have come as far
@@ -270,7 +273,13 @@ class Engine:
                 release(self.model.group)
                 return None
         gone = [place for place, work in enumerate(self.works) if work.cancelled]
-        return same(self.model.group, Word([work.asked for work in asked], gone, self.debt <= PAUSE, known))
+        requests, found = [work.asked for work in asked], [self.found(work) for work in asked]
+        return same(self.model.group, Word(requests, found, gone, self.debt <= PAUSE, known))
+
+    def found(self, work: Work) -> int:
+        if self.store is None or not self.store.lines or work.is_scored:
+            return 0
+        return self.store.found(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)
 
     def take(self, asked: list[Work]) -> None:
         for work in asked:
@@ -285,6 +294,8 @@ class Engine:
                     f"error: machine {self.rank} has come to another place than machine 0; expected the same on all"
                 )
             self.take([Work(self.model, self.processor, *pickle.loads(asked)) for asked in word.asked])
+        for work, found in zip(reversed(self.works), reversed(word.found), strict=False):
+            work.found = found
         for work in [self.works[place] for place in word.cancelled]:
             self.end(work)
         if word.reads or not self.batch.rows:
@@ -296,8 +307,7 @@ class Engine:
         started = time.perf_counter()
         try:
             self.make_room()
-            if all(work.seat is not None for work in self.works):
-                self.batch.shrink()
+            self.batch.shrink(len(self.busy))
             given = self.batch.step()
         except Exception as error:  # whatever a round raises, those who wait for it must learn it
             settle(self.model.group, error)
@@ -321,7 +331,7 @@ class Engine:
                 self.hand_out(self.batch.flush())
             else:
                 self.park(busy[-1])
-                self.batch.shrink()
+                self.batch.shrink(len(self.busy))
 
     def park(self, work: Work) -> None:
         """Put a row, or what has been read for it, into the store, from which it is taken up again when it fits."""
@@ -334,10 +344,10 @@ class Engine:
         if reading.held is None:
             space = space_of(self.model, work.options.scope, work.adapter)
             reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
-        reading.give()
         work.reading = None
+        self.leave_room()  # first, or what is given would have to fit beside it
+        reading.give()
         work.stack.close()
-        self.leave_room()
 
     def hand_on(self, work: Work, given: Given) -> None:
         """Give what a round gave, or the reading of the prompt, to whoever asked."""
@@ -395,8 +405,7 @@ class Engine:
             if work.reading is not None:
                 work.reading.forget()  # what came of it is not sure
             self.end(work, error)
-        if delays:
-            self.debt += time.perf_counter() - started
+        self.debt = self.debt + time.perf_counter() - started if delays else 0.0  # it is owed to rows that are there
 
     def next_to_read(self) -> Work | None:
         """Whose prompt to read: that of which least is left, less the tokens that others had read since it came, so
@@ -417,10 +426,10 @@ class Engine:
         return [work for work in self.works if work.reading is not None]
 
     def shares(self, work: Work, other: Work) -> bool:
-        """Whether what another reads will be found by this one."""
+        """Whether what another reads will be found by this one, and sooner than this one would have read it."""
         same = (work.options.scope, work.adapter) == (other.options.scope, other.adapter)
         same = same and not work.is_scored and not other.is_scored
-        return self.store is not None and same and common(work.units, other.units) >= PAGE
+        return self.store is not None and same and common(work.units, other.units) >= max(PAGE, other.left)
 
     def fits(self, work: Work) -> bool:
         """Whether a newcomer fits beside those in work, for a while: what a reply may come to is not reserved."""
@@ -440,16 +449,18 @@ class Engine:
             self.shelf.leave(memory_limit() - int(self.needed(self.busy, FORESEEN, self.footprint)))
 
     def open(self, work: Work) -> None:
+        is_new = work.row is None
         if work.row is None:
+            work.prepared += time.perf_counter() - work.came  # the client has waited for it too
             work.row = work.new_row(self.processor)
         prompt, limit = work.grown, min(work.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
-        store = None if work.is_scored else self.store if work.parked is None else self.shelf
+        store = None if work.is_scored else self.store if is_new else self.shelf
         own, scope = self.processor, work.options.scope
         context = opened(store, self.model, own, prompt, limit, needed.peak, scope, work.adapter)
         work.reading = work.stack.enter_context(context)
-        if work.parked is None:
+        if is_new:
             work.row.cached = work.reading.caches.length
         self.leave_room()
 
@@ -474,7 +485,7 @@ class Engine:
             self.batch.put(work.seat, reading.caches, state)
             return
         state, given = work.begin(self.model, self.processor, hidden[:, -1:])
-        if NOT_FINITE not in given.tokens:
+        if self.store is not None and NOT_FINITE not in given.tokens:
             reading.share()
         work.seat = given.seat
         self.batch.put(work.seat, reading.caches, state)

@@ -15,7 +15,7 @@ from mlx_gemma4.errors import one_line
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.serve.ask import Ask, Refused, Writer
 from mlx_gemma4.serve.job import Begun, Event, Job
-from mlx_gemma4.serve.resident import RETRY_SECONDS
+from mlx_gemma4.serve.resident import RETRY_SECONDS, Resident
 from mlx_gemma4.serve.transcription import ALONGSIDE, Transcription, read_recording
 
 logger = logging.getLogger("mlx_gemma4.serve")
@@ -175,17 +175,22 @@ async def replies(job: Job) -> list[Reply]:
                     pieces[choice].append(piece)
 
 
-async def transcribed(asked: Transcription, receive: Receive, job_of: Callable[[Ask], Job]) -> bytes:
-    """The answer of a request for what is said in a recording."""
+async def transcribed(
+    asked: Transcription, receive: Receive, job_of: Callable[[Ask], Job], resident: Resident
+) -> bytes:
+    """The answer of a request for what is said in a recording, which is admitted once: a queue that fills meanwhile
+    does not end it."""
     samples, pieces = await asyncio.to_thread(read_recording, asked.recording)
     jobs = [job_of(asked.ask(samples[start:end])) for start, end in pieces]
     found: list[Reply] = []
-    async with watched(jobs, receive):
-        for first in range(0, len(jobs), ALONGSIDE):
-            group = jobs[first : first + ALONGSIDE]
-            for job in group:
-                job.start()
-            found += [reply for own in await asyncio.gather(*map(replies, group)) for reply in own]
+    alongside = min(ALONGSIDE, resident.most)
+    with resident.admitted(min(alongside, len(jobs))):
+        async with watched(jobs, receive):
+            for first in range(0, len(jobs), alongside):
+                group = jobs[first : first + alongside]
+                for job in group:
+                    job.start()
+                found += [reply for own in await asyncio.gather(*map(replies, group)) for reply in own]
     return asked.answer(samples, pieces, found)
 
 

@@ -170,9 +170,9 @@ class App:
         adapter = self.resident.chosen(asked.model)
 
         def job(ask: Ask) -> Job:
-            return Job(self.resident, self.metrics, replace(ask, adapter=adapter), whose)
+            return Job(self.resident, self.metrics, replace(ask, adapter=adapter), whose, is_part=True)
 
-        found = await transcribed(asked, receive, job)
+        found = await transcribed(asked, receive, job, self.resident)
         await answer(send, 200, found, FORMATS[asked.form])
 
     async def converse(self, path: str, body: bytes, whose: str, receive: Receive, send: Send) -> None:

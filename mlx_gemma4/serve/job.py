@@ -39,9 +39,11 @@ Event = Begun | Refused | tuple[int, Piece]  # which of the replies, and a piece
 class Job:
     """Asks for the replies to one request; made and used by the loop, but for what its own threads do."""
 
-    def __init__(self, resident: Resident, metrics: Metrics, ask: Ask, scope: str):
+    def __init__(self, resident: Resident, metrics: Metrics, ask: Ask, scope: str, *, is_part: bool = False):
+        """is_part: of what the resident has admitted as a whole."""
         self.resident, self.metrics, self.ask, self.scope = resident, metrics, ask, scope
         self.replies = ask.n * max(len(ask.prompts), 1)
+        self.admitted = 0 if is_part else self.replies
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
         self.events: deque[Event | None] = deque()  # None: no more
@@ -51,7 +53,7 @@ class Job:
 
     def start(self) -> None:
         """Refused if too many replies are asked for already."""
-        self.resident.admit(self.replies)
+        self.resident.admit(self.admitted)
         Thread(target=self.run, name="mlx_gemma4.Job", daemon=True).start()
 
     def leave(self) -> None:
@@ -106,7 +108,7 @@ class Job:
             self.leave()
             self.put(refused(error))
         self.put(None)
-        self.resident.release(self.replies)
+        self.resident.release(self.admitted)
         mx.clear_streams()
 
     def submit(self) -> list[tuple[Prompt, int]]:

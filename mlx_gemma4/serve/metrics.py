@@ -42,7 +42,8 @@ class Metrics:
         self.drafted_tokens.inc(stats.drafted_tokens)
         self.accepted_tokens.inc(stats.accepted_tokens)
         self.first_token.observe(stats.time_to_first_token)
-        self.rate.observe(stats.generation_tps)
+        if stats.generation_tokens > 1:  # one token alone has no rate
+            self.rate.observe(stats.generation_tps)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -3,7 +3,8 @@
 import gc
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Timer
@@ -139,12 +140,20 @@ class Resident:
             logger.error("%s cannot be loaded: %s", self.name, error)
             if self.group is not None:
                 give_up()  # the others have gone on
+        self.release(0)  # nobody may ask at all
         mx.clear_streams()
 
+    @property
+    def most(self) -> int:
+        """Replies that are on their way at once."""
+        return self.settings.max_batch + self.settings.max_queue
+
     def admit(self, replies: int) -> None:
-        """Count so many replies as asked for, until `release`. Refused, 429, if too many are."""
+        """Count so many replies as asked for, until `release`. Refused: 429 if too many are, 400 if it never fits."""
+        if replies > self.most:
+            raise Refused(f"the request asks for {replies} replies; expected at most {self.most}")
         with self.quiet:
-            if self.asked + replies > self.settings.max_batch + self.settings.max_queue:
+            if self.asked + replies > self.most:
                 raise Refused(f"{self.asked} replies are asked for already; try again later", status=429)
             self.asked += replies
             if self.timer is not None:
@@ -154,9 +163,19 @@ class Resident:
         with self.quiet:
             self.asked -= replies
             if not self.asked and self.settings.unload_after is not None:
+                if self.timer is not None:
+                    self.timer.cancel()
                 self.timer = Timer(self.settings.unload_after, self.unload)
                 self.timer.daemon = True
                 self.timer.start()
+
+    @contextmanager
+    def admitted(self, replies: int) -> Iterator[None]:
+        self.admit(replies)
+        try:
+            yield
+        finally:
+            self.release(replies)
 
     def works(self) -> list[Work]:
         engine = self.engine

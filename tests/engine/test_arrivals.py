@@ -234,6 +234,41 @@ def test_when_newcomers_are_read(
     assert steps in running.steps
 
 
+class Following(Joined):
+    """Others ask one by one, each as soon as nobody else is there but one row."""
+
+    def decode(self) -> None:
+        others, self.others = self.others, []
+        if others and len(self.works) == 1:
+            self.joined.append(self.submit(others.pop(), max_tokens=30, draft_length=0))
+        super().decode()
+        self.others = others
+
+
+def test_what_rows_were_owed_goes_with_them(endless: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine, "time", clock)
+    others = [Prompt([2, 150]), long_prompt(1000)]
+    with Following(others, clock, *endless, max_batch=2) as running:
+        collect(running.submit("hello", max_tokens=15, draft_length=0, repetition_detection="off"))
+        while others:
+            time.sleep(0.001)
+        for stream in running.joined:
+            collect(stream)
+    assert "ccrcr" in running.steps
+
+
+def test_the_time_to_the_first_token_counts_what_was_waited_for_a_row(
+    endless: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine, "time", clock)
+    with Joined([Prompt([2, 150])], clock, *endless, max_batch=1) as running:
+        collect(running.submit("hello", max_tokens=60, draft_length=0, repetition_detection="off"))
+        reply = collect(running.joined[0])
+    assert reply.stats.time_to_first_token >= 0.1 * 57
+
+
 def test_what_eight_share_is_read_once(planted: Loaded) -> None:
     with Engine(*planted, max_batch=8, store=PromptStore()) as running:
         streams = [running.submit(long_prompt(1500, tail), max_tokens=4, sampling=GREEDY) for tail in range(8)]
@@ -241,6 +276,33 @@ def test_what_eight_share_is_read_once(planted: Loaded) -> None:
         read = running.read
     assert read <= 1.1 * 1501
     assert sum(1501 + tail - reply.stats.cached_tokens for tail, reply in enumerate(replies)) == read
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_begins_alike(planted: Loaded) -> None:
+    """Of which it could find no more than their beginning, once all of it is read."""
+    begin = long_prompt(300).token_ids
+    with Engine(*planted, max_batch=2, store=PromptStore()) as running:
+        long = running.submit(Prompt([*begin, *long_prompt(3500).token_ids]), max_tokens=1)
+        while running.read < 500:
+            time.sleep(0.001)
+        short = running.submit(Prompt([*begin, 150]), max_tokens=1)
+        collect(long)
+        collect(short)
+    assert short.work.row.first_at < long.work.row.first_at
+
+
+def test_a_conversations_next_turn_does_not_wait_for_a_prompt_that_nobody_has_read(planted: Loaded) -> None:
+    """It is the longer one, and has less to read."""
+    with Engine(*planted, max_batch=2, store=PromptStore()) as running:
+        turn = long_prompt(3000)
+        collect(running.submit(turn, max_tokens=1))
+        new = running.submit(Prompt(long_prompt(2500).token_ids[:0:-1]), max_tokens=1)
+        while running.read < 3500:
+            time.sleep(0.001)
+        next_turn = running.submit(Prompt([*turn.token_ids, 150]), max_tokens=1)
+        collect(new)
+        collect(next_turn)
+    assert next_turn.work.row.first_at < new.work.row.first_at
 
 
 def test_a_cancelled_reading_stays_in_the_store(planted: Loaded) -> None:

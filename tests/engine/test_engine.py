@@ -13,7 +13,7 @@ from rounds import GREEDY
 from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate, generate_batch, load
 from mlx_gemma4.decoding.batch import Batch, Seat
 from mlx_gemma4.engine import engine
-from mlx_gemma4.engine.engine import Work
+from mlx_gemma4.engine.engine import Stream, Work
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
@@ -221,6 +221,43 @@ def test_rows_that_do_not_fit_on_are_parked_and_give_what_they_give_alone(
     assert stored or not watched.shelf.lines
 
 
+def random_prompt(seed: int, length: int) -> Prompt:
+    return Prompt([2, *np.random.default_rng(seed).integers(110, 500, length).tolist()])
+
+
+def test_what_a_parked_row_has_is_not_read_again(
+    endless: Loaded, room: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has room for it where it has left."""
+    monkeypatch.setattr(engine, "FORESEEN", 8)
+    room[0] = 2 * 460
+    options = {"max_tokens": 90, "draft_length": 0, "repetition_detection": "off"}
+    with Watched(*endless, max_batch=2, store=PromptStore()) as watched:
+        streams = [watched.submit(random_prompt(seed, 400), **options) for seed in (0, 1)]
+        for stream in streams:
+            collect(stream)
+        assert watched.parked > 0 and watched.read == 2 * 401
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_reading_that_was_parked_goes_on_and_finds_no_more_than_others_read(
+    endless: Loaded, room: list[int], stored: bool
+) -> None:
+    with Watched(*endless, max_batch=2, store=PromptStore() if stored else None) as watched:
+        row = watched.submit(random_prompt(0, 20), max_tokens=3000, draft_length=0, repetition_detection="off")
+        next(row)
+        reader = watched.submit(random_prompt(1, 3000), max_tokens=1)
+        while watched.read < 1000:
+            next(row)
+        room[0] = 5000  # positions: one of them fits, and the store beside it
+        while not watched.parked:
+            next(row)
+        room[0] = 2**60
+        assert collect(reader).stats.cached_tokens == int(stored)  # the first token is the same
+        row.close()
+        assert watched.read <= 21 + 3001
+
+
 def test_where_one_row_alone_fits_they_take_turns(endless: Loaded, room: list[int]) -> None:
     asked, limits = prompts(5)
     alone = [
@@ -263,6 +300,17 @@ def test_what_max_tokens_bounds_is_not_reserved(endless: Loaded, room: list[int]
         assert watched.parked == 0
 
 
+def test_the_store_has_of_a_short_row_no_slots_of_a_long_one_beside_it(endless: Loaded) -> None:
+    store = PromptStore()
+    with Engine(*endless, max_batch=2, store=store) as engine_:
+        long = engine_.submit(random_prompt(0, 2500), max_tokens=900, draft_length=0, repetition_detection="off")
+        next(long)
+        collect(engine_.submit(random_prompt(1, 100), max_tokens=4))
+        bytes_of = {len(line): line.nbytes for line in store.lines}
+        long.close()
+    assert bytes_of[101 + 3] <= bytes_of[2501] / 4
+
+
 def test_slots_that_a_long_row_needed_go_with_it(endless: Loaded) -> None:
     long = Prompt(np.random.default_rng(0).integers(110, 500, 2000).tolist())
     with Engine(*endless, max_batch=2) as engine_:
@@ -273,3 +321,55 @@ def test_slots_that_a_long_row_needed_go_with_it(endless: Loaded) -> None:
         stream = engine_.submit(Prompt([2, 150]), max_tokens=500, draft_length=0)
         next(stream)
         assert engine_.batch.caches is not None and engine_.batch.caches.slots <= 1536
+
+
+class Visited(Engine):
+    """Where others keep coming, for so many rounds. Notes slots of rows, and the most of all places behind a chunk."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.left = self.most = 0
+        self.slots: list[int] = []
+        self.visitors: list[Stream] = []
+        super().__init__(*args, **options)
+
+    def decode(self) -> None:
+        if self.left and self.batch.caches is not None:
+            self.left -= 1
+            self.slots.append(self.batch.caches.slots)
+            while len(self.works) + len(self.asked) < 4:
+                self.visitors.append(self.submit(Prompt([2, 150]), max_tokens=5, draft_length=0))
+        super().decode()
+
+    def read_on(self, work: Work) -> None:
+        super().read_on(work)
+        if self.batch.caches is not None:
+            self.most = max(self.most, len(self.batch.seats) * self.batch.caches.slots)
+
+
+def test_slots_that_a_long_row_needed_go_with_it_though_others_wait(endless: Loaded) -> None:
+    with Visited(*endless, max_batch=2) as visited:
+        row = visited.submit(random_prompt(0, 9), max_tokens=400, draft_length=0, repetition_detection="off")
+        next(row)
+        long = visited.submit(random_prompt(1, 3000), max_tokens=2, draft_length=0)
+        next(long)
+        visited.left = 40
+        collect(long)
+        while visited.left:
+            next(row)
+        row.close()
+    assert visited.slots[-1] <= 1024
+
+
+def test_a_long_newcomer_gets_no_more_places_than_there_are_rows(endless: Loaded) -> None:
+    """Those of rows that ended while it was read would each have its slots."""
+    options = {"draft_length": 0, "repetition_detection": "off"}
+    with Visited(*endless, max_batch=8) as visited:
+        rows = [visited.submit(random_prompt(n, 9), max_tokens=100 if n else 2000, **options) for n in range(7)]
+        for row in rows:
+            next(row)
+        long = visited.submit(random_prompt(8, 3500), max_tokens=5, **options)
+        for row in rows[1:]:
+            collect(row)
+        collect(long)
+        rows[0].close()
+    assert visited.most <= 2 * 4096

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 from adapters import random_adapter
 from toy_checkpoint import TINY
@@ -106,6 +108,16 @@ def test_the_server_says_that_it_lives(server: Running) -> None:
     counted = httpx.get(server.url + "/metrics").text
     for name in ("queued 0.0", "rows 0.0", "reply_tokens_total", "accepted_tokens_total", "cached_tokens_total"):
         assert f"mlx_gemma4_{name}" in counted
+
+
+def test_a_reply_of_one_token_has_no_rate(server: Running) -> None:
+    def rates() -> str:
+        counted = httpx.get(server.url + "/metrics").text
+        return next(line for line in counted.splitlines() if line.startswith("mlx_gemma4_tokens_per_second_count"))
+
+    before = rates()
+    assert httpx.post(server.url + CHAT, json=SUM | {"max_tokens": 1}, timeout=60).status_code == 200
+    assert rates() == before
 
 
 # --- who may ask -----------------------------------------------------------------------------------
@@ -282,6 +294,26 @@ def test_a_full_queue_says_when_to_come_again(endless: Running) -> None:
     until(lambda: endless.resident.asked == 0)
 
 
+def test_more_replies_than_ever_fit_are_no_matter_of_waiting(server: Running) -> None:
+    refused = httpx.post(server.url + CHAT, json=SUM | {"n": 3})
+    assert refused.status_code == 400 and "retry-after" not in refused.headers
+    assert refused.json()["error"]["message"] == "the request asks for 3 replies; expected at most 2"
+
+
+def test_a_recording_is_admitted_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pieces are no requests of their own, which a queue that fills meanwhile would end."""
+    samples = np.random.default_rng(0).normal(0, 0.1, 3 * 8000).astype(np.float32)
+    cuts = [(0, 8000), (8000, 16000), (16000, 24000)]
+    monkeypatch.setattr(answering, "read_recording", lambda recording: (samples, cuts))
+    form = {"response_format": "verbose_json"}
+    url = server.url + "/v1/audio/transcriptions"
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_gemma4.serve.transcription.TOKENS", 4)
+        answer = httpx.post(url, files={"file": ("a.wav", b"-")}, data=form, timeout=60)
+    assert answer.status_code == 200 and len(answer.json()["segments"]) == 3
+    until(lambda: server.resident.asked == 0)
+
+
 def test_whoever_waits_is_pinged(endless: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "PING", 0.1)
     with sent(endless, post(SUM)):
@@ -322,6 +354,13 @@ def test_memory_is_given_back_and_taken_again() -> None:
         until(lambda: running.resident.engine is None)
         assert httpx.get(running.url + "/ready").status_code == 200
         assert httpx.post(running.url + CHAT, json=SUM, timeout=60).json()["choices"] == first
+
+
+def test_memory_is_given_back_if_nobody_has_asked_at_all() -> None:
+    with served(Settings(model="demo", unload_after=0.2)) as running:
+        Thread(target=running.resident.load_ahead).start()
+        until(lambda: running.resident.is_ready)
+        until(lambda: running.resident.engine is None)
 
 
 # --- adapters ----------------------------------------------------------------------------------
