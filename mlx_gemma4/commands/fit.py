@@ -16,7 +16,7 @@ import typer
 from mlx_gemma4 import __version__
 from mlx_gemma4.config import FULL, computing_type, expanded, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, nbytes_at
-from mlx_gemma4.errors import one_line
+from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
 from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
@@ -51,7 +51,7 @@ def parse_memory(text: str) -> int:
     """A Mac's memory, such as 16GB, in bytes."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([MGT]?B)\s*", text, re.IGNORECASE | re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"memory is {text!r}; expected a size such as 16GB")
+        raise ValueError(f"memory is {shown(text)}; expected a size such as 16GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -110,7 +110,7 @@ def fit(
     if tune:
         drafter = None
     if memory is not None and hosts is not None:
-        raise ValueError(f"memory is {memory!r} and hosts {str(hosts)!r}; expected one of them")
+        raise ValueError(f"memory is {shown(memory)} and hosts {str(hosts)!r}; expected one of them")
     rooms = [] if memory is None else [mac_room(parse_memory(each)) for each in memory.split(",")]
     if hosts is not None:
         rooms = rooms_of(read_hosts(hosts))

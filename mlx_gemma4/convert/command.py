@@ -30,7 +30,7 @@ from mlx_gemma4.convert.job import (
     write_model,
 )
 from mlx_gemma4.convert.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.errors import CheckpointError, shown
 from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, check_name, run, whole_number
 from mlx_gemma4.weights.load import DEMO, find_drafter, find_folder
 
@@ -156,7 +156,7 @@ def choose_recipe(
 def choose_scales(name: str | None, recipe: str | None, is_packed: bool) -> bool:
     """Whether a lattice's scales are float32."""
     if name not in (None, "bfloat16", "float32"):
-        raise ValueError(f"scales is {name!r}; expected bfloat16 or float32")
+        raise ValueError(f"scales is {shown(name)}; expected bfloat16 or float32")
     if name is not None and recipe != "qat" and not is_packed:
         raise ValueError("scales is for recipe qat; the others have the type of the rest, dtype")
     return name == "float32"

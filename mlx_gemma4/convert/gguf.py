@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.convert.lattice import Lattice, keep_lattice
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.errors import CheckpointError, shown
 from mlx_gemma4.weights.tensors import Rows, Shape, read_bytes
 
 ARCHITECTURE, MEDIA_ARCHITECTURE = "gemma4", "clip"
@@ -239,7 +239,7 @@ def read_infos(file: Path, opened: BinaryIO, expected: str) -> tuple[list[tuple[
         metadata[key] = take_value(opened, take(opened, "I")[0])
     architecture = metadata.get("general.architecture")
     if architecture != expected:
-        raise CheckpointError(f"{file} holds the architecture {architecture!r}; expected {expected!r}")
+        raise CheckpointError(f"{file} holds the architecture {shown(architecture)}; expected {expected!r}")
     infos = []
     for _ in range(tensors):
         name = take_string(opened)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mlx_gemma4.config import ModelConfig, Quantization
+from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.load import parameters
 
@@ -35,7 +36,7 @@ class Recipe:
 
 def named_recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise ValueError(f"recipe is {name!r}; expected one of {', '.join(RECIPES)}")
+        raise ValueError(f"recipe is {shown(name)}; expected one of {', '.join(RECIPES)}")
     if name == "qat":
         return Recipe(name, QAT_FALLBACK, lattice=True)
     base = Quantization(64, 8 if name == "8bit" else 4, "affine")
@@ -46,7 +47,7 @@ def uniform_recipe(bits: int | None, group_size: int | None, mode: str | None) -
     """The same for every matrix; what is None is the mode's usual value. ValueError for what MLX cannot do."""
     mode = "affine" if mode is None else mode
     if mode not in BITS:
-        raise ValueError(f"q-mode is {mode!r}; expected one of {', '.join(BITS)}")
+        raise ValueError(f"q-mode is {shown(mode)}; expected one of {', '.join(BITS)}")
     bits = BITS[mode][0] if bits is None else bits
     group_size = GROUP_SIZES[mode][0] if group_size is None else group_size
     for name, value, allowed in (("q-bits", bits, BITS[mode]), ("q-group-size", group_size, GROUP_SIZES[mode])):

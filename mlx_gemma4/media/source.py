@@ -15,7 +15,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
-from mlx_gemma4.errors import FetchError, MediaError, one_line, unbroken
+from mlx_gemma4.errors import FetchError, MediaError, one_line, shown, unbroken
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -74,7 +74,7 @@ def local_path(source: str | Path, what: str) -> Path | None:
     if scheme in ("http", "https", "data"):
         return None
     if scheme not in (None, "file"):
-        raise MediaError(f"{name} has the scheme {scheme!r}; expected a path or a file, http, https or data URL")
+        raise MediaError(f"{name} has the scheme {shown(scheme)}; expected a path or a file, http, https or data URL")
     try:
         path = Path(file_url_path(source) if scheme == "file" else source).expanduser()
         size = path.stat().st_size
@@ -98,7 +98,7 @@ def url_scheme(source: str) -> str | None:
 def file_url_path(url: str | Path) -> str:
     parts = urlsplit(str(url))
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"the URL names the host {parts.netloc!r}; expected file:///…")
+        raise ValueError(f"the URL names the host {shown(parts.netloc)}; expected file:///…")
     return unquote(parts.path)
 
 

@@ -49,7 +49,7 @@ def parse_drafter(raw: dict[str, Any]) -> DrafterConfig:
     text = raw["text_config"]
     shared, layers = text["num_kv_shared_layers"], text["num_hidden_layers"]
     if shared not in (0, layers):
-        raise CheckpointError(f"num_kv_shared_layers is {quoted(shared)}; supported is all {layers} layers")
+        raise CheckpointError(f"num_kv_shared_layers is {quoted(shared)}; supported is all {quoted(layers)} layers")
     quantization, overrides = parse_quantization(raw.get("quantization") or raw.get("quantization_config"))
     return DrafterConfig(
         text=parse_text(text | {"num_kv_shared_layers": 0}),

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
-from mlx_gemma4.errors import listed
+from mlx_gemma4.errors import clipped, listed
 from mlx_gemma4.reply.opening import as_json
 
 logger = logging.getLogger("mlx_gemma4")
@@ -55,7 +55,7 @@ def template_tools(tools: list[Schema]) -> list[Schema]:
         function, lost = template_function(tool["function"], f"tools[{index}]")
         written.append({"type": "function", "function": function})
         if lost:
-            warn(function["name"][:80], listed(lost))
+            warn(clipped(function["name"], 80), listed(lost))
     return written
 
 

@@ -213,7 +213,7 @@ def media_of(source: Source, kind: str, where: str) -> list[Part]:
     value = {"data": source.data, "url": source.url, "content": source.content}.get(key)
     if source.type == "file" or (kind == "image" and source.type in ("text", "content")):
         kinds = "base64 or url" if kind == "image" else "base64, url, text or content"
-        raise Refused(f"{where}.type is {source.type!r}; expected {kinds}")
+        raise Refused(f"{where}.type is {shown(source.type)}; expected {kinds}")
     if value is None:
         raise Refused(f"{where}.{key} is missing; expected a value", field=f"{where}.{key}")
     if isinstance(value, list):
@@ -242,7 +242,7 @@ def choice_of(choice: Choice | None, tools: list[dict[str, Any]]) -> str:
         return "auto" if choice is None else choice.type
     names = [tool["function"]["name"] for tool in tools]
     if not names:
-        raise Refused(f"tool_choice.type is {choice.type!r}; expected tools beside it", field="tools")
+        raise Refused(f"tool_choice.type is {shown(choice.type)}; expected tools beside it", field="tools")
     if choice.type == "tool" and choice.name not in names:
         raise Refused(f"tool_choice.name is {shown(choice.name)}; expected the name of one of the tools")
     return "required" if choice.type == "any" else str(choice.name)

@@ -120,6 +120,7 @@ def test_every_mode_has_its_own_usual_values() -> None:
         (4, None, "mxfp8", "q-bits is 4; mxfp8 takes 8"),
         (0, None, None, "q-bits is 0"),
         (None, None, "gptq", "q-mode is 'gptq'; expected one of affine, mxfp4, nvfp4, mxfp8"),
+        (None, None, "9" * 5000, r"q-mode is '9+\.\.\.9+'; expected one of affine, mxfp4, nvfp4, mxfp8"),
     ],
 )
 def test_what_mlx_cannot_do_is_refused(

@@ -173,6 +173,7 @@ OTHER_KINDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "nothing": (lambda config: config.pop("model_type"), "model_type is None; expected a drafter"),
     "ordered": (lambda config: config.update(use_ordered_embeddings=True), "use_ordered_embeddings is True; supported"),
     "own keys": (text(num_kv_shared_layers=2), "num_kv_shared_layers is 2; supported is all 4"),
+    "no number of layers": (text(num_hidden_layers="é\n\x1b[31m"), r"is 4; supported is all 'é\\n"),
     "no width": (lambda config: config.pop("backbone_hidden_size"), "has no 'backbone_hidden_size'"),
     "no text": (lambda config: config.pop("text_config"), "has no 'text_config'"),
 }

@@ -132,6 +132,9 @@ def test_nothing_vanishes_without_a_logged_line(caplog: pytest.LogCaptureFixture
     declared({"broken\nkey": None})
     assert caplog.messages == ["the chat template cannot write all of f, left out: broken key of parameters"]
     caplog.clear()
+    template_tools(check_tools([{"name": "g\x85h", "parameters": {"description": "p"}}]))
+    assert caplog.messages == ["the chat template cannot write all of g h, left out: the description of its parameters"]
+    caplog.clear()
     declared({"type": "object", "title": "T", "properties": {"a": {"type": "string"}}, "additionalProperties": False})
     assert caplog.messages == []
 
