@@ -3,10 +3,12 @@
 import math
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, dropwhile, takewhile
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,12 +21,13 @@ from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image,
 from mlx_gemma4.media.source import describe, media_errors, needs_extra, open_source
 
 if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
+    from av import Packet, VideoFrame, VideoStream
     from av.container import InputContainer
 
 VideoSource = str | Path | bytes | Sequence[ImageSource]
 Smaller = Callable[[Image.Image], Image.Image]
 Time = int | float | Fraction  # in ticks of the file's clock
+Run = tuple[range, range]  # packets that are decoded one after the other, frames they show from their key frame on
 
 ATTACHED_PICTURE = 1 << 10  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: the cover of a song
 SLOWEST = 1e-9  # images a second of a list: one in 32 years
@@ -35,6 +38,8 @@ THREADS_BYTES = 1 << 28  # that the frames which FFmpeg decodes at the same time
 ANIMATIONS = ("GIF", "WEBP", "PNG")  # read by Pillow: FFmpeg knows no animated WebP, and lays transparency on black
 MOST_ANIMATED = 1 << 24  # pixels of an animation's frame, of which Pillow holds a few
 HASTY, UNHURRIED = 10, 100  # milliseconds: what says at most the one, browsers show for the other
+TELLING = ("av1", "h264", "hevc", "vp9")  # codecs whose packets show one frame each
+EVERYTHING: list[Run] = [(range(sys.maxsize), range(sys.maxsize))]
 
 # Where a display matrix (ISO/IEC 14496-12, 6.2.2) sends the right and the lower neighbour of a pixel: a b, c d.
 MATRICES = {
@@ -91,6 +96,43 @@ class Clock:
         if rate and all(abs(float(self.times[i] * self.tick - i / rate)) <= self.tick for i in chosen):
             return tuple(float(i / rate) for i in chosen)
         return tuple(float(self.times[i] * self.tick) for i in chosen)
+
+
+@dataclass(frozen=True)
+class Packets:
+    """What a film's packets tell before they are decoded."""
+
+    stamps: list[int | None]  # when each is shown, in ticks
+    keys: list[int]  # those of key frames
+    hidden: list[int]  # those that only lead to others
+    last: int  # ticks that the last frame lasts, 0 for unknown
+    telling: bool  # enough to decode a part
+
+    def shown(self) -> list[int | None]:
+        """When the frames are shown; in order, unless some are missing."""
+        hidden = frozenset(self.hidden)
+        stamps = [stamp for i, stamp in enumerate(self.stamps) if i not in hidden]
+        known = sorted(stamp for stamp in stamps if stamp is not None)
+        return [*known] if len(known) == len(stamps) else stamps
+
+    def runs(self, chosen: Sequence[int]) -> list[Run]:
+        """What leads to the chosen frames, each from a key frame with all before stored and shown before it."""
+        if not self.telling:
+            return EVERYTHING
+        times = np.array(self.stamps, np.int64)
+        before, after = np.maximum.accumulate(times), np.minimum.accumulate(times[::-1])[::-1]
+        entries = np.array([0, *(i for i in self.keys if i and before[i - 1] < after[i])])
+        order = np.argsort(times, kind="stable")
+        order = order[~np.isin(order, self.hidden)]  # the packet of each frame
+        stops, shown = np.maximum.accumulate(order) + 1, times[order]
+        runs: list[Run] = []
+        for frame in chosen:
+            start = entries[max(np.searchsorted(times[entries], shown[frame], "right") - 1, 0)]
+            first = np.searchsorted(shown, times[start]) if start else 0
+            if runs and start <= runs[-1][0].stop:
+                start, first = (part.start for part in runs.pop())
+            runs.append((range(start, stops[frame]), range(first, frame + 1)))
+        return runs
 
 
 def seen(edges: np.ndarray, steps: int) -> list[int]:
@@ -197,7 +239,8 @@ def check_pixels(width: int, height: int, most: int, name: str) -> None:
 
 
 def decode(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Video:
-    """Chooses by the packets' times, then decodes; once more in the rare case that the frames have others."""
+    """Chooses by the packets' times, then decodes what the chosen frames need; all, where that gives others than the
+    packets tell, and once more in the rare case that the frames then have other times."""
     try:
         import av
     except ImportError:
@@ -209,16 +252,26 @@ def decode(file: BinaryIO, name: str, num_frames: int, smaller: Smaller) -> Vide
             with av.open(file, "r", options=options, metadata_errors="ignore") as container:
                 stream = video_stream(container, name)
                 rate = stream.average_rate or stream.guessed_rate or None
-                stamps, last = packet_times(container, stream)
-                clock = make_clock(in_order(stamps), last, stream.time_base, rate, name)
-            for _ in range(2):
-                chosen = clock.chosen(num_frames)
+                packets = read_packets(container, stream)
+                told = packets.shown()
+                clock = make_clock(told, packets.last, stream.time_base, rate, name)
+            chosen = clock.chosen(num_frames)
+            for runs in (packets.runs(chosen), EVERYTHING, EVERYTHING):
                 file.seek(0)
                 with av.open(file, "r", options=options, metadata_errors="ignore") as container:
                     stream = video_stream(container, name)
-                    frames, stamps = decode_frames(container, stream, chosen, smaller, name)
-                    clock = make_clock(stamps, last, stream.time_base, rate, name)
-                if list(clock.chosen(num_frames)) == list(chosen):
+                    try:
+                        frames, stamps = decode_frames(container, stream, runs, chosen, smaller, name)
+                    except av.FFmpegError:
+                        if runs is EVERYTHING:
+                            raise
+                        continue
+                    if runs is EVERYTHING:
+                        clock = make_clock(stamps, packets.last, stream.time_base, rate, name)
+                    elif stamps != [told[i] for _, indices in runs for i in indices]:
+                        continue
+                before, chosen = chosen, clock.chosen(num_frames)
+                if list(chosen) == list(before):
                     break
         except av.FFmpegError as error:
             raise MediaError(f"{name} cannot be read: {error.strerror}") from None
@@ -240,45 +293,58 @@ def video_stream(container: "InputContainer", name: str) -> "VideoStream":
     return stream
 
 
-def packet_times(container: "InputContainer", stream: "VideoStream") -> tuple[list[int | None], int]:
-    """When each packet is shown, in ticks, None where it does not say, and how long the last lasts, 0 for unknown."""
+def read_packets(container: "InputContainer", stream: "VideoStream") -> Packets:
     stamps: list[int | None] = []
+    keys: list[int] = []
+    hidden: list[int] = []
     latest, lasts = None, 0
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            stamps.append(stamp)
-            if stamp is not None and (latest is None or stamp > latest):
-                latest, lasts = stamp, packet.duration or 0
-    return stamps, lasts
+    telling = stream.codec_context.codec.canonical_name in TELLING
+    for packet in full(container, stream):
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if packet.is_keyframe:
+            keys.append(len(stamps))
+        if packet.is_discard:
+            hidden.append(len(stamps))
+        elif stamp is not None and (latest is None or stamp > latest):
+            latest, lasts = stamp, packet.duration or 0
+        stamps.append(stamp)
+        if packet.pts is None or packet.is_corrupt or packet.has_sidedata("new_extradata"):
+            telling = False
+    return Packets(stamps, keys, hidden, lasts, telling)
 
 
-def in_order(stamps: Sequence[int | None]) -> list[int | None]:
-    """As shown, not as stored; unless some are missing."""
-    known = sorted(stamp for stamp in stamps if stamp is not None)
-    return [*known] if len(known) == len(stamps) else [*stamps]
+def full(container: "InputContainer", stream: "VideoStream") -> "Iterator[Packet[VideoStream]]":
+    """All packets but those that only say that a frame is as before: FFmpeg refuses empty ones, as of Theora."""
+    return (packet for packet in container.demux(stream) if packet.size)
 
 
 def decode_frames(
-    container: "InputContainer", stream: "VideoStream", chosen: Sequence[int], smaller: Smaller, name: str
+    film: "InputContainer", stream: "VideoStream", runs: list[Run], chosen: Sequence[int], smaller: Smaller, name: str
 ) -> tuple[list[Image.Image], list[int | None]]:
-    """The chosen frames as they are shown, and when each of all is shown."""
+    """The chosen frames as they are shown, and when each of those decoded is shown."""
     frames: list[Image.Image] = []
     stamps: list[int | None] = []
     wanted = frozenset(chosen)
-    for index, frame in enumerate(decoded(container, stream)):
-        stamps.append(frame.pts if frame.pts is not None else frame.dts)
-        if index in wanted:
-            image, turn = square(picture(frame), stream.sample_aspect_ratio, name), display_turn(frame)
-            frames.append(smaller(image.transpose(turn) if turn is not None else image))
+    packets = enumerate(full(film, stream))
+    for run, indices in runs:
+        for index, frame in zip(indices, decoded(packets, stream, run), strict=False):
+            stamps.append(frame.pts if frame.pts is not None else frame.dts)
+            if index in wanted:
+                image, turn = square(picture(frame), stream.sample_aspect_ratio, name), display_turn(frame)
+                frames.append(smaller(image.transpose(turn) if turn is not None else image))
     return frames, stamps
 
 
-def decoded(container: "InputContainer", stream: "VideoStream") -> "Iterator[VideoFrame]":
-    """All frames, those that are only said to be as before left out: FFmpeg refuses an empty packet, as of Theora."""
-    for packet in container.demux(stream):
-        if packet.size or packet.dts is None:  # the last one, which ends the decoding
-            yield from packet.decode()
+def decoded(
+    packets: "Iterator[tuple[int, Packet[VideoStream]]]", stream: "VideoStream", run: range
+) -> "Iterator[VideoFrame]":
+    """The frames of these packets; later in a film from the key frame on, and while none is mended from others."""
+    stream.codec_context.flush_buffers()
+    fed = (packet for index, packet in takewhile(lambda packet: packet[0] < run.stop, packets) if index in run)
+    frames = (frame for packet in chain(fed, [None]) for frame in stream.decode(packet))
+    if not run.start:
+        return frames
+    return takewhile(lambda frame: not frame.is_corrupt, dropwhile(lambda frame: not frame.key_frame, frames))
 
 
 def picture(frame: "VideoFrame") -> Image.Image:

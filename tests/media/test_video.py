@@ -21,6 +21,7 @@ from mlx_gemma4.media.video import (
     VideoSource,
     chosen_frames,
     decoded,
+    full,
     make_clock,
     read_video,
     square,
@@ -158,6 +159,80 @@ def test_each_frame_is_made_smaller(clip: bytes) -> None:
         assert {frame.size for frame in video.frames} == {(16, 12)}
 
 
+GOPS = {
+    "closed": {},
+    "open": {"x264-params": "open-gop=1:b-pyramid=normal:b-adapt=0:ref=6"},
+    "refreshed": {"x264-params": "intra-refresh=1"},  # key frames that are whole only some frames later
+    "one": {"g": "1000"},
+}
+
+
+def with_keys(gop: str, format: str, all_keys: bool = False) -> bytes:
+    """The ramp of 40 frames in H.264; `all_keys`: each is said to be a key frame."""
+    av = pytest.importorskip("av")
+    if "libx264" not in av.codecs_available:
+        pytest.skip("PyAV without libx264")
+    file = BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "10", "bf": "2", "crf": "5"} | GOPS[gop])
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for image in [*ramp(40), None]:
+            for packet in stream.encode(image and av.VideoFrame.from_image(image)):
+                packet.is_keyframe |= all_keys
+                container.mux(packet)
+    return file.getvalue()
+
+
+def read_counted(source: bytes, num_frames: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Video, int]:
+    """With the number of frames that were decoded."""
+    count = 0
+
+    def counted(*args: Any) -> Iterator[Any]:
+        nonlocal count
+        for frame in decoded(*args):
+            count += 1
+            yield frame
+
+    monkeypatch.setattr("mlx_gemma4.media.video.decoded", counted)
+    return read(source, None, num_frames), count
+
+
+@pytest.mark.parametrize("format", ["mp4", "mov", "matroska", "mpegts", "flv"])
+@pytest.mark.parametrize("gop", GOPS)
+@pytest.mark.parametrize("num_frames", [1, 4, 5, 7])
+def test_only_what_leads_to_the_chosen_frames_is_decoded(
+    gop: str, format: str, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = with_keys(gop, format)
+    video, count = read_counted(film, num_frames, monkeypatch)
+    assert which(video) == [i * 40 // num_frames for i in range(num_frames)]
+    monkeypatch.setattr("mlx_gemma4.media.video.TELLING", ())
+    whole, all_frames = read_counted(film, num_frames, monkeypatch)
+    assert whole.seconds == video.seconds and all_frames == 40
+    assert [frame.tobytes() for frame in whole.frames] == [frame.tobytes() for frame in video.frames]
+    most = {"closed": 10 * num_frames - 9, "open": 12 * num_frames - 9, "one": 39, "refreshed": 80}[gop]
+    assert count <= min(most, 39 if gop != "refreshed" else 80)
+
+
+@pytest.mark.parametrize("format", ["mp4", "matroska"])
+def test_key_frames_that_are_none_give_no_other_frames(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = with_keys("closed", format, all_keys=True)
+    video, _ = read_counted(film, 7, monkeypatch)
+    monkeypatch.setattr("mlx_gemma4.media.video.TELLING", ())
+    whole, _ = read_counted(film, 7, monkeypatch)
+    assert which(video) == which(whole) == [i * 40 // 7 for i in range(7)] and video.seconds == whole.seconds
+    assert [frame.tobytes() for frame in whole.frames] == [frame.tobytes() for frame in video.frames]
+
+
+def test_a_film_cut_off_at_its_beginning_is_read_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    film = with_keys("closed", "mpegts")
+    late = film[188 * (len(film) // 188 // 3) :]
+    video, _ = read_counted(late, 5, monkeypatch)
+    monkeypatch.setattr("mlx_gemma4.media.video.TELLING", ())
+    whole, _ = read_counted(late, 5, monkeypatch)
+    assert which(video) == which(whole) and video.seconds == whole.seconds and len(which(video)) == 5
+
+
 def test_hidden_frames_are_not_counted() -> None:
     av = pytest.importorskip("av")
     if "libvpx" not in av.codecs_available:
@@ -191,7 +266,9 @@ def test_frames_that_repeat_the_one_before_are_no_error(clip: bytes) -> None:
                 first, *rest = container.demux(stream)
                 yield from (first, empty, *rest)
 
-        assert len(list(decoded(Repeating(), container.streams.video[0]))) == 40
+        stream: Any = container.streams.video[0]
+        repeating: Any = Repeating()
+        assert len(list(decoded(enumerate(full(repeating, stream)), stream, range(sys.maxsize)))) == 40
 
 
 def test_an_animated_avif_is_a_film_and_not_its_still() -> None:
