@@ -10,8 +10,9 @@ from typing import Any
 from llguidance import LLMatcher
 
 from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
+from mlx_gemma4.forms.conditions import Conditions
 from mlx_gemma4.forms.lark import validation
-from mlx_gemma4.forms.schemas import ANY_NAME, Schema, without_unevaluated
+from mlx_gemma4.forms.schemas import Schema, with_null
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
@@ -39,8 +40,6 @@ ONE_SCHEMA = {
 }  # fmt: skip
 LISTED_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
 NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
-COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
-NULL: Schema = {"type": "null"}
 
 
 def response_grammar(response_format: Any) -> str | None:
@@ -115,6 +114,10 @@ def lark_grammar(text: str) -> str:
     return result
 
 
+class OverlapError(ValueError):
+    """A oneOf whose members may overlap, for all that llguidance knows."""
+
+
 @lru_cache(maxsize=256)
 def checked(grammar: str) -> str:
     """ValueError for a grammar that llguidance does not take."""
@@ -127,7 +130,7 @@ def checked(grammar: str) -> str:
     if unheld:
         reason = f"the keywords {unheld[1].replace(chr(34), '')} cannot be held"
     elif reason.startswith("oneOf constraints"):
-        reason = "the members of its oneOf may overlap; expected anyOf"
+        raise OverlapError("response_format: the members of its oneOf may overlap; expected anyOf")
     raise ValueError(f"response_format: {unbroken(reason)[:160]}")
 
 
@@ -148,10 +151,19 @@ def schema_grammar(schema: Any) -> str:
 
 @lru_cache(maxsize=256)
 def cached_schema_grammar(text: str) -> str:
+    try:
+        return plain_schema_grammar(text, one_of=False)
+    except OverlapError:
+        return plain_schema_grammar(text, one_of=True)
+
+
+def plain_schema_grammar(text: str, one_of: bool) -> str:
+    """one_of: those are unions too, each member without what fits another."""
     unheld: set[str] = set()
     dropped: set[str] = set()
     try:
-        schema = held(json.loads(encodable(text, "schema")), unheld, dropped)
+        given = json.loads(encodable(text, "schema"))
+        schema = held(given, Conditions(given, one_of), unheld, dropped)
         if unheld:
             names = f"keyword{'s' if len(unheld) > 1 else ''} {', '.join(sorted(unheld))}"
             raise ValueError(f"response_format: the {names} cannot be held")
@@ -182,17 +194,16 @@ def inner_schemas(schema: Schema, change: Callable[[Any], Any]) -> Schema:
     return result
 
 
-def held(schema: Any, unheld: set[str], dropped: set[str]) -> Any:
-    """A schema as llguidance takes it: without formats that it does not know, and with null where it is nullable.
+def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str]) -> Any:
+    """A schema as llguidance takes it: conditions are unions, formats that it does not know are gone, null is a type.
 
     unheld, dropped: gather the keywords and the formats that it cannot hold.
     """
     if not isinstance(schema, dict):
         return schema
-    schema = inner_schemas(schema, lambda inner: held(inner, unheld, dropped))
-    drop_what_says_nothing(schema)
-    schema = without_unevaluated(schema)
+    schema = conditions.plain(schema)
     unheld |= UNHELD & schema.keys()
+    schema = inner_schemas(schema, lambda inner: held(inner, conditions, unheld, dropped))
     match schema.get("format"):
         case str(form) if form not in FORMATS:
             dropped.add(form[:40])
@@ -201,43 +212,6 @@ def held(schema: Any, unheld: set[str], dropped: set[str]) -> Any:
             del schema["format"]
             schema["pattern"] = f"^({PATTERNS[form]})$"
     return with_null(schema) if schema.pop("nullable", False) is True else schema
-
-
-def drop_what_says_nothing(schema: Schema) -> None:
-    """Take out keywords that allow all, and write others as llguidance knows them."""
-    for key, nothing in (("uniqueItems", False), ("not", False)):
-        if key in schema and schema[key] is nothing:
-            del schema[key]
-    for key, other in (("minContains", "contains"), ("maxContains", "contains"), ("then", "if"), ("else", "if")):
-        if other not in schema:
-            schema.pop(key, None)
-    if "then" not in schema and "else" not in schema:
-        schema.pop("if", None)
-    schema.pop("$dynamicAnchor", None)
-    if schema.get("propertyNames") in ANY_NAME:
-        schema.pop("propertyNames", None)
-    for key in COUNTS & schema.keys():
-        if isinstance(schema[key], float) and schema[key].is_integer():
-            schema[key] = int(schema[key])
-
-
-def with_null(schema: Schema) -> Schema:
-    """A schema that takes null too, whose parts stay where pointers find them."""
-    if "type" in schema:
-        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        schema["type"] = [*types, *([] if "null" in types else ["null"])]
-    if isinstance(schema.get("enum"), list) and None not in schema["enum"]:
-        schema["enum"] = [*schema["enum"], None]
-    if "const" in schema:
-        schema["enum"] = [schema.pop("const"), None]
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
-            schema[key] = [*schema[key], NULL]
-    if isinstance(schema.get("allOf"), list):
-        schema["allOf"] = [{"anyOf": [member, NULL]} for member in schema["allOf"]]
-    if "$ref" in schema:
-        schema["allOf"] = [*schema.get("allOf", []), {"anyOf": [{"$ref": schema.pop("$ref")}, NULL]}]
-    return schema
 
 
 class Ends:

@@ -7,6 +7,8 @@ Schema = dict[str, Any]
 # What evaluates properties and entries beside a schema's own.
 APPLIED = {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "contains", "$dynamicRef"}
 
+COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
+NULL: Schema = {"type": "null"}
 ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})  # propertyNames that allow all, the last as Zod writes it
 
 
@@ -19,6 +21,43 @@ def without_unevaluated(schema: Schema) -> Schema:
         elif key in schema and known not in schema and APPLIED.isdisjoint(schema):
             result[known] = result.pop(key)
     return result
+
+
+def drop_what_says_nothing(schema: Schema) -> None:
+    """Take out keywords that allow all, and write others as llguidance knows them."""
+    for key, nothing in (("uniqueItems", False), ("not", False)):
+        if key in schema and schema[key] is nothing:
+            del schema[key]
+    for key, other in (("minContains", "contains"), ("maxContains", "contains"), ("then", "if"), ("else", "if")):
+        if other not in schema:
+            schema.pop(key, None)
+    if "then" not in schema and "else" not in schema:
+        schema.pop("if", None)
+    schema.pop("$dynamicAnchor", None)
+    if schema.get("propertyNames") in ANY_NAME:
+        schema.pop("propertyNames", None)
+    for key in COUNTS & schema.keys():
+        if isinstance(schema[key], float) and schema[key].is_integer():
+            schema[key] = int(schema[key])
+
+
+def with_null(schema: Schema) -> Schema:
+    """A schema that takes null too, whose parts stay where pointers find them."""
+    if "type" in schema:
+        types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        schema["type"] = [*types, *([] if "null" in types else ["null"])]
+    if isinstance(schema.get("enum"), list) and None not in schema["enum"]:
+        schema["enum"] = [*schema["enum"], None]
+    if "const" in schema:
+        schema["enum"] = [schema.pop("const"), None]
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            schema[key] = [*schema[key], NULL]
+    if isinstance(schema.get("allOf"), list):
+        schema["allOf"] = [{"anyOf": [member, NULL]} for member in schema["allOf"]]
+    if "$ref" in schema:
+        schema["allOf"] = [*schema.get("allOf", []), {"anyOf": [{"$ref": schema.pop("$ref")}, NULL]}]
+    return schema
 
 
 def modern(schema: Schema) -> Schema:

@@ -1,6 +1,7 @@
 """What a JSON Schema says of strings: formats and patterns -> regular expressions of llguidance."""
 
 import re
+from collections.abc import Collection
 from functools import cache
 
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
@@ -49,6 +50,16 @@ def whole_pattern(pattern: str) -> str | None:
         body = regex_to_lark("".join(inner), "dw")
         written.append(f"({'' if begins else '(?s:.*)'}({body}){'' if ends else '(?s:.*)'})")
     return "|".join(written) if depth == 0 else None
+
+
+def other_than(texts: Collection[str]) -> str:
+    """A pattern of JSON Schema that all texts match but these, which it leaves where they differ."""
+    found = []
+    for begun in sorted({text[:count] for text in texts for count in range(len(text) + 1)}):
+        following = {text[len(begun)] for text in texts if text.startswith(begun) and text != begun}
+        other = f"[^{''.join(map(re.escape, sorted(following)))}]" if following else "(?s:.)"
+        found.append(f"{re.escape(begun)}({other}(?s:.*)){'' if begun in texts else '?'}")
+    return f"^({'|'.join(found)})$"
 
 
 @cache

@@ -178,8 +178,11 @@ def test_any_text_needs_no_grammar(response_format: Any) -> None:
         ({"type": "lark", "grammar": 'start: a\na[lazy, stop="[]:"]: /x.*/'}, "the option stop"),
         ({"type": "array", "uniqueItems": True, "contains": {"const": 1}}, "the keywords contains, uniqueItems cannot"),
         ({"type": "array", "contains": True}, "the keyword contains cannot"),  # one entry at least
-        ({"not": {"type": "null"}}, "the keyword not cannot be held"),
-        ({"oneOf": [{"type": "string"}, {"minLength": 1}]}, "the members of its oneOf may overlap; expected anyOf"),
+        ({"not": {"type": "integer"}}, "the keyword not cannot be held"),
+        ({"not": {"pattern": "a"}}, "the keyword not cannot be held"),
+        ({"if": {"multipleOf": 2}, "then": {"minimum": 2}}, "the keywords if, then cannot be held"),
+        ({"items": {"type": "string"}, "uniqueItems": True}, "the keyword uniqueItems cannot be held"),
+        ({"oneOf": [{"type": "string"}, {"pattern": "a"}]}, "the members of its oneOf may overlap; expected anyOf"),
         ({"type": ["thing"]}, "Invalid type: thing"),
         ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum (2) is greater than maximum (1)"),
         ({"enum": []}, "Unsatisfiable"),
