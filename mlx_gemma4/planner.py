@@ -182,8 +182,7 @@ def layer_bytes(model: Footprint, kind: str, start: int, end: int) -> float:
     keys = end if window is None else (sliding_slots(window) if start else 0) + rows
     heads = text.num_attention_heads + (1 if window is None else 2) * own.num_key_value_heads
     scores = rows * text.num_attention_heads * keys * item
-    is_whole = window is None and own.kv_bits is None  # what attention gives: nothing has to be joined
-    head = (HEAD_ARRAYS - is_whole) * item + FLOAT32_HEAD_ARRAYS * 4
+    head = HEAD_ARRAYS * item + FLOAT32_HEAD_ARRAYS * 4
     mlp = MLP_ARRAYS * item + (FLOAT32_MLP_ARRAYS * 4 if item < 4 else 0)
     wide = HIDDEN_ARRAYS * item * text.hidden_size + mlp * text.intermediate_size
     first = min(scores, FIRST_PASSES * MAX_SCORE_BYTES) + rows * (heads * own.head_dim * head + wide)

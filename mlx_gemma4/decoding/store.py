@@ -37,7 +37,7 @@ from mlx_gemma4.model.cache import (
 )
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens
 
-VERSION = 2  # of what is kept, and of how keys are made
+VERSION = 1  # of what is kept, and of how keys are made
 
 
 # --- keys --------------------------------------------------------------------------------------

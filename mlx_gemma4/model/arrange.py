@@ -1,8 +1,7 @@
 """The last step of loading: weights as the checkpoint has them -> as the passes want them.
 
 Matrices with one input are joined, but on a CPU those of float32. In full layers the dimensions that turn are put in
-front of those that do not, of attention's results behind them, and the keys' norm weight of the latter goes into the
-queries' norm (`cache.FullCache`).
+front of those that do not, and the keys' norm weight of the latter goes into the queries' norm (`cache.FullCache`).
 Nothing before this step sees either: the converter, adapters and names are the checkpoint's.
 """
 
@@ -82,7 +81,6 @@ def arrange_queries(own: QueryAttention, order: mx.array, key_weight: mx.array) 
     reorder_rows(own.q_proj, order)
     weight = own.q_norm.weight
     own.q_norm.weight = (weight[order].astype(mx.float32) * key_weight).astype(weight.dtype)
-    order = mx.roll(order, -own.turned_dims)
     if not reorder_columns(own.o_proj, order, gcd(own.turned_dims // 2, own.head_dim // 2)):
         own._order = mx.argsort(order)
         mx.eval(own._order)

@@ -46,41 +46,37 @@ def sliding_attention(q: mx.array, entries: Sequence[Entry], mask: mx.array) -> 
 
 
 def full_attention(q: mx.array, entries: Sequence[Entry], mask: mx.array, turned: int) -> mx.array:
-    """entries as `FullCache` keeps them; dimensions in the order of `arrange.py`: those that turn are first in q, and
-    last in the result.
+    """entries as `FullCache` keeps them; q's and the result's dimensions in the order of `arrange.py`, `turned` first.
 
-    The others of a key are its value's, for the weight of its norm lies in q's. The query heads of one key/value head
-    are rows of one product, for MLX has no fused kernel for heads as wide as these.
+    Behind these a key is its value, for the weight of its norm lies in q's. The query heads of one key/value head are
+    rows of one product, for MLX has no fused kernel for heads as wide as these.
     """
+    keys, values = entries
     batch, heads, length, head_dim = q.shape
-    first = entries[0]
-    groups = first.weight.shape[1] if isinstance(first, Packed) else first.shape[1] // (head_dim + turned)
+    groups = (keys.weight if isinstance(keys, Packed) else keys).shape[1]
     q = q.reshape(batch, groups, -1, head_dim)  # [B, H, L, hd] -> [B, KV, H / KV * L, hd]
-    scores = times_keys(q, entries).reshape(batch, groups, -1, length, slots_of(first))
+    scores = times_keys(q, keys).reshape(batch, groups, -1, length, slots_of(keys))
     scores = mx.where(mask[:, None, None], scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True).flatten(2, 3)
-    return times_values(weights, entries, turned).reshape(batch, heads, length, head_dim)
+    # of the keys' product all, and then a part: of the keys a part, they would be copied on a CPU or if they are packed
+    out = mx.concatenate([times_values(weights, values), times_values(weights, keys)[..., turned:]], axis=-1)
+    return out.reshape(batch, heads, length, head_dim)
 
 
-def times_keys(q: mx.array, entries: Sequence[Entry]) -> mx.array:
-    """q kᵀ, [B, KV, R, hd] -> [B, KV, R, S]."""
-    first = entries[0]
-    if isinstance(first, Packed):
-        return packed_product(q, first, transpose=True)
-    return q @ mx.unflatten(first, 1, (q.shape[1], -1))[:, :, : q.shape[-1]]
+def times_keys(q: mx.array, keys: Entry) -> mx.array:
+    """q kᵀ: q [B, KV, R, dims], keys [B, KV, S, dims] -> [B, KV, R, S]."""
+    if isinstance(keys, Packed):
+        return mx.quantized_matmul(q, *keys[:3], transpose=True, group_size=keys.group_size, bits=keys.bits)
+    return q @ keys.swapaxes(-1, -2)
 
 
-def times_values(weights: mx.array, entries: Sequence[Entry], turned: int) -> mx.array:
-    """Weights [B, KV, R, S] times values -> [B, KV, R, hd]."""
-    first, *rest = entries
-    if isinstance(first, Packed):  # of the keys' product all, and then a part: a part of the keys would be copied
-        shared = packed_product(weights, first)[..., turned:]
-        return mx.concatenate([shared, packed_product(weights, *cast(list[Packed], rest))], axis=-1)
-    return weights @ mx.unflatten(first, 1, (weights.shape[1], -1))[:, :, turned:].swapaxes(-1, -2)
-
-
-def packed_product(x: mx.array, entry: Packed, *, transpose: bool = False) -> mx.array:
-    return mx.quantized_matmul(x, *entry[:3], transpose=transpose, group_size=entry.group_size, bits=entry.bits)
+def times_values(weights: mx.array, values: Entry) -> mx.array:
+    """weights [B, KV, R, S], values [B, KV, S, dims] -> [B, KV, R, dims]."""
+    if isinstance(values, Packed):
+        return mx.quantized_matmul(
+            weights, *values[:3], transpose=False, group_size=values.group_size, bits=values.bits
+        )
+    return weights @ values
 
 
 class RoPE:

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_gemma4.config import SLIDING, WHOLE, AttentionConfig, TextConfig
 
 Offset = int | mx.array  # the position of a pass's first entry
-Arrays = tuple[mx.array, ...]  # each [B, heads, S, …], or of a full layer, if it is not packed, [B, heads · dims, S]
+Arrays = tuple[mx.array, ...]  # each [B, heads, S, …]
 
 
 class Packed(NamedTuple):
@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     bits: int
 
 
-Entry = mx.array | Packed  # as `Arrays`
+Entry = mx.array | Packed  # [B, heads, S, dims]
 
 # Positions that a round may write, the newest token's and its drafts': what a ring has beyond its window, so that
 # rejected ones do not hide committed ones.
@@ -66,11 +66,9 @@ class LayerCache(Protocol):
 
 
 def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
-    """Write entries, L positions of each array, into `slots` [B or 1, L]."""
-    return tuple(
-        mx.put_along_axis(array, mx.expand_dims(slots, (1, *range(3, array.ndim))), rows, axis=2)
-        for array, rows in zip(arrays, entries, strict=True)
-    )
+    """Write entries [B, heads, L, dims] into `slots` [B or 1, L]."""
+    where = slots[:, None, :, None]
+    return tuple(mx.put_along_axis(array, where, rows, axis=2) for array, rows in zip(arrays, entries, strict=True))
 
 
 def along(parts: Iterable[Arrays]) -> Arrays:
@@ -87,11 +85,8 @@ class FullCache:
     """All entries, in the order of their positions, in `slots` slots.
 
     A full layer's value is the normed output of k_proj, and its key the same, of which `rotated_dims` are weighted and
-    turned. So it keeps keys, and of values what their keys have turned. All numbers of a position are a column: what
-    turned, what is key and value, what the value had before it turned. Of these a key is the first rows and a value
-    the last, which a product reads as they lie, on a CPU too, whose products copy a part of columns.
-
-    With `bits` keys, and what values have besides, are two entries, each quantized as it comes, and read as it is kept.
+    turned. So it keeps two entries: keys, and of values what their keys have turned (`attention.py`). With `bits` each
+    is quantized as it comes, and read as it is kept.
     """
 
     def __init__(self, arrays: Arrays, bits: int | None = None):
@@ -118,9 +113,7 @@ class FullCache:
 
     def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
         length = entries[0].shape[2]
-        if self.bits is None:
-            entries = (mx.concatenate([*entries], axis=-1).swapaxes(2, 3).flatten(1, 2),)
-        else:
+        if self.bits is not None:
             group = group_size([rows.shape[-1] for rows in entries])
             entries = tuple(part for rows in entries for part in mx.quantize(rows, group, self.bits))
         if not isinstance(offset, int):
@@ -135,7 +128,7 @@ class FullCache:
     def grow(self, slots: int) -> None:
         if slots > self.slots:
             more = [(0, 0), (0, 0), (0, slots - self.slots), (0, 0)]
-            self.arrays = tuple(mx.pad(array, more[: array.ndim]) for array in self.arrays)
+            self.arrays = tuple(mx.pad(array, more) for array in self.arrays)
 
 
 class SlidingCache:
@@ -190,19 +183,17 @@ def group_size(dims: Iterable[int]) -> int:
     return 64 if shared % 64 == 0 else 32
 
 
-def array_shapes(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
-    """Shape and type of the arrays that a layer keeps the entries of one request in."""
-    heads, bits, dims = own.num_key_value_heads, own.kv_bits, own.head_dim
-    if own.window is not None:
-        return [((1, heads, slots, dims), dtype)] * 2
+def array_shapes(own: AttentionConfig, dtype: mx.Dtype) -> list[tuple[tuple[int, int], mx.Dtype]]:
+    """(heads, numbers of a position) and type of the arrays that a layer keeps its entries in."""
+    heads, bits = own.num_key_value_heads, own.kv_bits
+    entries = [own.head_dim, own.rotated_dims if own.window is None else own.head_dim]  # numbers of each
     if bits is None:
-        return [((1, heads * (dims + own.rotated_dims), slots), dtype)]
-    entries = [dims, own.rotated_dims]  # numbers of each
+        return [((heads, dims), dtype) for dims in entries]
     group = group_size(entries)
     return [
-        ((1, heads, slots, count), type_)
+        array
         for dims in entries
-        for count, type_ in ((dims * bits // 32, mx.uint32), (dims // group, dtype), (dims // group, dtype))
+        for array in [((heads, dims * bits // 32), mx.uint32)] + [((heads, dims // group), dtype)] * 2
     ]
 
 
@@ -222,14 +213,15 @@ def capacity(positions: int, context: int | None = None) -> int:
 
 def entry_bytes(text: TextConfig, kind: str, item_bytes: int) -> int:
     """What one position takes in all layers of a kind, with numbers of so many bytes where they are not packed."""
-    arrays = array_shapes(text.attention[kind], mx.bfloat16, 1)
+    arrays = array_shapes(text.attention[kind], mx.bfloat16)
     sizes = [prod(shape) * (item_bytes if own == mx.bfloat16 else own.size) for shape, own in arrays]
     return text.layer_types.count(kind) * sum(sizes)
 
 
 def empty_cache(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> FullCache | SlidingCache:
     """Of one layer, for one request."""
-    return cache_of(own, tuple(mx.zeros(shape, type_) for shape, type_ in array_shapes(own, dtype, slots)))
+    shapes = array_shapes(own, dtype)
+    return cache_of(own, tuple(mx.zeros((1, heads, slots, dims), type_) for (heads, dims), type_ in shapes))
 
 
 def cache_of(own: AttentionConfig, arrays: Arrays) -> FullCache | SlidingCache:

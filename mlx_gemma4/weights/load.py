@@ -265,7 +265,7 @@ def read_headers(
         dtype = choose_dtype(tensors, quantization, emulated)
     config = replace(config, dtype=dtype, text=with_kv_bits(config.text, kv_bits))
     for attention in config.text.attention.values():
-        array_shapes(attention, dtype, 1)  # that they can be packed
+        array_shapes(attention, dtype)  # that they can be packed
     if isinstance(adapter, dict):
         config = replace(config, adapters=tuple(adapter))
     folders = [*adapter.values()] if isinstance(adapter, dict) else [] if adapter is None else [adapter]

@@ -131,14 +131,13 @@ def kept(k: mx.array, v: mx.array, is_full: bool) -> tuple[Arrays, mx.array, mx.
     """What a layer keeps of keys and values, and these themselves, of which full layers share what does not turn."""
     if not is_full:
         return (k, v), k, v
-    cut = turned_of(k, is_full)
-    turned, still, before = k[..., :cut], v[..., cut:], v[..., :cut]
-    columns = mx.concatenate([turned, still, before], axis=-1).swapaxes(2, 3).flatten(1, 2)
-    return (columns,), mx.concatenate([turned, still], axis=-1), mx.concatenate([still, before], axis=-1)
+    cut = k.shape[-1] // 4 * 2
+    keys = mx.concatenate([k[..., :cut], v[..., cut:]], axis=-1)
+    return (keys, v[..., :cut]), keys, v
 
 
-def turned_of(x: mx.array, is_full: bool) -> int | None:
-    return x.shape[-1] // 4 * 2 if is_full else None
+def turned_of(entries: Arrays, is_full: bool) -> int | None:
+    return entries[1].shape[-1] if is_full else None
 
 
 def part_of(mask: mx.array) -> Mask:
@@ -164,7 +163,7 @@ def test_attention_is_the_formula(is_full: bool, **sizes: int) -> None:
     q, k, v, mask = attention_inputs(**sizes)
     entries, keys, values = kept(k, v, is_full)
     assert (
-        error(attend(q, entries, part_of(mask), turned_of(q, is_full)), expected_attention(q, keys, values, mask))
+        error(attend(q, entries, part_of(mask), turned_of(entries, is_full)), expected_attention(q, keys, values, mask))
         < 1e-5
     )
 
@@ -175,7 +174,7 @@ def test_attention_is_the_formula(is_full: bool, **sizes: int) -> None:
 def test_attention_in_passes_is_attention_in_one(is_full: bool, rows: int, **sizes: int) -> None:
     q, k, v, mask = attention_inputs(**sizes)
     entries, _, _ = kept(k, v, is_full)
-    whole = np.array(attend(q, entries, part_of(mask), turned_of(q, is_full)))
+    whole = np.array(attend(q, entries, part_of(mask), turned_of(entries, is_full)))
     asked: list[tuple[int, int]] = []
 
     def watched(first: int, last: int) -> mx.array:
@@ -187,7 +186,7 @@ def test_attention_in_passes_is_attention_in_one(is_full: bool, rows: int, **siz
         for most in (rows * q.shape[0] * q.shape[1] * k.shape[2] * 4, 1):  # 1: less than a row, so row by row
             asked.clear()
             patch.setattr(attention_module, "MAX_SCORE_BYTES", most)
-            assert error(attend(q, entries, watched, turned_of(q, is_full)), whole) < 1e-5
+            assert error(attend(q, entries, watched, turned_of(entries, is_full)), whole) < 1e-5
             assert max(last - first for first, last in asked) <= (rows if most > 1 else 1)
             assert [place for first, last in asked for place in range(first, last)] == [*range(q.shape[2])]
 
@@ -202,7 +201,7 @@ def test_a_round_reads_the_keys_once_however_many_there_are(is_full: bool, monke
         asked.append((first, last))
         return mask[:, first:last]
 
-    attend(q, kept(k, v, is_full)[0], watched, turned_of(q, is_full))
+    attend(q, kept(k, v, is_full)[0], watched, turned_of(kept(k, v, is_full)[0], is_full))
     assert asked == [(0, ROUND)]
 
 
@@ -216,7 +215,7 @@ def test_scores_of_few_passes_are_in_memory_at_once(monkeypatch: pytest.MonkeyPa
     mx.eval(q, entries, mask)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(attend(q, entries, part_of(mask), turned_of(q, is_full)))
+    mx.eval(attend(q, entries, part_of(mask), turned_of(entries, is_full)))
     # scores, masked scores and weights of two passes at most; all scores once are 16 times the limit
     assert mx.get_peak_memory() - before < 10 * limit
 
@@ -230,7 +229,7 @@ def test_softmax_of_bf16_scores_is_precise() -> None:
             q,
             kept(k, v, is_full)[0],
             part_of(mx.ones((1, 1, 1000), mx.bool_)),
-            turned_of(q, is_full),
+            turned_of(kept(k, v, is_full)[0], is_full),
         )
         assert found.dtype == mx.bfloat16
         assert np.array(found.astype(mx.float32)) == pytest.approx(1, rel=1e-2)
