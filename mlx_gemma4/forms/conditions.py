@@ -368,7 +368,7 @@ def one_of_these(schemas: Iterable[Any]) -> Any:
 
 
 def is_never(schema: Any) -> bool:
-    return isinstance(schema, dict) and False in [part for part in schema.get("allOf", []) if part is False]
+    return isinstance(schema, dict) and any(part is False for part in schema.get("allOf", []))
 
 
 def values_of(schema: Any) -> list[Any]:
