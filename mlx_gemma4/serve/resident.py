@@ -215,9 +215,10 @@ class Resident:
         mx.clear_cache()
 
     def close(self) -> None:
-        """End what is not finished. While weights are being loaded this waits for them."""
+        """End what is not finished. While weights are being loaded or given back this waits for it."""
         if self.timer is not None:
             self.timer.cancel()
+            self.timer.join()  # the process ends, and MLX aborts it where a thread has not done with its streams
         with self.lock:
             if self.engine is not None:
                 self.engine.close()

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread, current_thread
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from adapters import random_adapter
@@ -361,6 +362,25 @@ def test_memory_is_given_back_if_nobody_has_asked_at_all() -> None:
         Thread(target=running.resident.load_ahead).start()
         until(lambda: running.resident.is_ready)
         until(lambda: running.resident.engine is None)
+
+
+def test_a_server_that_ends_waits_for_what_is_being_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear, begun, done = mx.clear_streams, Event(), Event()
+
+    def slow() -> None:
+        if current_thread() is running.resident.timer:
+            begun.set()
+            time.sleep(0.3)
+            done.set()
+        clear()
+
+    with served(Settings(model="demo", unload_after=0.1)) as running:
+        running.resident.load()
+        monkeypatch.setattr(mx, "clear_streams", slow)
+        running.resident.release(0)
+        assert begun.wait(60)
+        running.resident.close()
+        assert done.is_set()
 
 
 # --- adapters ----------------------------------------------------------------------------------
