@@ -11,10 +11,10 @@ from fractions import Fraction
 from itertools import chain, dropwhile, takewhile
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import GifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from mlx_gemma4.errors import MediaError, shown, unbroken
 from mlx_gemma4.media.image import ImageSource, open_image, quietly, read_image, to_rgb, upright_rgb
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
     from av.container import InputContainer
 
+Animation = GifImagePlugin.GifImageFile | PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile
 VideoSource = str | Path | bytes | Sequence[ImageSource]
 Smaller = Callable[[Image.Image], Image.Image]
 Time = int | float | Fraction  # in ticks of the file's clock
@@ -194,10 +195,11 @@ def read_animation(file: BinaryIO, name: str, num_frames: int, smaller: Smaller)
         try:
             with quietly():
                 image = open_animation(file)
+                if image.is_animated:
+                    check_pixels(image.width, image.height, MOST_ANIMATED, name)
                 if not show(image, 1):
                     file.seek(0)
                     return Video((smaller(upright_rgb(open_image(file, name), name)),), (0.0,))
-                check_pixels(image.width, image.height, MOST_ANIMATED, name)
                 edges, image = [0.0], open_animation(file)  # milliseconds
                 while show(image, len(edges) - 1):
                     lasts = image.info.get("duration", 0)
@@ -213,10 +215,10 @@ def read_animation(file: BinaryIO, name: str, num_frames: int, smaller: Smaller)
     return Video(tuple(frames), clock.seconds(chosen, None))
 
 
-def open_animation(file: BinaryIO) -> Image.Image:
+def open_animation(file: BinaryIO) -> Animation:
     """From its beginning: Pillow rewinds not all of them."""
     file.seek(0)
-    return Image.open(file, formats=ANIMATIONS)
+    return cast(Animation, Image.open(file, formats=ANIMATIONS))
 
 
 def show(image: Image.Image, index: int) -> bool:

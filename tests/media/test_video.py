@@ -391,6 +391,18 @@ def test_a_frame_beyond_all_bounds_is_an_error() -> None:
         read(file.getvalue(), None, 2)
 
 
+def test_a_canvas_beyond_all_bounds_is_refused_before_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = BytesIO()
+    first, *rest = (Image.new("RGB", (64, 48), (value, 0, 0)) for value in (0, 200))
+    first.save(file, "WEBP", save_all=True, append_images=rest, lossless=True)
+    data = bytearray(file.getvalue())
+    assert data[12:16] == b"VP8X"
+    data[27:30] = (2**20).to_bytes(3, "little")  # its height, less one
+    monkeypatch.setattr("mlx_gemma4.media.video.show", lambda *_: pytest.fail("a frame was decoded"))
+    with pytest.raises(MediaError, match=r"has frames of 64 x 1048577 pixels; expected at most 16777216$"):
+        read(bytes(data), None, 2)
+
+
 def test_a_list_of_images_is_spread_evenly_at_its_frame_rate(tmp_path: Path) -> None:
     images = ramp(9)
     for i, image in enumerate(images):
