@@ -1,7 +1,7 @@
 """Rows that decode together: each round gives every one of them tokens, and they come and go between rounds."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -100,8 +100,9 @@ class Batch:
         if self.caches is None:
             self.seats, self.caches, self.state = [seat], copy, state
             return
-        size, slots = size_of(len(self.rows) + 1), capacity(seat.positions + 2 * ROUND, copy.context)
-        if size > len(self.seats) or (size < len(self.seats) and slots > self.caches.slots):  # no empty place grows
+        size, slots = size_of(len(self.rows) + 1), slots_of([seat], copy)
+        # No empty place grows; by what the rows need, for of several machines some have no full layers.
+        if size > len(self.seats) or (size < len(self.seats) and slots > slots_of(self.rows, copy)):
             self.resize(size)
         place = self.seats.index(None)
         slots = max(slots, self.caches.slots)
@@ -158,15 +159,17 @@ class Batch:
         if not self.rows:
             return
         caches, size = cast(Caches, self.caches), size_of(rows)
-        slots = capacity(max(seat.positions for seat in self.rows) + 2 * ROUND, caches.context)
+        slots = slots_of(self.rows, caches)
         if size < len(self.seats) or 2 * slots <= caches.slots:
             self.clock.interrupted()
             self.resize(min(size, len(self.seats)), slots)
 
     def resize(self, size: int, slots: int | None = None) -> None:
-        """slots: of full layers, if they are to have fewer."""
+        """slots: of full layers, if they are to have fewer: rows then keep their places, which are those of all
+        machines, of which some have no full layers."""
         caches = cast(Caches, self.caches)
-        places = [place for place, seat in enumerate(self.seats) if seat is not None]
+        is_other = size != len(self.seats)
+        places = [place for place, seat in enumerate(self.seats) if seat is not None or not is_other]
         self.seats = [self.seats[place] for place in places] + [None] * (size - len(places))
         rows = mx.array(places)
         for layer in caches.layers:
@@ -174,7 +177,7 @@ class Batch:
             layer.arrays = tuple(chosen_rows(array[:, :, kept], rows, size) for array in layer.arrays)
             mx.eval(layer.arrays)
         self.state = {name: chosen_rows(array, rows, size) for name, array in self.state.items()}
-        empty = mx.arange(size) >= len(places)
+        empty = mx.array([seat is None for seat in self.seats])
         # of an empty place: the drafter's query is one position before the offset
         self.state["limit"] = mx.where(empty, -1, self.state["limit"])
         self.state["offset"] = mx.where(empty, 1, self.state["offset"])
@@ -312,6 +315,11 @@ def limit_of(seat: Seat | None) -> int:
     if seat is None:
         return -1
     return MAX_DRAFTS if seat.drafts is None else seat.drafts
+
+
+def slots_of(seats: Sequence[Seat], caches: Caches) -> int:
+    """Of full layers: what these rows need for the next rounds."""
+    return capacity(max(seat.positions for seat in seats) + 2 * ROUND, caches.context)
 
 
 def size_of(rows: int) -> int:
