@@ -31,7 +31,7 @@ from mlx_gemma4.forms.lark import (
     literal,
     row,
 )
-from mlx_gemma4.forms.schemas import ANY_NAME, Schema, modern
+from mlx_gemma4.forms.schemas import ANY_NAME, Schema, modern, values_of
 from mlx_gemma4.forms.strings import FORMATS, matches, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
@@ -500,11 +500,6 @@ def properties_of(schema: Schema) -> Schema:
 def required_of(schema: Schema) -> set[str]:
     given = schema.get("required")
     return {name for name in given if isinstance(name, str)} if isinstance(given, list) else set()
-
-
-def values_of(schema: Schema) -> list[Any] | None:
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    return values if isinstance(values, list) else None
 
 
 def differ(one: Schema, other: Schema) -> bool:

@@ -12,7 +12,7 @@ from itertools import combinations, pairwise, permutations
 from math import comb, perm
 from typing import Any
 
-from mlx_gemma4.forms.schemas import Schema, drop_what_says_nothing, with_null, without_unevaluated
+from mlx_gemma4.forms.schemas import Schema, drop_what_says_nothing, values_of, with_null, without_unevaluated
 from mlx_gemma4.forms.strings import other_than
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed
 
@@ -316,7 +316,7 @@ class Conditions:
             raise UnheldError
         if most is not None and most < 2:
             return []
-        values = values_of(self.resolved(schema.get("items")))
+        values = few_values(self.resolved(schema.get("items")))
         counts = range(least, len(values) + 1 if most is None else min(len(values), most) + 1)
         if "prefixItems" in schema or sum(perm(len(values), count) for count in counts) > MANY:
             raise UnheldError
@@ -371,13 +371,13 @@ def is_never(schema: Any) -> bool:
     return isinstance(schema, dict) and any(part is False for part in schema.get("allOf", []))
 
 
-def values_of(schema: Any) -> list[Any]:
+def few_values(schema: Any) -> list[Any]:
     """The few values that an entry may have at most; two that JSON has for the same are not among them."""
     said = schema if isinstance(schema, dict) else {}
-    values = (
-        [said["const"]] if "const" in said else [False, True] if said.get("type") == "boolean" else said.get("enum")
-    )
-    if not isinstance(values, list) or any(type(value) not in (str, int, bool, type(None)) for value in values):
+    values = values_of(said)
+    if values is None and said.get("type") == "boolean":
+        values = [False, True]
+    if values is None or any(type(value) not in (str, int, bool, type(None)) for value in values):
         raise UnheldError
     return list({(type(value), value): value for value in values}.values())
 

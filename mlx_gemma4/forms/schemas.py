@@ -60,6 +60,12 @@ def with_null(schema: Schema) -> Schema:
     return schema
 
 
+def values_of(schema: Schema) -> list[Any] | None:
+    """What a schema lists; None if it does not."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else None
+
+
 def modern(schema: Schema) -> Schema:
     """A schema as the draft 2020-12 has it, itself alone and not those in it."""
     result = without_unevaluated(schema)
