@@ -7,7 +7,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -62,8 +62,10 @@ WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
 REMEMBERED = 1000  # lines that are said once
 
 
-def run(app: typer.Typer) -> int:
-    """Run a command; what fails becomes one line on standard error and an exit status."""
+def run(command: Callable[..., int | None]) -> int:
+    """Run a command with its options; what fails becomes one line on standard error and an exit status."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(command)
     warnings.showwarning = on_warning
     if sys.stderr is None:  # closed by whoever started this
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

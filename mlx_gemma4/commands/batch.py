@@ -49,14 +49,11 @@ from mlx_gemma4.terminal import (
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
 METHOD, URL = "POST", "/v1/chat/completions"
 HEAD = b'{"id": "batch_req_'  # of each line of OUT
 BOM = b"\xef\xbb\xbf"
 
 
-@app.command()
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
@@ -270,4 +267,4 @@ def answered(out: BinaryIO, source: Path, target: Path, names: Collection[str]) 
 
 
 def main() -> int:
-    return run(app)
+    return run(batch)

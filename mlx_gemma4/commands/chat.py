@@ -68,7 +68,6 @@ from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 HOME = Path("~/.mlx_gemma4")
 SUMMARIZE = "Summarize our conversation so far, with all that matters for going on."
@@ -76,7 +75,6 @@ LEAST_ROOM = 256  # tokens for a reply; in a small context a sixteenth of it
 SHOWN_RESULT = 200  # characters
 
 
-@app.command()
 def chat(
     model: ModelName = DEFAULT_MODEL,
     system: System = None,
@@ -585,4 +583,4 @@ COMMANDS: dict[str, tuple[Callable[[Chat, str], None], str, str]] = {
 
 
 def main() -> int:
-    return run(app)
+    return run(chat)

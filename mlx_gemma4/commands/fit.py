@@ -44,8 +44,6 @@ REPLY = 1024  # tokens of a context that are written and not read: generate's --
 USUAL_CONTEXT = 8192
 SHORTEST = 1024  # a context below it is of little use
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
 
 def parse_memory(text: str) -> int:
     """A Mac's memory, such as 16GB, in bytes."""
@@ -60,7 +58,6 @@ def mac_room(memory: int) -> int:
     return int((SHARE_OF_LARGE if memory > LARGE_MAC else METAL_SHARE) * memory)
 
 
-@app.command()
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")] = DEFAULT_MODEL,
     context: Annotated[
@@ -339,8 +336,4 @@ def remote_tensors(snapshot: Path, hub_id: str, inside: str) -> dict[str, Tensor
 
 
 def main() -> int:
-    return run(app)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(fit)

@@ -1,6 +1,5 @@
 """The command `mlx_gemma4.fuse`: a model and an adapter -> a model folder without an adapter, for any engine."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -28,10 +27,8 @@ from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
 from mlx_gemma4.weights.tensors import nbytes
 
 FULL_PRECISION = Recipe("full precision", None)
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
 def fuse(
     adapter_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Of mlx_gemma4.tune, mlx-lm or PEFT.")],
     model: Annotated[
@@ -134,8 +131,4 @@ def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize:
 
 
 def main() -> int:
-    return run(app)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(fuse)

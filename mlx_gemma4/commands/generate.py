@@ -53,10 +53,7 @@ from mlx_gemma4.terminal import (
 from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, check_split, find_checkpoint, load_values
 from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask; - reads standard input.")],
     model: ModelName = DEFAULT_MODEL,
@@ -274,4 +271,4 @@ def drafting(stats: Stats) -> str:
 
 
 def main() -> int:
-    return run(app)
+    return run(generate)

@@ -38,8 +38,6 @@ SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system ne
 DRAFTER = "drafter"
 SHOWN = 5  # names in one line
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -52,7 +50,6 @@ class Settings:
     drafter_bits: int
 
 
-@app.command()
 def convert(
     hf_path: Annotated[
         str, typer.Option("--hf-path", "--model", metavar="MODEL", help="A model folder, a hub id or a .gguf file.")
@@ -381,4 +378,4 @@ def note(text: str) -> None:
 
 
 def main() -> int:
-    return run(app)
+    return run(convert)

@@ -39,10 +39,7 @@ BUILT_IN = Path(__file__).with_name("exchanges.jsonl")  # written for this proje
 SAVED = ".safetensors"
 KEYS = {"messages", "tools"}
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
 def evaluate(
     reference: Annotated[
         str, typer.Argument(metavar="REFERENCE", help="A model folder, a hub id, or a file of --save-logits.")
@@ -267,4 +264,4 @@ def write_quality(folder: Path, text: str) -> None:
 
 
 def main() -> int:
-    return run(app)
+    return run(evaluate)

@@ -40,13 +40,10 @@ from mlx_gemma4.terminal import (
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
 LAST_BYTES = 1  # seconds that connections have to take what has been sent to them
 M_ARENA_MAX, HEAPS = -8, 2  # glibc's number of the setting; of all threads together
 
 
-@app.command()
 def serve(
     model: ModelName = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen; beyond this machine with a key only.")] = (
@@ -202,4 +199,4 @@ class Server(uvicorn.Server):
 
 
 def main() -> int:
-    return run(app)
+    return run(serve)

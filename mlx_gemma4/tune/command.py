@@ -51,10 +51,7 @@ EPOCHS = 3
 MOST_EXAMPLES = 4096  # of an update: finding which of them share a row takes the square of their number
 MEASURED = 100  # examples that drafts are measured on
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
 def tune(
     data: Annotated[
         str, typer.Option(metavar="FOLDER", help="With train.jsonl, valid.jsonl, test.jsonl; or a dataset's hub id.")
@@ -355,4 +352,4 @@ def draw(folder: Path, curve: list[dict[str, float | None]]) -> None:
 
 
 def main() -> int:
-    return run(app)
+    return run(tune)
