@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line with an exit status, warnings, progress bars, numbers as options."""
+"""What the commands share: errors in one line with an exit status, warnings, progress bars, options."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.exceptions import TyperException
@@ -25,41 +25,9 @@ from mlx_gemma4.weights.peers import leave_word
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-def print_version(asked: bool) -> None:
-    if asked:
-        print(f"mlx_gemma4 {mlx_gemma4.__version__}")
-        raise typer.Exit
-
-
-Version = Annotated[
-    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
-]
-
-DType = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar="NAME", help="Compute in bfloat16, float16 or float32; else the checkpoint's."),
-]
-
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-Adapter = Annotated[
-    Path | None,
-    typer.Option("--adapter", metavar="FOLDER", help="Of mlx_gemma4.tune, mlx-lm or PEFT: LoRA or DoRA."),
-]
-
-Adapters = Annotated[
-    list[str],
-    typer.Option(
-        "--adapter",
-        metavar="[NAME=]FOLDER",
-        help="One for all; or by name, repeatable: a request's model, or /adapter in a chat, chooses.",
-    ),
-]
-
 WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
 REMEMBERED = 1000  # lines that are said once
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def run(command: Callable[..., int | None]) -> int:
@@ -102,19 +70,6 @@ def run(command: Callable[..., int | None]) -> int:
     finally:
         logger.setLevel(level)
         logger.removeHandler(news)
-
-
-def adapters_of(given: list[str]) -> str | dict[str, str] | None:
-    """What `--adapter` asks for: one folder, or several by name."""
-    if not given or (len(given) == 1 and ("=" not in given[0] or Path(given[0]).is_dir())):
-        return given[0] if given else None
-    named: dict[str, str] = {}
-    for own in given:
-        name, _, folder = own.partition("=")
-        if not name or not folder or name in named:
-            raise ValueError(f"--adapter is {shown(own)}; expected NAME=FOLDER, each with a name of its own")
-        named[name] = folder
-    return named
 
 
 def closed_pipe() -> int:
@@ -176,86 +131,7 @@ def without_controls(text: str) -> str:
     return CONTROLS.sub("", text)
 
 
-# Parsers of options: typer's own messages do not say which value was wrong.
-
-
-def number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{shown(text)}; expected a number") from None
-
-
-def check_name(path: Path, option: str) -> None:
-    """ValueError for a name to write to that no disk takes, or that is not UTF-8."""
-    try:
-        size = len(str(path).encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"{str(path)!r} is not UTF-8; expected a name that is, for {option}") from None
-    longest, whole = os.pathconf("/", "PC_NAME_MAX"), os.pathconf("/", "PC_PATH_MAX")
-    if size >= whole or any(len(part.encode()) > longest for part in path.parts):
-        raise ValueError(f"{str(path)[:80]!r}… has {size} bytes; expected names of at most {longest}, for {option}")
-
-
-def whole_number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{shown(text)}; expected a whole number") from None
-
-
-def whole_above_0(text: str) -> int:
-    if (value := whole_number(text)) < 1:
-        raise typer.BadParameter(f"{shown(text)}; expected a whole number above 0")
-    return value
-
-
-def drafter_name(text: str) -> str | None:
-    """As `load` takes it."""
-    return None if text == "none" else text
-
-
-# Options that commands share.
-
-ModelName = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="A model folder, a hub id, or demo.")]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="Instructions for the whole conversation.")]
-Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")]
-MaxTokens = Annotated[int, typer.Option(parser=whole_above_0, metavar="N", help="The longest reply, in tokens.")]
-Temperature = Annotated[float | None, typer.Option(parser=number, metavar="X", help="Temperature; 0 is greedy.")]
-TopP = Annotated[
-    float | None, typer.Option(parser=number, metavar="X", help="Sample from the most likely tokens of this mass.")
-]
-TopK = Annotated[
-    int | None, typer.Option(parser=whole_number, metavar="N", help="Sample from this many tokens; 0: all.")
-]
-MinP = Annotated[
-    float | None, typer.Option(parser=number, metavar="X", help="Leave out tokens below this part of the likeliest.")
-]
-RepetitionPenalty = Annotated[float | None, typer.Option(parser=number, metavar="X", help="Above 1, repeat less.")]
-Seed = Annotated[int | None, typer.Option(parser=whole_number, metavar="N", help="For the same reply again.")]
-ImageBudget = Annotated[
-    int | None, typer.Option(parser=whole_number, metavar="N", help="Tokens an image: 70, 140, 280, 560 or 1120.")
-]
-DrafterName = Annotated[
-    str | None, typer.Option(parser=drafter_name, metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
-]
-DraftLength = Annotated[str, typer.Option(metavar="N", help="Tokens drafted a round, or auto; 0: none.")]
-Split = Annotated[
-    str | None,
-    typer.Option("--split", metavar="NAME", help="How several machines share the model: by tensors or layers."),
-]
-StoreFolder = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read of prompts in a folder too.")
-]
-KvBits = Annotated[
-    int | None,
-    typer.Option(
-        "--kv-bits",
-        parser=whole_number,
-        metavar="N",
-        help="Keep full layers' keys and values in 8 or 4 bits; else as computed.",
-    ),
-]
+# --- bars ---------------------------------------------------------------------------------------
 
 
 class Bar:
@@ -302,19 +178,6 @@ class Bar:
             self.shown = None
 
 
-@contextmanager
-def awake() -> Iterator[None]:
-    """While the block runs a Mac does not fall asleep, and its screen may; when the process ends, so does this."""
-    if sys.platform != "darwin":
-        yield
-        return
-    with subprocess.Popen(["caffeinate", "-is", "-w", str(os.getpid())]) as caffeinate:
-        try:
-            yield
-        finally:
-            caffeinate.terminate()
-
-
 def wipe() -> None:
     """Take a bar's line away and show the cursor again, by no library that may be in the middle of the same."""
     os.write(2, b"\r\x1b[2K\x1b[?25h")
@@ -332,3 +195,129 @@ class SizeBar(Bar):
 def size_text(nbytes: int) -> str:
     """A number of bytes, decimal as on the hub: 6.74 GB, 11.48 MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+@contextmanager
+def awake() -> Iterator[None]:
+    """While the block runs a Mac does not fall asleep, and its screen may; when the process ends, so does this."""
+    if sys.platform != "darwin":
+        yield
+        return
+    with subprocess.Popen(["caffeinate", "-is", "-w", str(os.getpid())]) as caffeinate:
+        try:
+            yield
+        finally:
+            caffeinate.terminate()
+
+
+# --- options ------------------------------------------------------------------------------------
+
+# Parsers: typer's own messages do not say which value was wrong.
+
+
+def parse_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{shown(text)}; expected a number") from None
+
+
+def parse_whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{shown(text)}; expected a whole number") from None
+
+
+def parse_above_0(text: str) -> int:
+    if (value := parse_whole(text)) < 1:
+        raise typer.BadParameter(f"{shown(text)}; expected a whole number above 0")
+    return value
+
+
+def option(metavar: str, help: str, *names: str) -> Any:
+    """A text; without names the option is called as its parameter."""
+    return typer.Option(*names, metavar=metavar, help=help)
+
+
+def flag(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help)
+
+
+def number(help: str, metavar: str = "X") -> Any:
+    return typer.Option(parser=parse_number, metavar=metavar, help=help)
+
+
+def whole(help: str) -> Any:
+    return typer.Option(parser=parse_whole, metavar="N", help=help)
+
+
+def above_0(help: str) -> Any:
+    return typer.Option(parser=parse_above_0, metavar="N", help=help)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"mlx_gemma4 {mlx_gemma4.__version__}")
+        raise typer.Exit
+
+
+def drafter_name(text: str) -> str | None:
+    """As `load` takes it."""
+    return None if text == "none" else text
+
+
+# Those that commands share.
+
+ModelName = Annotated[str, option("MODEL", "A model folder, a hub id, or demo.", "--model", "-m")]
+DrafterName = Annotated[
+    str | None, typer.Option(parser=drafter_name, metavar="MODEL", help="A drafter's folder or hub id, auto, or none.")
+]
+DraftLength = Annotated[str, option("N", "Tokens drafted a round, or auto; 0: none.")]
+DType = Annotated[str | None, option("NAME", "Compute in bfloat16, float16 or float32; else the checkpoint's.")]
+KvBits = Annotated[int | None, whole("Keep full layers' keys and values in 8 or 4 bits; else as computed.")]
+Split = Annotated[str | None, option("NAME", "How several machines share the model: by tensors or layers.")]
+Adapter = Annotated[Path | None, option("FOLDER", "Of mlx_gemma4.tune, mlx-lm or PEFT: LoRA or DoRA.")]
+Adapters = Annotated[
+    list[str],
+    option("[NAME=]FOLDER", "One for all; or by name, repeatable: a request's model, or /adapter in a chat, chooses."),
+]
+StoreFolder = Annotated[Path | None, option("FOLDER", "Keep what has been read of prompts in a folder too.")]
+System = Annotated[str | None, option("TEXT", "Instructions for the whole conversation.")]
+Thinking = Annotated[bool, flag("Let the model think before it answers.", "--thinking")]
+ImageBudget = Annotated[int | None, whole("Tokens an image: 70, 140, 280, 560 or 1120.")]
+MaxTokens = Annotated[int, above_0("The longest reply, in tokens.")]
+Temperature = Annotated[float | None, number("Temperature; 0 is greedy.")]
+TopP = Annotated[float | None, number("Sample from the most likely tokens of this mass.")]
+TopK = Annotated[int | None, whole("Sample from this many tokens; 0: all.")]
+MinP = Annotated[float | None, number("Leave out tokens below this part of the likeliest.")]
+RepetitionPenalty = Annotated[float | None, number("Above 1, repeat less.")]
+Seed = Annotated[int | None, whole("For the same reply again.")]
+Version = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+]
+Debug = Annotated[bool, flag("Show tracebacks.", "--debug")]
+
+
+def adapters_of(given: list[str]) -> str | dict[str, str] | None:
+    """What `--adapter` asks for: one folder, or several by name."""
+    if not given or (len(given) == 1 and ("=" not in given[0] or Path(given[0]).is_dir())):
+        return given[0] if given else None
+    named: dict[str, str] = {}
+    for own in given:
+        name, _, folder = own.partition("=")
+        if not name or not folder or name in named:
+            raise ValueError(f"--adapter is {shown(own)}; expected NAME=FOLDER, each with a name of its own")
+        named[name] = folder
+    return named
+
+
+def check_name(path: Path, name: str) -> None:
+    """ValueError for a path to write to that no disk takes, or that is not UTF-8. name: the option it is of."""
+    try:
+        size = len(str(path).encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is not UTF-8; expected a name that is, for {name}") from None
+    longest, most = os.pathconf("/", "PC_NAME_MAX"), os.pathconf("/", "PC_PATH_MAX")
+    if size >= most or any(len(part.encode()) > longest for part in path.parts):
+        raise ValueError(f"{str(path)[:80]!r}… has {size} bytes; expected names of at most {longest}, for {name}")

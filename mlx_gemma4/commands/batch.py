@@ -41,10 +41,10 @@ from mlx_gemma4.terminal import (
     Split,
     StoreFolder,
     Version,
+    above_0,
     adapters_of,
     awake,
     run,
-    whole_above_0,
 )
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
@@ -58,9 +58,7 @@ def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
     model: ModelName = DEFAULT_MODEL,
-    max_batch: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Replies that are written at once, at most.")
-    ] = 8,
+    max_batch: Annotated[int, above_0("Replies that are written at once, at most.")] = 8,
     drafter: DrafterName = "auto",
     store: StoreFolder = None,
     adapter: Adapters = [],  # noqa: B006

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from mlx_gemma4.agent.agent import Agent, Call, Result
 from mlx_gemma4.agent.tools import printable
 from mlx_gemma4.commands.generate import check_media, go_on, load_shown, parse_draft_length, print_reply
@@ -59,6 +57,7 @@ from mlx_gemma4.terminal import (
     adapters_of,
     check_name,
     is_screen,
+    option,
     run,
     show_warning,
 )
@@ -80,18 +79,11 @@ def chat(
     system: System = None,
     thinking: Thinking = False,
     session: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Go on with the conversation of this name, or in this folder; keep it there."
-        ),
+        str | None, option("NAME", "Go on with the conversation of this name, or in this folder; keep it there.")
     ] = None,
-    mcp: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Servers whose tools may be called: a file with mcpServers.")
-    ] = None,
-    skills: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folders with a SKILL.md.")] = None,
-    allow: Annotated[
-        list[str], typer.Option(metavar="TOOL", help="Run this tool unasked, or those that git_* names; repeatable.")
-    ] = [],  # noqa: B006
+    mcp: Annotated[Path | None, option("FILE", "Servers whose tools may be called: a file with mcpServers.")] = None,
+    skills: Annotated[Path | None, option("FOLDER", "Folders with a SKILL.md.")] = None,
+    allow: Annotated[list[str], option("TOOL", "Run this tool unasked, or those that git_* names; repeatable.")] = [],  # noqa: B006
     max_tokens: MaxTokens = 4096,
     temp: Temperature = None,
     top_p: TopP = None,

@@ -19,7 +19,19 @@ from mlx_gemma4.convert.recipes import BITS, nbytes_at
 from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
-from mlx_gemma4.terminal import FAILED, Debug, DrafterName, DType, KvBits, Version, run, size_text, whole_above_0
+from mlx_gemma4.terminal import (
+    FAILED,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    Version,
+    above_0,
+    flag,
+    option,
+    run,
+    size_text,
+)
 from mlx_gemma4.tune.plan import TuningPlan, longest_row, of_plan, smaller_tuning
 from mlx_gemma4.weights.computing import emulates_bfloat16
 from mlx_gemma4.weights.link import even_latency
@@ -60,33 +72,20 @@ def mac_room(memory: int) -> int:
 
 def fit(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or demo.")] = DEFAULT_MODEL,
-    context: Annotated[
-        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of prompt and reply together; 8192.")
-    ] = None,
+    context: Annotated[int | None, above_0("Tokens of prompt and reply together; 8192.")] = None,
     memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Of another Mac, such as 16GB; of several that share it: 16GB,24GB."),
+        str | None, option("SIZE", "Of another Mac, such as 16GB; of several that share it: 16GB,24GB.")
     ] = None,
-    hosts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Of mlx.launch: asks these machines for their memory.")
-    ] = None,
+    hosts: Annotated[Path | None, option("FILE", "Of mlx.launch: asks these machines for their memory.")] = None,
     drafter: DrafterName = "auto",
     dtype: DType = None,
     kv_bits: KvBits = None,
-    tune: Annotated[bool, typer.Option("--tune", help="For a step of mlx_gemma4.tune instead of a reply.")] = False,
-    max_seq_length: Annotated[
-        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: tokens of the longest row; 2048.")
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: its rows come one after the other; 1."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Of --tune: the adapter's; 8.")
-    ] = None,
+    tune: Annotated[bool, flag("For a step of mlx_gemma4.tune instead of a reply.", "--tune")] = False,
+    max_seq_length: Annotated[int | None, above_0("Of --tune: tokens of the longest row; 2048.")] = None,
+    batch_size: Annotated[int | None, above_0("Of --tune: its rows come one after the other; 1.")] = None,
+    rank: Annotated[int | None, above_0("Of --tune: the adapter's; 8.")] = None,
     grad_checkpoint: Annotated[
-        bool | None,
-        typer.Option("--grad-checkpoint/--no-grad-checkpoint", help="Of --tune: layers are computed twice, or not."),
+        bool | None, flag("Of --tune: layers are computed twice, or not.", "--grad-checkpoint/--no-grad-checkpoint")
     ] = None,
     version: Version = False,
     debug: Debug = False,

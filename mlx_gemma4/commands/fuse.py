@@ -4,8 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mlx_gemma4.config import ModelConfig, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
@@ -22,7 +20,7 @@ from mlx_gemma4.convert.job import (
     open_target,
 )
 from mlx_gemma4.convert.recipes import Recipe, named_recipe
-from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, run, size_text
+from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, flag, option, run, size_text
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
 from mlx_gemma4.weights.tensors import nbytes
 
@@ -30,21 +28,17 @@ FULL_PRECISION = Recipe("full precision", None)
 
 
 def fuse(
-    adapter_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Of mlx_gemma4.tune, mlx-lm or PEFT.")],
+    adapter_path: Annotated[Path, option("FOLDER", "Of mlx_gemma4.tune, mlx-lm or PEFT.")],
     model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="What the adapter was trained on: a folder or hub id.")
+        str, option("MODEL", "What the adapter was trained on: a folder or hub id.", "--model", "-m")
     ] = DEFAULT_MODEL,
-    save_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it goes.")] = Path("fused_model"),
+    save_path: Annotated[Path, option("FOLDER", "Where it goes.")] = Path("fused_model"),
     source: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model's original weights: nothing of the adapter is lost.")
+        str | None, option("MODEL", "The model's original weights: nothing of the adapter is lost.")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="4bit, 8bit, mixed or qat; else the bits that the model has.")
-    ] = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="In full precision.")] = False,
-    gguf: Annotated[
-        bool, typer.Option("--gguf", help="llama.cpp's files too: Q4_0, Q8_0 or BF16, as the bits are.")
-    ] = False,
+    recipe: Annotated[str | None, option("NAME", "4bit, 8bit, mixed or qat; else the bits that the model has.")] = None,
+    dequantize: Annotated[bool, flag("In full precision.", "--dequantize", "-d")] = False,
+    gguf: Annotated[bool, flag("llama.cpp's files too: Q4_0, Q8_0 or BF16, as the bits are.", "--gguf")] = False,
     drafter: DrafterName = "auto",
     version: Version = False,
     debug: Debug = False,

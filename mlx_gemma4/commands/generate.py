@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
@@ -46,6 +44,7 @@ from mlx_gemma4.terminal import (
     TopP,
     Version,
     is_screen,
+    option,
     run,
     show_warning,
     without_controls,
@@ -55,13 +54,11 @@ from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to ask; - reads standard input.")],
+    prompt: Annotated[str, option("TEXT", "What to ask; - reads standard input.", "--prompt", "-p")],
     model: ModelName = DEFAULT_MODEL,
-    image: Annotated[list[str], typer.Option(metavar="FILE", help="An image file or URL; repeatable.")] = [],  # noqa: B006
-    audio: Annotated[list[str], typer.Option(metavar="FILE", help="A sound file or URL; repeatable.")] = [],  # noqa: B006
-    video: Annotated[
-        list[str], typer.Option(metavar="FILE", help="A video file or URL; repeatable. Its sound is not heard.")
-    ] = [],  # noqa: B006
+    image: Annotated[list[str], option("FILE", "An image file or URL; repeatable.")] = [],  # noqa: B006
+    audio: Annotated[list[str], option("FILE", "A sound file or URL; repeatable.")] = [],  # noqa: B006
+    video: Annotated[list[str], option("FILE", "A video file or URL; repeatable. Its sound is not heard.")] = [],  # noqa: B006
     system: System = None,
     thinking: Thinking = False,
     max_tokens: MaxTokens = 1024,
@@ -79,15 +76,11 @@ def generate(
     kv_bits: KvBits = None,
     split: Split = None,
     session: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Go on with the conversation in a folder, and keep it there.")
+        Path | None, option("FOLDER", "Go on with the conversation in a folder, and keep it there.")
     ] = None,
-    schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Hold the answer to a JSON schema, or to another form.")
-    ] = None,
-    stop: Annotated[list[str], typer.Option(metavar="TEXT", help="The answer ends before this; repeatable.")] = [],  # noqa: B006
-    repetition_detection: Annotated[
-        str, typer.Option(metavar="MODE", help="auto ends a reply that only repeats itself; off.")
-    ] = "auto",
+    schema: Annotated[Path | None, option("FILE", "Hold the answer to a JSON schema, or to another form.")] = None,
+    stop: Annotated[list[str], option("TEXT", "The answer ends before this; repeatable.")] = [],  # noqa: B006
+    repetition_detection: Annotated[str, option("MODE", "auto ends a reply that only repeats itself; off.")] = "auto",
     version: Version = False,
     debug: Debug = False,
 ) -> None:

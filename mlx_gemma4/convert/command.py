@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
-import typer
 
 from mlx_gemma4.config import ModelConfig, computing_type, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
@@ -31,7 +30,7 @@ from mlx_gemma4.convert.job import (
 )
 from mlx_gemma4.convert.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.errors import CheckpointError, shown
-from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, check_name, run, whole_number
+from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, check_name, flag, option, run, whole
 from mlx_gemma4.weights.load import DEMO, find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -51,44 +50,30 @@ class Settings:
 
 
 def convert(
-    hf_path: Annotated[
-        str, typer.Option("--hf-path", "--model", metavar="MODEL", help="A model folder, a hub id or a .gguf file.")
-    ],
-    mlx_path: Annotated[str, typer.Option(metavar="FOLDER", help="Where the conversion goes.")] = "mlx_model",
+    hf_path: Annotated[str, option("MODEL", "A model folder, a hub id or a .gguf file.", "--hf-path", "--model")],
+    mlx_path: Annotated[str, option("FOLDER", "Where the conversion goes.")] = "mlx_model",
     recipe: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="4bit (the default), 8bit, mixed, or qat for weights on a 4-bit lattice, as a quantized .gguf's are.",
+        option(
+            "NAME",
+            "4bit (the default), 8bit, mixed, or qat for weights on a 4-bit lattice, as a quantized .gguf's are.",
         ),
     ] = None,
-    q_bits: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="Bits a weight: 2, 3, 4, 5, 6 or 8.")
-    ] = None,
-    q_group_size: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="Weights a scale: 32, 64 or 128.")
-    ] = None,
-    q_mode: Annotated[
-        str | None, typer.Option(metavar="NAME", help="affine (the default), mxfp4, nvfp4 or mxfp8.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of the rest: bfloat16, float16, float32; else config.json's."),
-    ] = None,
+    q_bits: Annotated[int | None, whole("Bits a weight: 2, 3, 4, 5, 6 or 8.")] = None,
+    q_group_size: Annotated[int | None, whole("Weights a scale: 32, 64 or 128.")] = None,
+    q_mode: Annotated[str | None, option("NAME", "affine (the default), mxfp4, nvfp4 or mxfp8.")] = None,
+    dtype: Annotated[str | None, option("NAME", "Of the rest: bfloat16, float16, float32; else config.json's.")] = None,
     scales: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of --recipe qat: bfloat16, or float32, which is always exact.")
+        str | None, option("NAME", "Of --recipe qat: bfloat16, or float32, which is always exact.")
     ] = None,
-    dequantize: Annotated[bool, typer.Option("--dequantize", "-d", help="Back to full precision.")] = False,
+    dequantize: Annotated[bool, flag("Back to full precision.", "--dequantize", "-d")] = False,
     drafter: DrafterName = "auto",
-    no_drafter: Annotated[bool, typer.Option("--no-drafter", help="Convert the model alone.")] = False,
-    drafter_bits: Annotated[
-        int, typer.Option(parser=whole_number, metavar="N", help="Bits a weight of the drafter.")
-    ] = 4,
+    no_drafter: Annotated[bool, flag("Convert the model alone.", "--no-drafter")] = False,
+    drafter_bits: Annotated[int, whole("Bits a weight of the drafter.")] = 4,
     media_from: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="For a .gguf: where tokenizer and embedders for images and sounds are."),
+        str | None, option("MODEL", "For a .gguf: where tokenizer and embedders for images and sounds are.")
     ] = None,
-    upload_repo: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the conversion to the hub.")] = None,
+    upload_repo: Annotated[str | None, option("REPO", "Upload the conversion to the hub.")] = None,
     version: Version = False,
     debug: Debug = False,
 ) -> None:

@@ -30,7 +30,20 @@ from mlx_gemma4.evaluate.quality import (
 )
 from mlx_gemma4.prompt.messages import json_lines, with_media_from
 from mlx_gemma4.prompt.processor import load_processor
-from mlx_gemma4.terminal import Adapter, Bar, Debug, DrafterName, DType, KvBits, Version, check_name, run, whole_above_0
+from mlx_gemma4.terminal import (
+    Adapter,
+    Bar,
+    Debug,
+    DrafterName,
+    DType,
+    KvBits,
+    Version,
+    above_0,
+    check_name,
+    flag,
+    option,
+    run,
+)
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
 from mlx_gemma4.weights.writing import part_of, write_text
@@ -47,19 +60,13 @@ def evaluate(
     candidates: Annotated[
         list[str] | None, typer.Argument(metavar="CANDIDATE", help="Model folders or hub ids to compare with it.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help='Lines of {"messages": [...], "tools": [...]}; else built-in.')
-    ] = None,
+    data: Annotated[Path | None, option("FILE", 'Lines of {"messages": [...], "tools": [...]}; else built-in.')] = None,
     save_logits: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save what the reference says, to compare with elsewhere.")
+        Path | None, option("FILE", "Save what the reference says, to compare with elsewhere.")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Of each answer, count the first N tokens.")
-    ] = None,
+    max_tokens: Annotated[int | None, above_0("Of each answer, count the first N tokens.")] = None,
     drafter: DrafterName = "auto",
-    write_card: Annotated[
-        bool, typer.Option("--write-card", help="Write the figures into the candidates' README.md.")
-    ] = False,
+    write_card: Annotated[bool, flag("Write the figures into the candidates' README.md.", "--write-card")] = False,
     adapter: Adapter = None,
     dtype: DType = None,
     kv_bits: KvBits = None,

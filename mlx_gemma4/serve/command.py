@@ -11,7 +11,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Annotated
 
-import typer
 import uvicorn
 
 from mlx_gemma4.config import expanded
@@ -31,11 +30,13 @@ from mlx_gemma4.terminal import (
     ModelName,
     Split,
     Version,
+    above_0,
     adapters_of,
+    flag,
     number,
+    option,
     run,
-    whole_above_0,
-    whole_number,
+    whole,
 )
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
@@ -46,40 +47,20 @@ M_ARENA_MAX, HEAPS = -8, 2  # glibc's number of the setting; of all threads toge
 
 def serve(
     model: ModelName = DEFAULT_MODEL,
-    host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen; beyond this machine with a key only.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="0: any that is free.")] = 8080,
-    api_key: Annotated[str | None, typer.Option(metavar="KEY", help="Requests need it.")] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Requests need one of these, a line each.")
-    ] = None,
-    allow_host: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Another name of this server; repeatable.")
-    ] = [],  # noqa: B006
-    allow_origin: Annotated[
-        list[str], typer.Option(metavar="ORIGIN", help="Pages elsewhere that may ask, or *; repeatable.")
-    ] = [],  # noqa: B006
-    allow_files: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Requests may name files of this folder.")
-    ] = None,
-    allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Requests may name http:// and https:// URLs.")
-    ] = False,
-    max_batch: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Replies written at once, at most.")
-    ] = 8,
-    max_queue: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Replies that wait, at most.")] = 64,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep what has been read on disk too, for the next time.")
-    ] = None,
-    store_bytes: Annotated[
-        int | None, typer.Option(parser=whole_above_0, metavar="N", help="Memory for what has been read, at most.")
-    ] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Think where a request does not say.")] = False,
-    unload_after: Annotated[
-        float | None, typer.Option(parser=number, metavar="SECONDS", help="Give the memory back when nobody asks.")
-    ] = None,
+    host: Annotated[str, option("NAME", "Where to listen; beyond this machine with a key only.")] = "127.0.0.1",
+    port: Annotated[int, whole("0: any that is free.")] = 8080,
+    api_key: Annotated[str | None, option("KEY", "Requests need it.")] = None,
+    api_key_file: Annotated[Path | None, option("FILE", "Requests need one of these, a line each.")] = None,
+    allow_host: Annotated[list[str], option("NAME", "Another name of this server; repeatable.")] = [],  # noqa: B006
+    allow_origin: Annotated[list[str], option("ORIGIN", "Pages elsewhere that may ask, or *; repeatable.")] = [],  # noqa: B006
+    allow_files: Annotated[Path | None, option("FOLDER", "Requests may name files of this folder.")] = None,
+    allow_urls: Annotated[bool, flag("Requests may name http:// and https:// URLs.", "--allow-urls")] = False,
+    max_batch: Annotated[int, above_0("Replies written at once, at most.")] = 8,
+    max_queue: Annotated[int, whole("Replies that wait, at most.")] = 64,
+    store: Annotated[Path | None, option("FOLDER", "Keep what has been read on disk too, for the next time.")] = None,
+    store_bytes: Annotated[int | None, above_0("Memory for what has been read, at most.")] = None,
+    thinking: Annotated[bool, flag("Think where a request does not say.", "--thinking")] = False,
+    unload_after: Annotated[float | None, number("Give the memory back when nobody asks.", metavar="SECONDS")] = None,
     drafter: DrafterName = "auto",
     adapter: Adapters = [],  # noqa: B006
     dtype: DType = None,

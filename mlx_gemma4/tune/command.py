@@ -22,11 +22,13 @@ from mlx_gemma4.terminal import (
     ModelName,
     SizeBar,
     Version,
+    above_0,
+    flag,
     number,
+    option,
     run,
     size_text,
-    whole_above_0,
-    whole_number,
+    whole,
 )
 from mlx_gemma4.tune.data import Example, read_split
 from mlx_gemma4.tune.plan import TuningPlan, check_plan
@@ -53,71 +55,38 @@ MEASURED = 100  # examples that drafts are measured on
 
 
 def tune(
-    data: Annotated[
-        str, typer.Option(metavar="FOLDER", help="With train.jsonl, valid.jsonl, test.jsonl; or a dataset's hub id.")
-    ],
-    adapter_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets the adapter, and the run's state.")],
+    data: Annotated[str, option("FOLDER", "With train.jsonl, valid.jsonl, test.jsonl; or a dataset's hub id.")],
+    adapter_path: Annotated[Path, option("FOLDER", "Gets the adapter, and the run's state.")],
     model: ModelName = DEFAULT_MODEL,
-    fine_tune_type: Annotated[str, typer.Option(metavar="TYPE", help="lora or dora.")] = "lora",
-    iters: Annotated[
-        int | None,
-        typer.Option(parser=whole_above_0, metavar="N", help="Batches; else three times through the examples."),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Examples of a batch, in each process.")
-    ] = 4,
-    learning_rate: Annotated[
-        float | None, typer.Option(parser=number, metavar="X", help="At its peak; else 1e-4, or 5e-5 with media.")
-    ] = None,
-    warmup: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="Updates until the peak; else a tenth of all.")
-    ] = None,
-    num_layers: Annotated[
-        int, typer.Option(parser=whole_number, metavar="N", help="Adapt the last N layers; -1 for all.")
-    ] = -1,
-    rank: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Of each matrix's change.")] = 8,
-    scale: Annotated[float, typer.Option(parser=number, metavar="X", help="What the change is times.")] = 10.0,
-    max_seq_length: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Tokens of an example, and of a row of several.")
-    ] = 2048,
-    drop_long: Annotated[
-        bool, typer.Option("--drop-long", help="Leave longer examples out, and say how many they were.")
-    ] = False,
+    fine_tune_type: Annotated[str, option("TYPE", "lora or dora.")] = "lora",
+    iters: Annotated[int | None, above_0("Batches; else three times through the examples.")] = None,
+    batch_size: Annotated[int, above_0("Examples of a batch, in each process.")] = 4,
+    learning_rate: Annotated[float | None, number("At its peak; else 1e-4, or 5e-5 with media.")] = None,
+    warmup: Annotated[int | None, whole("Updates until the peak; else a tenth of all.")] = None,
+    num_layers: Annotated[int, whole("Adapt the last N layers; -1 for all.")] = -1,
+    rank: Annotated[int, whole("Of each matrix's change.")] = 8,
+    scale: Annotated[float, number("What the change is times.")] = 10.0,
+    max_seq_length: Annotated[int, above_0("Tokens of an example, and of a row of several.")] = 2048,
+    drop_long: Annotated[bool, flag("Leave longer examples out, and say how many they were.", "--drop-long")] = False,
     mask_prompt: Annotated[
-        bool, typer.Option("--mask-prompt", help="Only replies are learnt: always so here, but for text.")
+        bool, flag("Only replies are learnt: always so here, but for text.", "--mask-prompt")
     ] = False,
     grad_checkpoint: Annotated[bool, typer.Option(help="Compute layers twice, to keep little of them.")] = True,
-    grad_accumulation_steps: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Batches of an update.")
-    ] = 1,
-    steps_per_eval: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Batches between validations.")
-    ] = 200,
-    val_batches: Annotated[
-        int, typer.Option(parser=whole_number, metavar="N", help="Batches of a validation; -1 for all.")
-    ] = 25,
-    patience: Annotated[
-        int, typer.Option(parser=whole_number, metavar="N", help="End after N validations that are no better.")
-    ] = 0,
-    save_every: Annotated[
-        int, typer.Option(parser=whole_above_0, metavar="N", help="Batches between savings of the whole state.")
-    ] = 100,
+    grad_accumulation_steps: Annotated[int, above_0("Batches of an update.")] = 1,
+    steps_per_eval: Annotated[int, above_0("Batches between validations.")] = 200,
+    val_batches: Annotated[int, whole("Batches of a validation; -1 for all.")] = 25,
+    patience: Annotated[int, whole("End after N validations that are no better.")] = 0,
+    save_every: Annotated[int, above_0("Batches between savings of the whole state.")] = 100,
     resume_adapter_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start from the weights of another run's adapter.")
+        Path | None, option("FILE", "Start from the weights of another run's adapter.")
     ] = None,
     train_drafter: Annotated[
-        bool, typer.Option("--train-drafter", help="Then teach the drafter what the tuned model says.")
+        bool, flag("Then teach the drafter what the tuned model says.", "--train-drafter")
     ] = False,
-    test: Annotated[
-        bool, typer.Option("--test", help="At the end, measure test.jsonl by loss and by answers.")
-    ] = False,
-    peft: Annotated[
-        bool, typer.Option("--peft", help="Write the adapter as PEFT does too, into the subfolder peft.")
-    ] = False,
-    image_budget: Annotated[
-        int | None, typer.Option(parser=whole_number, metavar="N", help="Most tokens an image; else the checkpoint's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Of weights and order.")] = 0,
+    test: Annotated[bool, flag("At the end, measure test.jsonl by loss and by answers.", "--test")] = False,
+    peft: Annotated[bool, flag("Write the adapter as PEFT does too, into the subfolder peft.", "--peft")] = False,
+    image_budget: Annotated[int | None, whole("Most tokens an image; else the checkpoint's.")] = None,
+    seed: Annotated[int, whole("Of weights and order.")] = 0,
     dtype: DType = None,
     version: Version = False,
     debug: Debug = False,
