@@ -29,9 +29,10 @@ from toy_checkpoint import Shape, config
 
 from mlx_gemma4.config import ModelConfig, read_config
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.tune.adapt import Adapter, attach
+from mlx_gemma4.tune.adapt import attach
 from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Branch, passage, row
+from mlx_gemma4.tune.settings import Adapter
 from mlx_gemma4.tune.step import Processes, update
 
 SHAPE = Shape(

@@ -1,7 +1,6 @@
 """What is trained: mlx-lm's LoRA or DoRA layers around the decoder's matrices and the projections of media."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,32 +12,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import optional_json
+from mlx_gemma4.tune.settings import Adapter
 from mlx_gemma4.tune.state import flat
 from mlx_gemma4.weights.adapter import CONFIG, read_weights
 
 PROJECTION = "embedding_projection"
 KINDS = {"lora": LoRALinear.from_base, "dora": DoRALinear.from_base}
 DORA_BITS = (2, 4, 8)  # mlx-lm's DoRA takes the columns of matrices at 3, 5 and 6 bits for fewer than they are
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter is made of, as `mlx_lm.lora` names it."""
-
-    fine_tune_type: str = "lora"  # "lora" | "dora"
-    num_layers: int = -1  # the last ones; -1: all
-    rank: int = 8
-    scale: float = 10.0
-
-    def check(self, layers: int) -> None:
-        if self.fine_tune_type not in KINDS:
-            raise ValueError(f"fine_tune_type is {shown(self.fine_tune_type)}; expected lora or dora")
-        if self.num_layers != -1 and not 1 <= self.num_layers <= layers:
-            raise ValueError(f"num_layers is {self.num_layers}; expected 1 to {layers}, or -1 for all")
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; expected a whole number above 0")
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale is {self.scale:g}; expected a number above 0")
 
 
 def attach(model: Model, adapter: Adapter, media: Iterable[str], seed: int) -> None:
@@ -48,7 +28,6 @@ def attach(model: Model, adapter: Adapter, media: Iterable[str], seed: int) -> N
     """
     model.freeze()
     decoder = model.language_model
-    adapter.check(len(decoder.layers))
     linear = (nn.Linear, nn.QuantizedLinear)
     owners = {"image": "embed_vision", "audio": "embed_audio"}
     own = {name for layer in decoder.layers for name, part in layer.named_modules() if isinstance(part, linear)}

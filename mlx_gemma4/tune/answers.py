@@ -15,11 +15,12 @@ SLACK = 16  # tokens that an answer may be longer than it was to be
 
 def answers(
     model: Model, processor: Processor, examples: Sequence[Example], image_budget: int | None
-) -> Iterator[tuple[Example, bool]]:
+) -> Iterator[bool]:
     """Of each reply of the examples, whether the likeliest one is the same, thoughts and calls and all."""
+    budget = processor.image_budget(image_budget)
     for example in examples:
         found, media = branches(processor, example, image_budget)
-        loaded = [processor.read(part, processor.image_budget(image_budget)) for part in media]
+        loaded = [processor.read(part, budget) for part in media]
         for branch in found if example.text is None else ():
             said = branch.ids[branch.start : -1]
             values = [loaded[run.part][run.number] for run in branch.runs]
@@ -32,4 +33,4 @@ def answers(
                 model, processor, prompt, max_tokens=len(said) + SLACK, sampling=Sampling(temperature=0),
                 repetition_detection="off",
             )  # fmt: skip
-            yield example, reply.token_ids == said and reply.finish_reason == "stop"
+            yield reply.token_ids == said and reply.finish_reason == "stop"

@@ -3,9 +3,9 @@
 import importlib.util
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import mlx.core as mx
 import typer
@@ -30,8 +30,12 @@ from mlx_gemma4.terminal import (
     size_text,
     whole,
 )
+from mlx_gemma4.tune.answers import answers
 from mlx_gemma4.tune.data import Example, read_split
 from mlx_gemma4.tune.plan import TuningPlan, check_plan
+from mlx_gemma4.tune.run import Data, News, Rows, Run, read_data
+from mlx_gemma4.tune.settings import Adapter, Settings
+from mlx_gemma4.tune.step import Processes
 from mlx_gemma4.weights.adapter import WEIGHTS, read_weights, write_peft
 from mlx_gemma4.weights.load import (
     DEFAULT_MODEL,
@@ -44,9 +48,6 @@ from mlx_gemma4.weights.load import (
     read_values,
 )
 from mlx_gemma4.weights.peers import together
-
-if TYPE_CHECKING:
-    from mlx_gemma4.tune.run import Data, News, Run
 
 TEXT_RATE, MEDIA_RATE = 1e-4, 5e-5
 EPOCHS = 3
@@ -93,84 +94,58 @@ def tune(
 ) -> None:
     """Teach a model what the examples' assistant says; started again, a run goes on where it stopped."""
     check_extra()
-    # here: mlx-lm takes two seconds, and what is wrong with the command can be said without
-    from mlx_gemma4.tune.adapt import Adapter, attach, begin_with
-    from mlx_gemma4.tune.run import Rows, Run, Settings
-    from mlx_gemma4.tune.step import Processes
-
     check_numbers(iters, warmup, patience, seed, val_batches, learning_rate)
     check_update(batch_size, grad_accumulation_steps)
-    adapter_path = expanded(adapter_path)
-    resume_adapter_file = None if resume_adapter_file is None else expanded(resume_adapter_file)
-    check_paths(data, adapter_path, resume_adapter_file)
     adapter = Adapter(fine_tune_type, num_layers, rank, scale)
+    adapter_path = expanded(adapter_path)
+    beginning = None if resume_adapter_file is None else expanded(resume_adapter_file)
+    check_paths(data, adapter_path, beginning)
     examples = read_examples(data, test, mask_prompt)
     checkpoint, processor = open_to_train(model, dtype, train_drafter)
-    adapter.check(len(checkpoint.model.language_model.layers))
+    adapter.check_layers(len(checkpoint.model.language_model.layers))
     sets = read_sets(processor, examples, max_seq_length, drop_long, image_budget)
     processes = Processes(together())
     if processes.rank:
         logger.setLevel(logging.ERROR)  # the first one tells the rest
-    for split, found in sets.items():
-        if found.dropped:
-            logger.warning("%d of %d examples of %s are longer than %d tokens, left out",
-                           found.dropped, len(examples[split]), split, max_seq_length)  # fmt: skip
+    tell_dropped(sets, max_seq_length)
     media = sets["train"].media
-    each = batch_size * processes.size
-    iters = iters or -(-EPOCHS * len(sets["train"].passages) // each)
-    updates = -(-iters // grad_accumulation_steps)
+    iters = iters or -(-EPOCHS * len(sets["train"].passages) // (batch_size * processes.size))
+    if warmup is None:
+        warmup = -(-iters // grad_accumulation_steps) // 10
     settings = Settings(
-        adapter=adapter,
-        iters=iters,
-        batch_size=batch_size,
-        grad_accumulation_steps=grad_accumulation_steps,
-        learning_rate=learning_rate or (MEDIA_RATE if media else TEXT_RATE),
-        warmup=updates // 10 if warmup is None else warmup,
-        max_seq_length=max_seq_length,
-        steps_per_eval=steps_per_eval,
-        save_every=save_every,
-        val_batches=val_batches,
-        patience=patience,
-        grad_checkpoint=grad_checkpoint,
-        seed=seed,
-        image_budget=image_budget,
-    )
+        adapter=adapter, iters=iters, batch_size=batch_size, grad_accumulation_steps=grad_accumulation_steps,
+        learning_rate=learning_rate or (MEDIA_RATE if media else TEXT_RATE), warmup=warmup,
+        max_seq_length=max_seq_length, steps_per_eval=steps_per_eval, save_every=save_every, val_batches=val_batches,
+        patience=patience, grad_checkpoint=grad_checkpoint, seed=seed, image_budget=image_budget,
+    )  # fmt: skip
     rows = {split: Rows(processor, settings, own) for split, own in sets.items()}
     longest = max(own.room for own in rows.values())
-    plan = TuningPlan(longest, rank, grad_checkpoint, num_layers, media)
-    needs = check_plan(checkpoint, plan, memory_limit())
-    with SizeBar("Loading") as bar:
-        bar.count(read_values(checkpoint), checkpoint.nbytes)
-    network = checkpoint.model
-    attach(network, adapter, media, seed)
-    if resume_adapter_file is not None:
-        begin_with(network, resume_adapter_file, scale)
-    own = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
-    adapter_path.mkdir(parents=True, exist_ok=True)
-    if own.valid is None:
-        logger.info("there is no valid.jsonl: the last weights are kept, not the best")
-    logger.info("%s", needs)
-    with NewsBar("Training") as watched:
-        for news in own.go():
-            if processes.rank == 0:
-                watched.tell(news, settings.iters)
-    if processes.rank == 0:
-        draw(adapter_path, own.progress.curve)
-        print(summary(own, adapter_path))
-        if peft:
-            write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
+    needs = check_plan(checkpoint, TuningPlan(longest, rank, grad_checkpoint, num_layers, media), memory_limit())
+    network = load_to_train(checkpoint, settings, media, beginning)
+    training = Run(adapter_path, network, settings, rows["train"], rows.get("valid"), model, processes)
+    train(training, needs)
+    if peft and processes.rank == 0:
+        write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
     if test:  # before the drafter learns, for which the others would wait
-        processes.sum([mx.zeros(1)])  # until the first has written what all read
-        begin_with(network, adapter_path / WEIGHTS, scale)
-        loss = own.loss_of(rows["test"])
+        loss = loss_of_test(training, rows["test"])
     if train_drafter and processes.rank == 0:
-        begin_with(network, adapter_path / WEIGHTS, scale)
-        teach_drafter(checkpoint, own, adapter_path / "drafter")
+        teach_drafter(training, checkpoint)
     if test:
-        del own, network, checkpoint  # room for the model as it is in use
+        del training, network, checkpoint  # room for the model as it is in use
         if processes.rank == 0:
             tuned, _ = load(model, adapter=adapter_path, dtype=dtype)
-            print(f"test loss {loss:.4f}; {said_right(tuned, processor, examples['test'], image_budget)}")
+            right = list(answers(tuned, processor, examples["test"], image_budget))
+            print(f"test loss {loss:.4f}; {sum(right)} of {len(right)} replies are the expected ones")
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+def check_extra() -> None:
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise ValueError(
+            'mlx_lm is not installed, whose LoRA layers are trained; expected pip install "mlx_gemma4[tune]"'
+        )
 
 
 def check_numbers(
@@ -198,7 +173,7 @@ def check_update(batch_size: int, grad_accumulation_steps: int) -> None:
         )
 
 
-def check_paths(data: str, adapter_path: Path, resume_adapter_file: Path | None) -> None:
+def check_paths(data: str, adapter_path: Path, beginning: Path | None) -> None:
     there = next(own for own in (adapter_path, *adapter_path.absolute().parents) if own.exists() or own.is_symlink())
     if not there.is_dir():
         raise ValueError(f"{there} is a file; expected a folder, for --adapter-path")
@@ -206,8 +181,11 @@ def check_paths(data: str, adapter_path: Path, resume_adapter_file: Path | None)
     if is_data or (adapter_path / "config.json").exists():
         held = "the examples" if is_data else "a model"
         raise ValueError(f"{adapter_path} holds {held}; expected a new folder, for --adapter-path")
-    if resume_adapter_file is not None and not resume_adapter_file.is_file():
-        raise ValueError(f"{resume_adapter_file} is no file; expected an adapter's weights, for --resume-adapter-file")
+    if beginning is not None and not beginning.is_file():
+        raise ValueError(f"{beginning} is no file; expected an adapter's weights, for --resume-adapter-file")
+
+
+# --- what there is to learn --------------------------------------------------------------------
 
 
 def read_examples(data: str, test: bool, mask_prompt: bool) -> dict[str, list[Example]]:
@@ -220,13 +198,6 @@ def read_examples(data: str, test: bool, mask_prompt: bool) -> dict[str, list[Ex
     if mask_prompt and any(example.text is not None for example in found["train"]):
         raise ValueError("a text has no prompt that could be masked; expected prompt and completion, or messages")
     return {split: own for split, own in found.items() if test or split != "test"}
-
-
-def check_extra() -> None:
-    if importlib.util.find_spec("mlx_lm") is None:
-        raise ValueError(
-            'mlx_lm is not installed, whose LoRA layers are trained; expected pip install "mlx_gemma4[tune]"'
-        )
 
 
 def open_to_train(model: str, dtype: str | None, with_drafter: bool) -> tuple[Checkpoint, Processor]:
@@ -246,10 +217,8 @@ def open_to_train(model: str, dtype: str | None, with_drafter: bool) -> tuple[Ch
 def read_sets(
     processor: Processor, found: Mapping[str, list[Example]], max_seq_length: int, drop_long: bool,
     image_budget: int | None,
-) -> dict[str, "Data"]:  # fmt: skip
+) -> dict[str, Data]:  # fmt: skip
     """Each split as tokens."""
-    from mlx_gemma4.tune.run import read_data
-
     sets: dict[str, Data] = {}
     for split, examples in found.items():
         with Bar(f"Looking through {split}") as bar:
@@ -257,49 +226,103 @@ def read_sets(
     return sets
 
 
-def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
+def tell_dropped(sets: Mapping[str, Data], max_seq_length: int) -> None:
+    for split, data in sets.items():
+        if data.dropped:
+            count = data.dropped + len(data.passages)
+            logger.warning(
+                "%d of %d examples of %s are longer than %d tokens, left out",
+                data.dropped,
+                count,
+                split,
+                max_seq_length,
+            )
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def load_to_train(
+    checkpoint: Checkpoint, settings: Settings, media: Collection[str], beginning: Path | None
+) -> Model:  # fmt: skip
+    """The model with the adapter's layers, which hold the weights of the file `beginning`, if there is one."""
+    # here: mlx-lm takes two seconds, and what is wrong with the request has been said without
+    from mlx_gemma4.tune.adapt import attach, begin_with
+
+    with SizeBar("Loading") as bar:
+        bar.count(read_values(checkpoint), checkpoint.nbytes)
+    attach(checkpoint.model, settings.adapter, media, settings.seed)
+    if beginning is not None:
+        begin_with(checkpoint.model, beginning, settings.adapter.scale)
+    return checkpoint.model
+
+
+def train(training: Run, needs: str) -> None:
+    """Go to the end; the best weights are then in the folder. needs: what there is to say of the memory it takes."""
+    folder = training.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if training.valid is None:
+        logger.info("there is no valid.jsonl: the last weights are kept, not the best")
+    logger.info("%s", needs)
+    is_first = training.processes.rank == 0
+    with Bar("Training") as bar:
+        for news in training.go():
+            if is_first:
+                tell(bar, news, training.settings.iters)
+    if is_first:
+        draw(folder, training.progress.curve)
+        print(summary(training))
+
+
+def take_kept(training: Run) -> None:
+    """The weights in the folder, which are the best: training may have gone on from there."""
+    from mlx_gemma4.tune.adapt import begin_with
+
+    begin_with(training.model, training.folder / WEIGHTS, training.settings.adapter.scale)
+
+
+def loss_of_test(training: Run, rows: Rows) -> float:
+    training.processes.sum([mx.zeros(1)])  # until the first has written what all read
+    take_kept(training)
+    return training.loss_of(rows)
+
+
+def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
     from mlx_gemma4.tune import drafter as room
 
-    model, choice = checkpoint.model, checkpoint.drafter
-    drafter = model.drafter
+    take_kept(training)
+    model, choice, folder = checkpoint.model, checkpoint.drafter, training.folder / "drafter"
+    drafter, adapter = model.drafter, training.settings.adapter
     assert drafter is not None and choice is not None  # open_to_train has looked
-    measured = own.valid or own.train
+    measured = training.valid or training.train
     examples = range(min(MEASURED, len(measured.data.passages)))
     before = room.acceptance(model, drafter, measured.of(examples))
-    room.adapt_drafter(drafter, own.settings.adapter.rank, own.settings.adapter.scale)
-    room.train_drafter(model, drafter, len(own.schedule), own.schedule, own.train.of)
+    room.adapt_drafter(drafter, adapter.rank, adapter.scale)
+    room.train_drafter(model, drafter, training.schedule, training.train.of)
     after = room.acceptance(model, drafter, measured.of(examples))
     room.write_drafter(folder, choice.folder, drafter)
     print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")
 
 
-def said_right(model: Model, processor: Processor, examples: list[Example], image_budget: int | None) -> str:
-    from mlx_gemma4.tune.answers import answers
-
-    right = [same for _, same in answers(model, processor, examples, image_budget)]
-    return f"{sum(right)} of {len(right)} replies are the expected ones"
+# --- what is said of it ------------------------------------------------------------------------
 
 
-class NewsBar(Bar):
-    def __enter__(self) -> "NewsBar":
-        return self
-
-    def tell(self, news: "News", iters: int) -> None:
-        self.show(news.iteration, iters)
-        text = f"loss {news.train_loss:.3f}, {news.tokens_per_second:.0f} tokens/s, {size_text(news.peak_memory)}"
-        if self.shown is not None:
-            self.shown.update(self.shown.task_ids[0], description=text)
-        if news.valid_loss is not None:
-            print(f"{news.iteration} of {iters}: {text}, validation {news.valid_loss:.4f}", file=sys.stderr)
+def tell(bar: Bar, news: News, iters: int) -> None:
+    bar.show(news.iteration, iters)
+    text = f"loss {news.train_loss:.3f}, {news.tokens_per_second:.0f} tokens/s, {size_text(news.peak_memory)}"
+    if bar.shown is not None:
+        bar.shown.update(bar.shown.task_ids[0], description=text)
+    if news.valid_loss is not None:
+        print(f"{news.iteration} of {iters}: {text}, validation {news.valid_loss:.4f}", file=sys.stderr)
 
 
-def summary(own: "Run", folder: Path) -> str:
-    progress = own.progress
-    if own.valid is None:
-        return f"{folder}: after {own.iteration} batches, loss {progress.curve[-1]['train_loss']:.4f}"
+def summary(training: Run) -> str:
+    folder, progress = training.folder, training.progress
+    if training.valid is None:
+        return f"{folder}: after {training.iteration} batches, loss {progress.curve[-1]['train_loss']:.4f}"
     return (
         f"{folder}: validation loss {progress.first:.4f} before, {progress.best:.4f} after {progress.best_at} of "
-        f"{own.iteration} batches, which is kept"
+        f"{training.iteration} batches, which is kept"
     )
 
 

@@ -21,6 +21,7 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK
 from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
 from mlx_gemma4.tune.rows import Row
+from mlx_gemma4.tune.run import Schedule
 from mlx_gemma4.tune.step import rate_at
 from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
@@ -107,10 +108,10 @@ def adapt_drafter(drafter: Drafter, rank: int, scale: float) -> None:
 
 
 def train_drafter(
-    model: Model, drafter: Drafter, updates: int, schedule: Iterable[Sequence[int]],
+    model: Model, drafter: Drafter, schedule: Schedule,
     rows_of: Callable[[Sequence[int]], Iterable[Row]],
 ) -> None:  # fmt: skip
-    """Of a drafter that is adapted, on the tuned model. schedule: the examples of each of so many updates."""
+    """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update."""
     optimizer = optim.Adam(RATE, bias_correction=True)
 
     def total(weights: Any, row: Row) -> mx.array:
@@ -118,7 +119,7 @@ def train_drafter(
         return rounds(model, drafter, row)[0]
 
     for number, examples in enumerate(schedule):
-        optimizer.learning_rate = rate_at(number, updates, RATE, updates // 10)
+        optimizer.learning_rate = rate_at(number, len(schedule), RATE, len(schedule) // 10)
         for row in rows_of(examples):
             weights = drafter.trainable_parameters()
             loss, slopes = mx.value_and_grad(total)(weights, row)

@@ -16,13 +16,13 @@ SHORTEST_ROW = 128
 class TuningPlan:
     tokens: int  # of the longest row
     rank: int
-    checkpoint: bool
+    grad_checkpoint: bool
     num_layers: int = -1  # the last ones; -1: all
     media: Collection[str] = ()  # of "image" and "audio", those whose projection is adapted
 
     @property
     def text(self) -> str:
-        twice = "layers computed twice" if self.checkpoint else "layers computed once"
+        twice = "layers computed twice" if self.grad_checkpoint else "layers computed once"
         return f"rows of {self.tokens} tokens, rank {self.rank}, {twice}"
 
 
@@ -36,7 +36,7 @@ def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:
         for path, shape in matrices_of(checkpoint.model).items()
         if path.startswith(projections) or ((layer := layer_of(path)) is not None and layer >= first)
     )
-    return predict_tuning(checkpoint.footprint, trained, plan.tokens, plan.checkpoint)
+    return predict_tuning(checkpoint.footprint, trained, plan.tokens, plan.grad_checkpoint)
 
 
 def longest_row(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
@@ -46,7 +46,7 @@ def longest_row(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
 
 def smaller_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> Iterator[str]:
     """Single changes that make it fit, those first that cost time alone."""
-    if not plan.checkpoint and of_plan(checkpoint, replace(plan, checkpoint=True)).peak <= room:
+    if not plan.grad_checkpoint and of_plan(checkpoint, replace(plan, grad_checkpoint=True)).peak <= room:
         yield "layers computed twice (--grad-checkpoint)"
     ranks = [rank for rank in (64, 32, 16, 8, 4, 2, 1) if rank < plan.rank]
     fitting = (rank for rank in ranks if of_plan(checkpoint, replace(plan, rank=rank)).peak <= room)

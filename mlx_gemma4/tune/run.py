@@ -18,10 +18,10 @@ from mlx_gemma4.errors import TooLongError
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import Part
 from mlx_gemma4.prompt.processor import Loaded, Processor, optional_json
-from mlx_gemma4.tune.adapt import Adapter
 from mlx_gemma4.tune.data import Example
 from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Passage, Row, branches, capacity, packed, passages, row
+from mlx_gemma4.tune.settings import Settings
 from mlx_gemma4.tune.state import flat, merge, save, trees_of
 from mlx_gemma4.tune.step import Processes, Seen, measure, rate_at, update
 from mlx_gemma4.weights.adapter import CONFIG, WEIGHTS, write_adapter
@@ -32,26 +32,6 @@ LOOKED = 20_000  # examples: half a second
 COLUMNS = (
     "iteration", "train_loss", "valid_loss", "learning_rate", "learnt_tokens", "tokens_per_second", "peak_memory",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the outcome, as `mlx_lm.lora` names it; the same settings and data give the same adapter."""
-
-    adapter: Adapter
-    iters: int  # batches
-    batch_size: int  # examples, of each process
-    grad_accumulation_steps: int  # batches of an update
-    learning_rate: float
-    warmup: int  # updates
-    max_seq_length: int
-    steps_per_eval: int
-    save_every: int
-    val_batches: int  # -1: all
-    patience: int  # validations in a row that are no better; 0: never stop for that
-    grad_checkpoint: bool
-    seed: int
-    image_budget: int | None
 
 
 @dataclass(frozen=True)

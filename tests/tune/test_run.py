@@ -36,9 +36,10 @@ from mlx_gemma4.weights.tensors import conversion_name
 
 pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
-from mlx_gemma4.tune.adapt import Adapter, attach
+from mlx_gemma4.tune.adapt import attach
 from mlx_gemma4.tune.drafter import followers, propose, write_drafter
-from mlx_gemma4.tune.run import Data, Rows, Schedule, Settings
+from mlx_gemma4.tune.run import Data, Rows, Schedule
+from mlx_gemma4.tune.settings import Adapter, Settings
 from mlx_gemma4.tune.step import Processes, gradients, rate_at
 
 ROOT = Path(__file__).parents[2]
