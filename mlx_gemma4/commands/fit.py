@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -91,28 +91,15 @@ def fit(
     debug: Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
-    computing = computing_type(dtype)
     of_training = {
         "max-seq-length": max_seq_length, "batch-size": batch_size, "rank": rank, "grad-checkpoint": grad_checkpoint,
     }  # fmt: skip
-    if given := [f"{name} is {value}" for name, value in of_training.items() if value is not None and not tune]:
-        raise ValueError(f"{given[0]} without tune; expected --tune too")
-    if tune and context is not None:
-        raise ValueError(f"context is {context} and tune; expected --max-seq-length for a row of training")
-    if tune and kv_bits is not None:
-        raise ValueError(f"kv-bits is {kv_bits} and tune; expected one of them, for training keeps no caches")
-    if tune and drafter not in ("auto", None):
-        raise ValueError(f"drafter is {drafter!r} and tune; expected one of them, for training takes no drafter")
-    if tune:
-        drafter = None
-    if memory is not None and hosts is not None:
-        raise ValueError(f"memory is {shown(memory)} and hosts {str(hosts)!r}; expected one of them")
-    rooms = [] if memory is None else [mac_room(parse_memory(each)) for each in memory.split(",")]
-    if hosts is not None:
-        rooms = rooms_of(read_hosts(hosts))
+    check_options(tune, of_training, context, kv_bits, drafter)
+    computing = computing_type(dtype)
+    rooms, where = rooms_asked(memory, hosts)
     if tune and len(rooms) > 1:
         raise ValueError(f"{len(rooms)} machines and tune; expected one")
-    headers = headers_anywhere(model, drafter, computing, kv_bits)
+    headers = headers_anywhere(model, None if tune else drafter, computing, kv_bits)
     most = headers.config.text.max_position_embeddings
     tokens = min(USUAL_CONTEXT, most) if context is None else context
     if tokens > most:
@@ -120,25 +107,58 @@ def fit(
     if len(rooms) > 1:
         print(f"{model} with a context of {tokens} tokens, on {len(rooms)} machines that share it")
         return fit_machines(headers, rooms, tokens)
-    checkpoint = fitted(headers)
-    room, where = memory_limit(), "this machine lets a model hold"
-    if hosts is not None:
-        room, where = rooms[0], "that machine lets a model hold"
-    elif memory is not None:
-        size = parse_memory(memory)
-        part = "three quarters" if size > LARGE_MAC else "two thirds"
-        room, where = rooms[0], f"a Mac with {size / 2**30:.3g} GB lets a model hold ({part})"
-    own = checkpoint.footprint
+    checkpoint, (room,) = fitted(headers), rooms
     if tune:
         plan = TuningPlan(max_seq_length or 2048, rank or 8, grad_checkpoint is not False)
         print(f"{model}, tuned with {plan.text}, a batch of {batch_size or 1} row by row; {where} {size_text(room)}")
         return fit_tuning(checkpoint, plan, room)
-    found = of_context(own, tokens)
     print(f"{model} with a context of {tokens} tokens; {where} {size_text(room)}")
-    print("\n".join(lines(found)))
-    longest_context = longest(lambda length: fits(own, length, room), most)
+    return fit_reply(checkpoint, tokens, room)
+
+
+def check_options(
+    tune: bool, of_training: Mapping[str, int | None], context: int | None, kv_bits: int | None, drafter: str | None
+) -> None:
+    """ValueError for options of training without it, and for those that it has no use for."""
+    given = [f"{name} is {value}" for name, value in of_training.items() if value is not None]
+    if given and not tune:
+        raise ValueError(f"{given[0]} without tune; expected --tune too")
+    if tune and context is not None:
+        raise ValueError(f"context is {context} and tune; expected --max-seq-length for a row of training")
+    if tune and kv_bits is not None:
+        raise ValueError(f"kv-bits is {kv_bits} and tune; expected one of them, for training keeps no caches")
+    if tune and drafter not in ("auto", None):
+        raise ValueError(f"drafter is {drafter!r} and tune; expected one of them, for training takes no drafter")
+
+
+def rooms_asked(memory: str | None, hosts: Path | None) -> tuple[list[int], str]:
+    """What each machine lets a model hold, and of one alone which it is, in words."""
+    if memory is not None and hosts is not None:
+        raise ValueError(f"memory is {shown(memory)} and hosts {str(hosts)!r}; expected one of them")
+    if hosts is not None:
+        return rooms_of(read_hosts(hosts)), "that machine lets a model hold"
+    if memory is None:
+        return [memory_limit()], "this machine lets a model hold"
+    sizes = [parse_memory(each) for each in memory.split(",")]
+    part = "three quarters" if sizes[0] > LARGE_MAC else "two thirds"
+    return [mac_room(size) for size in sizes], f"a Mac with {sizes[0] / 2**30:.3g} GB lets a model hold ({part})"
+
+
+def fit_reply(checkpoint: Checkpoint, tokens: int, room: int) -> int:
+    model, most = checkpoint.footprint, checkpoint.config.text.max_position_embeddings
+    found = of_context(model, tokens)
+    print_table({
+        "weights": found.weights, "drafter": found.drafter, "sliding caches": found.sliding, "full caches": found.full,
+        "workspace": found.workspace, "together": found.peak,
+    })  # fmt: skip
+    longest_context = longest(lambda length: fits(model, length, room), most)
     changes = smaller(checkpoint, tokens, longest_context, room)
     return verdict(found.peak, room, f"context that fits is {longest_context}", changes)
+
+
+def print_table(parts: Mapping[str, int]) -> None:
+    """Bytes by what they are for, without what takes none."""
+    print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in parts.items() if nbytes))
 
 
 def verdict(peak: int, room: int, longest_that_fits: str, changes: Iterator[str]) -> int:
@@ -169,24 +189,24 @@ def fit_machines(headers: Headers, rooms: Sequence[int], tokens: int) -> int:
             continue
         peaks = [of_context(own.footprint, tokens).peak for own in parts]
         missing = [max(0, peak - room) for peak, room in zip(peaks, rooms, strict=True)]
-        verdict = f"does not fit, {size_text(max(missing))} are missing"
+        said = f"does not fit, {size_text(max(missing))} are missing"
         if not max(missing):
             most = headers.config.text.max_position_embeddings
             pairs = list(zip(parts, rooms, strict=True))
             length = longest(lambda count: all(fits(own.footprint, count, room) for own, room in pairs), most)  # noqa: B023
-            verdict = f"fits; the longest context that fits is {length}"
+            said = f"fits; the longest context that fits is {length}"
             reading[split] = [read_a_token(own.tensors, own.share, len(rooms)) for own in parts if own.share]
-        print(f"By {split}: {', '.join(map(size_text, peaks))}: {verdict}.")
+        print(f"By {split}: {', '.join(map(size_text, peaks))}: {said}.")
     if len(reading) > 1:
         even = [
             even_latency(headers.config.text, *([count / bandwidth for count in own] for own in reading.values()))
             for bandwidth in BANDWIDTHS
         ]
-        said = ", ".join(
+        latencies = ", ".join(
             f"{1e6 * latency:.3g} µs at {bandwidth / 1e9:.0f} GB/s"
             for latency, bandwidth in zip(even, BANDWIDTHS, strict=True)
         )
-        print(f"By tensors is faster where an exchange takes less than {said} of memory bandwidth.")
+        print(f"By tensors is faster where an exchange takes less than {latencies} of memory bandwidth.")
     return 0 if reading else FAILED
 
 
@@ -232,11 +252,12 @@ def rooms_of(hosts: Sequence[str]) -> list[int]:
 
 def fit_tuning(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
     found = of_plan(checkpoint, plan)
-    names = ("weights", "adapter, Adam", "kept of layers", "workspace", "together")
-    parts = (found.weights, found.adapter, found.kept, found.workspace, found.peak)
-    print("\n".join(f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in zip(names, parts, strict=True)))
-    fits = f"row that fits is {longest_row(checkpoint, plan, room)} tokens"
-    return verdict(found.peak, room, fits, smaller_tuning(checkpoint, plan, room))
+    print_table({
+        "weights": found.weights, "adapter, Adam": found.adapter, "kept of layers": found.kept,
+        "workspace": found.workspace, "together": found.peak,
+    })  # fmt: skip
+    said = f"row that fits is {longest_row(checkpoint, plan, room)} tokens"
+    return verdict(found.peak, room, said, smaller_tuning(checkpoint, plan, room))
 
 
 # --- arithmetic --------------------------------------------------------------------------------
@@ -250,19 +271,6 @@ def of_context(model: Footprint, tokens: int) -> Prediction:
 
 def fits(model: Footprint, tokens: int, room: int) -> bool:
     return of_context(model, tokens).peak <= room
-
-
-def lines(found: Prediction) -> Iterator[str]:
-    """The prediction, line by line."""
-    rows = {
-        "weights": found.weights,
-        "drafter": found.drafter,
-        "sliding caches": found.sliding,
-        "full caches": found.full,
-        "workspace": found.workspace,
-        "together": found.peak,
-    }
-    yield from (f"  {name:<16}{size_text(nbytes):>10}" for name, nbytes in rows.items() if nbytes)
 
 
 def smaller(checkpoint: Checkpoint, tokens: int, longest_context: int, room: int) -> Iterator[str]:
@@ -293,11 +301,6 @@ def can_be_packed(model: Footprint) -> bool:
 
 
 # --- what is in a folder or on the hub ---------------------------------------------------------
-
-
-def open_anywhere(path_or_hub_id: str, drafter: str | None) -> Checkpoint:
-    """A checkpoint, looked through, as `headers_anywhere`."""
-    return fitted(headers_anywhere(path_or_hub_id, drafter))
 
 
 def headers_anywhere(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from mlx_gemma4.commands.fit import headers_anywhere, main, of_context, open_anywhere, parse_memory
+from mlx_gemma4.commands.fit import headers_anywhere, main, of_context, parse_memory
 from mlx_gemma4.convert.command import convert
 from mlx_gemma4.convert.recipes import nbytes_at
 from mlx_gemma4.errors import CheckpointError
@@ -21,13 +21,17 @@ from mlx_gemma4.planner import Footprint, memory_limit, predict
 from mlx_gemma4.terminal import size_text
 from mlx_gemma4.tune.plan import TuningPlan, of_plan
 from mlx_gemma4.weights import hub
-from mlx_gemma4.weights.load import shared_checkpoints
+from mlx_gemma4.weights.load import Checkpoint, fitted, shared_checkpoints
 from mlx_gemma4.weights.tensors import DTYPE_NAMES, list_tensors
+
+
+def opened(path_or_hub_id: str, drafter: str | None) -> Checkpoint:
+    return fitted(headers_anywhere(path_or_hub_id, drafter))
 
 
 @pytest.fixture(scope="module")
 def model(wide_folder: Path) -> Footprint:
-    return open_anywhere(str(wide_folder), "auto").footprint
+    return opened(str(wide_folder), "auto").footprint
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_what_would_make_it_fit(wide_folder: Path, model: Footprint, run: Run) -
     assert status == 1
     assert re.search(r"It does not fit: \d+\.\d\d MB are missing", out)
     assert "a context of 40" in out and "no drafter (--drafter none)" in out
-    assert f"8 bits a weight ({size_text(nbytes_at(open_anywhere(str(wide_folder), None).config, 8))}" in out
+    assert f"8 bits a weight ({size_text(nbytes_at(opened(str(wide_folder), None).config, 8))}" in out
     alone = of_context(replace(model, drafter=0), 64).peak
     assert alone < of_context(model, 1).peak
     _, out, _ = run(wide_folder, "--context", 64, "--memory", memory_for(alone))
@@ -87,7 +91,7 @@ def test_what_would_make_it_fit(wide_folder: Path, model: Footprint, run: Run) -
 def test_fewer_bits_are_named_as_the_converter_would_make_them(
     wide_folder: Path, model: Footprint, tmp_path: Path
 ) -> None:
-    checkpoint = open_anywhere(str(wide_folder), None)
+    checkpoint = opened(str(wide_folder), None)
     convert(hf_path=str(wide_folder), mlx_path=str(tmp_path / "made"), q_bits=4, dtype="bfloat16", no_drafter=True)
     made = sum(tensor.nbytes for tensor in list_tensors(tmp_path / "made").values())
     assert nbytes_at(checkpoint.config, 4) == made < model.weights
@@ -115,8 +119,8 @@ def test_how_much_of_a_mac_a_model_may_hold(wide_folder: Path, run: Run, memory:
 
 
 def test_the_drafter_is_counted_only_where_it_is_used(wide_folder: Path, model: Footprint) -> None:
-    assert open_anywhere(str(wide_folder), None).footprint.drafter == 0
-    assert model.drafter == open_anywhere(str(wide_folder), str(wide_folder / "drafter")).footprint.drafter > 0
+    assert opened(str(wide_folder), None).footprint.drafter == 0
+    assert model.drafter == opened(str(wide_folder), str(wide_folder / "drafter")).footprint.drafter > 0
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [("16GB", 2**34), ("16b", 16), ("1.5 gb", 3 * 2**29), ("512MB", 2**29)])
@@ -237,17 +241,17 @@ def test_a_partner_on_the_hub_is_counted_as_it_will_be_quantized(
 
     monkeypatch.setattr(hub, "download", download)
     monkeypatch.setattr(hub, "read_header", read_header)
-    found = open_anywhere("me/gemma-it-4bit", "auto").footprint
+    found = opened("me/gemma-it-4bit", "auto").footprint
     assert replace(found, drafter=model.drafter) == model
     assert 0.1 * model.drafter < found.drafter < 0.2 * model.drafter
-    assert open_anywhere("me/gemma-it-4bit", "me/gemma-it-assistant").footprint == model
+    assert opened("me/gemma-it-4bit", "me/gemma-it-assistant").footprint == model
 
 
 # --- training ----------------------------------------------------------------------------------
 
 
 def test_whether_a_training_step_fits_and_what_would_make_it(wide_folder: Path, run: Run) -> None:
-    checkpoint = open_anywhere(str(wide_folder), None)
+    checkpoint = opened(str(wide_folder), None)
     plan = TuningPlan(512, 16, True)
     enough = of_plan(checkpoint, plan).peak
     options = ["--tune", "--max-seq-length", 512, "--rank", 16]
