@@ -11,7 +11,7 @@ from golden_cases import layout
 from toy_checkpoint import Shape, tensors
 
 from mlx_gemma4 import Prompt, load
-from mlx_gemma4.convert.job import Outcome, make_job, open_target, write_model
+from mlx_gemma4.convert.job import make_job, open_target, write_model
 from mlx_gemma4.convert.recipes import Recipe
 from mlx_gemma4.prompt.prompt import SoftTokens
 
@@ -108,6 +108,6 @@ def converted(folder: Path, source: Path, recipe: Recipe) -> Path:
     """A conversion, with the values in which its matrices are computed."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(source / "drafter", folder / "drafter", dirs_exist_ok=True)
-    for _ in write_model(make_job(open_target(source), recipe, None), folder, Outcome()):
+    for _ in write_model(make_job(open_target(source), recipe, None), folder):
         pass
     return folder

@@ -5,20 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from mlx_gemma4.config import ModelConfig, expanded
-from mlx_gemma4.convert.card import base_of, name_of, write_card
-from mlx_gemma4.convert.command import DRAFTER, check_disk, check_output, note, print_outcome, write_jobs
+from mlx_gemma4.convert.card import base_of, name_of
+from mlx_gemma4.convert.command import DRAFTER, add_rest, check_output, note, written
 from mlx_gemma4.convert.fused import adapted_job, check_same_model, fused_paths, share_kept, with_adapter
-from mlx_gemma4.convert.job import (
-    Job,
-    Outcome,
-    Source,
-    copy_files,
-    finished_folder,
-    keep_job,
-    make_job,
-    open_drafter,
-    open_target,
-)
+from mlx_gemma4.convert.job import Job, Outcome, Source, keep_job, make_job, open_drafter, open_target
 from mlx_gemma4.convert.recipes import Recipe, named_recipe
 from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, flag, option, run, size_text
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
@@ -55,37 +45,46 @@ def fuse(
     if source is not None:
         check_same_model(original, base)
     fused = with_adapter(original, adapter, base)
-    job, outcome = how_to_write(fused, base, chosen, dequantize)
-    jobs, outcomes = {"": job}, {"": outcome}
+    jobs = {"": how_to_write(fused, base, chosen, dequantize)}
     choice = find_drafter(model, base.folder, drafter, adapter=adapter)
-    assert isinstance(base.parsed, ModelConfig) and isinstance(job.source.parsed, ModelConfig)
+    assert isinstance(base.parsed, ModelConfig)
     if choice is not None:
         own = open_drafter(choice.folder, base.parsed)
         jobs[DRAFTER] = make_job(own, FULL_PRECISION, None) if dequantize else keep_job(own, None)
-        outcomes[DRAFTER] = Outcome()
-    check_disk(output, sum(one.nbytes for one in jobs.values()))
-    with finished_folder(output) as part:
-        write_jobs(jobs, outcomes, part, "Fusing")
+    name = output.absolute().name
+    with written(jobs, output, "Fusing") as part:
         kept = share_kept(fused, part)
-        if (said := copy_files(base.folder, part, base.parsed.generation)) is not None:
-            note(said)
+        made_from = f"{name_of(source or model)} with the adapter {name_of(str(adapter))}"
+        base_model = base_of(original.folder) if expanded(source or model).exists() else source or model
+        bits = recipe or ("full precision" if dequantize or not base.is_quantized else "as the model")
+        add_rest(part, jobs, base, name, made_from, base_model, bits)
         if gguf:
-            write_gguf(fused, part, output.absolute().name, gguf_kind(outcome))
-        write_card(
-            part,
-            name=output.absolute().name,
-            source=f"{name_of(source or model)} with the adapter {name_of(str(adapter))}",
-            base_model=base_of(original.folder) if expanded(source or model).exists() else source or model,
-            recipe=recipe or ("full precision" if dequantize or not base.is_quantized else "as the model"),
-            target=outcomes[""].figures,
-            drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
-            config=job.source.parsed,
-        )
-    for folder, one in outcomes.items():
-        print_outcome(output / folder, jobs[folder], one)
+            write_gguf(fused, part, name, gguf_kind(jobs[""].outcome))
     for file in sorted(output.glob("*.gguf")):
         print(f"{file}: {size_text(file.stat().st_size)}")
     print(f"{len(fused_paths(fused))} matrices are adapted; {100 * kept:.1f} % of what the adapter changes is kept")
+
+
+def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize: bool) -> Job:
+    """base: the model; fused: that with the adapter, or its source."""
+    if dequantize:
+        return make_job(fused, FULL_PRECISION, None)
+    if recipe is None:
+        if fused.is_quantized:
+            note("without --source what is adapted is stored at 8 bits: on fewer most of what was learnt would be lost")
+        return adapted_job(fused, base)
+    if fused.is_quantized:
+        raise ValueError(
+            f"recipe {recipe.name} would round weights that are quantized already; expected the original ones too, "
+            "--source, or no recipe"
+        )
+    job = make_job(fused, recipe, None)
+    if recipe.lattice and not job.on_lattice:
+        raise ValueError(
+            f"with the adapter none of the {len(job.planned)} matrices lies on a 4-bit lattice; expected another "
+            f"recipe than {recipe.name}"
+        )
+    return job
 
 
 def gguf_kind(outcome: Outcome) -> str:
@@ -100,28 +99,6 @@ def write_gguf(fused: Source, part: Path, name: str, kind: str) -> None:
     total = sum(nbytes(own.shape, own.dtype) for own in fused.tensors.values())
     with SizeBar(f"Writing {kind}") as bar:
         bar.count(export(fused, part, name, kind), total)
-
-
-def how_to_write(fused: Source, base: Source, recipe: Recipe | None, dequantize: bool) -> tuple[Job, Outcome]:
-    """base: the model; fused: that with the adapter, or its source."""
-    if dequantize:
-        return make_job(fused, FULL_PRECISION, None), Outcome()
-    if recipe is not None:
-        if fused.is_quantized:
-            raise ValueError(
-                f"recipe {recipe.name} would round weights that are quantized already; expected the original ones too, "
-                "--source, or no recipe"
-            )
-        job = make_job(fused, recipe, None)
-        if recipe.lattice and not job.on_lattice:
-            raise ValueError(
-                f"with the adapter none of the {len(job.planned)} matrices lies on a 4-bit lattice; expected another "
-                f"recipe than {recipe.name}"
-            )
-        return job, Outcome()
-    if fused.is_quantized:
-        note("without --source what is adapted is stored at 8 bits: on fewer most of what was learnt would be lost")
-    return adapted_job(fused, base)
 
 
 def main() -> int:

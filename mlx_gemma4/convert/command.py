@@ -2,7 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,6 @@ from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
 from mlx_gemma4.convert.job import (
     LATTICE_REPORT,
     Job,
-    Outcome,
     Source,
     copy_files,
     finished_folder,
@@ -284,38 +284,41 @@ def convert_folder(source: Source, hf_path: str, beside: str, output: Path, name
     jobs = {"": target_job(source, hf_path, settings)}
     if (found := find_drafter_source(source, beside, settings.drafter)) is not None:
         jobs[DRAFTER] = drafter_job(found, settings)
-    check_disk(output, sum(job.nbytes for job in jobs.values()))
-    outcomes = {folder: Outcome() for folder in jobs}
-    with finished_folder(output) as part:
-        write_jobs(jobs, outcomes, part, "Converting")
-        target = outcomes[""]
-        if settings.recipe is not None and settings.recipe.lattice and not target.lattices:
+    with written(jobs, output, "Converting") as part:
+        if settings.recipe is not None and settings.recipe.lattice and not jobs[""].outcome.lattices:
             raise none_on_lattice(jobs[""], hf_path)
-        assert isinstance(source.parsed, ModelConfig)
-        if (said := copy_files(source.folder, part, source.parsed.generation)) is not None:
-            note(said)
-        is_local = expanded(hf_path).exists()
-        base_model = base_of(source.folder) if is_local else hf_path
+        base_model = base_of(source.folder) if expanded(hf_path).exists() else hf_path
         is_demo = source.folder.resolve() == DEMO.resolve()  # it holds no weights of Google's
-        write_card(
-            part,
-            name=name,
-            source=name_of(hf_path),
-            base_model=None if is_demo else base_model,
-            recipe=settings.recipe.name if settings.recipe is not None else "full precision",
-            target=target.figures,
-            drafter=outcomes[DRAFTER].figures if DRAFTER in outcomes else None,
-            config=source.parsed,
-        )
-    for folder, outcome in outcomes.items():
-        print_outcome(output / folder, jobs[folder], outcome)
+        recipe = settings.recipe.name if settings.recipe is not None else "full precision"
+        add_rest(part, jobs, source, name, name_of(hf_path), None if is_demo else base_model, recipe)
 
 
-def write_jobs(jobs: Mapping[str, Job], outcomes: Mapping[str, Outcome], part: Path, title: str) -> None:
-    """Write the models of some folders into `part`, with a bar."""
-    steps = (write_model(job, part / folder, outcomes[folder]) for folder, job in jobs.items())
-    with SizeBar(title) as bar:
-        bar.count(chain.from_iterable(steps), sum(job.source_nbytes for job in jobs.values()))
+@contextmanager
+def written(jobs: Mapping[str, Job], output: Path, title: str) -> Iterator[Path]:
+    """The models of some folders, in one that gets its name `output` when the block, which adds the rest, has ended
+    without an error; then what became of them is said."""
+    check_disk(output, sum(job.nbytes for job in jobs.values()))
+    with finished_folder(output) as part:
+        steps = (write_model(job, part / folder) for folder, job in jobs.items())
+        with SizeBar(title) as bar:
+            bar.count(chain.from_iterable(steps), sum(job.source_nbytes for job in jobs.values()))
+        yield part
+    for folder, job in jobs.items():
+        print_outcome(output / folder, job)
+
+
+def add_rest(
+    part: Path, jobs: Mapping[str, Job], origin: Source, name: str, made_from: str, base_model: str | None, recipe: str
+) -> None:
+    """What a model folder has beside its weights: tokenizer and settings, which are those of `origin`, and a card."""
+    target = jobs[""]
+    assert isinstance(origin.parsed, ModelConfig) and isinstance(target.source.parsed, ModelConfig)
+    if (said := copy_files(origin.folder, part, origin.parsed.generation)) is not None:
+        note(said)
+    write_card(
+        part, name=name, source=made_from, base_model=base_model, recipe=recipe, target=target.outcome.figures,
+        drafter=jobs[DRAFTER].outcome.figures if DRAFTER in jobs else None, config=target.source.parsed,
+    )  # fmt: skip
 
 
 def check_disk(output: Path, needed: int) -> None:
@@ -329,8 +332,9 @@ def check_disk(output: Path, needed: int) -> None:
         )
 
 
-def print_outcome(folder: Path, job: Job, outcome: Outcome) -> None:
+def print_outcome(folder: Path, job: Job) -> None:
     """What was written, and what of it is not as the recipe has it."""
+    outcome = job.outcome
     print(f"{folder}: {outcome.figures.text}")
     left = [path for path, own in outcome.used.items() if own is None and job.planned.get(path) is None]
     if left and any(outcome.used.values()):

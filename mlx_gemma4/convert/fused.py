@@ -81,7 +81,7 @@ def is_packed(source: Source, path: str) -> bool:
     return f"{path.removesuffix('.weight')}.scales" in source.stored
 
 
-def adapted_job(fused: Source, model: Source) -> tuple[Job, Outcome]:
+def adapted_job(fused: Source, model: Source) -> Job:
     """How to write a model whose adapted matrices are those of `fused`, which is it or its original; what is not
     adapted stays as it is.
 
@@ -101,7 +101,7 @@ def adapted_job(fused: Source, model: Source) -> tuple[Job, Outcome]:
             own = Quantization(own.group_size if own.mode == "affine" else 32, ADAPTED_BITS, "affine")
         planned[path] = own
     job = make_job(model, Recipe("full precision", None), None)
-    return replace(job, tensors=tensors, planned=planned), outcome
+    return replace(job, tensors=tensors, planned=planned, outcome=outcome)
 
 
 def check_same_model(source: Source, model: Source) -> None:

@@ -93,8 +93,27 @@ class Source:
 
 
 @dataclass(frozen=True)
+class LatticeLine:
+    """How a matrix was stored on its lattice."""
+
+    name: str
+    blocks: int
+    inexact: int
+    error: float
+
+
+@dataclass
+class Outcome:
+    """What became of the tensors of one model; filled while they are written."""
+
+    used: dict[str, Quantization | None] = field(default_factory=dict)  # by path, matrices only
+    lattices: list[LatticeLine] = field(default_factory=list)
+    figures: Figures = Figures(0, 0)  # noqa: RUF009 (frozen)
+
+
+@dataclass(frozen=True)
 class Job:
-    """One model to write."""
+    """One model to write, and what became of it."""
 
     source: Source
     tensors: dict[str, Rows]
@@ -103,6 +122,7 @@ class Job:
     on_lattice: frozenset[str]  # paths that seem to lie on one, and are stored there if they do
     dtype: mx.Dtype  # of what is not quantized, and of scales
     float32_scales: bool  # of lattices
+    outcome: Outcome = field(default_factory=Outcome)
 
     def dtype_of(self, path: str) -> mx.Dtype:
         """Scales that are kept are rounded only where another type was asked for: a lattice's may be wider."""
@@ -128,25 +148,6 @@ class Job:
     @property
     def source_nbytes(self) -> int:
         return sum(nbytes(tensor.shape, tensor.dtype) for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class LatticeLine:
-    """How a matrix was stored on its lattice."""
-
-    name: str
-    blocks: int
-    inexact: int
-    error: float
-
-
-@dataclass
-class Outcome:
-    """What became of the tensors of one model; filled while they are written."""
-
-    used: dict[str, Quantization | None] = field(default_factory=dict)  # by path, matrices only
-    lattices: list[LatticeLine] = field(default_factory=list)
-    figures: Figures = Figures(0, 0)  # noqa: RUF009 (frozen)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -262,32 +263,32 @@ def float32_rows(tensor: Rows, start: int, stop: int) -> np.ndarray:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def write_model(job: Job, folder: Path, outcome: Outcome) -> Iterator[int]:
+def write_model(job: Job, folder: Path) -> Iterator[int]:
     """Write weights and config.json; yields the bytes of the source as they are done."""
     folder.mkdir(parents=True, exist_ok=True)
     before = mx.set_cache_limit(CACHE_BYTES)
     try:
         with ShardWriter(folder) as writer:
             for path, tensor in job.tensors.items():
-                yield from write_tensor(job, path, tensor, writer, outcome)
+                yield from write_tensor(job, path, tensor, writer)
     finally:
         mx.set_cache_limit(before)
-    outcome.figures = Figures(writer.nbytes, job.source.weights)
-    write_config(job, folder, outcome)
-    if outcome.lattices:
-        write_lattice_report(folder, outcome.lattices)
+    job.outcome.figures = Figures(writer.nbytes, job.source.weights)
+    write_config(job, folder)
+    if job.outcome.lattices:
+        write_lattice_report(folder, job.outcome.lattices)
 
 
-def write_tensor(job: Job, path: str, tensor: Rows, writer: ShardWriter, outcome: Outcome) -> Iterator[int]:
+def write_tensor(job: Job, path: str, tensor: Rows, writer: ShardWriter) -> Iterator[int]:
     name, own, dtype = job.source.names[path], job.planned.get(path), job.dtype_of(path)
     if path in job.on_lattice:
         line = yield from write_on_lattice(job, path, tensor, writer)
         if line is not None:
-            outcome.used[path] = lattice.QUANTIZATION
-            outcome.lattices.append(line)
+            job.outcome.used[path] = lattice.QUANTIZATION
+            job.outcome.lattices.append(line)
             return
     if path in job.planned:
-        outcome.used[path] = own
+        job.outcome.used[path] = own
     writer.begin({name: (tensor.shape, dtype)} if own is None else layout(name, tensor.shape, own, dtype))
     for start, stop in block_ranges(tensor):
         rows = tensor.rows(start, stop).astype(dtype)
@@ -340,12 +341,12 @@ def named_parts(name: str, *parts: mx.array) -> dict[str, mx.array]:
     return {f"{module}.{part}": array for part, array in zip(("weight", "scales", "biases"), parts, strict=False)}
 
 
-def write_config(job: Job, folder: Path, outcome: Outcome) -> None:
+def write_config(job: Job, folder: Path) -> None:
     config = dict(job.config)
     config["dtype"] = next(name for name, dtype in COMPUTING.items() if dtype == job.dtype)
     tied = {"tie_word_embeddings": job.source.parsed.text.tie_word_embeddings}
     config |= tied | {"text_config": config["text_config"] | tied}
-    names = {job.source.names[path].removesuffix(".weight"): own for path, own in outcome.used.items()}
+    names = {job.source.names[path].removesuffix(".weight"): own for path, own in job.outcome.used.items()}
     if (quantization := config_quantization(names)) is not None:
         # the key that Hugging Face knows, too
         config |= {"quantization": quantization, "quantization_config": quantization}
