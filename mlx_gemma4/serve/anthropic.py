@@ -157,7 +157,7 @@ def add_system(turns: Turns, blocks: list[Any], where: str) -> None:
 def kind_of(block: Any, where: str) -> str:
     kind = block.get("type") if isinstance(block, dict) else None
     if not isinstance(kind, str):
-        raise Refused(f"{where} has no type; expected a block such as {{type: text, text: …}}", field=where)
+        raise Refused(f"{where} has no type; expected a block such as {{type: text, text: …}}")
     return kind
 
 
@@ -251,7 +251,7 @@ def choice_of(choice: Choice | None, tools: list[dict[str, Any]]) -> str:
 def asked(body: dict[str, Any]) -> tuple[Ask, Request]:
     request = checked(Request, body)
     if request.mcp_servers:
-        raise Refused("mcp_servers is not empty; expected none: this server calls no others", field="mcp_servers")
+        raise Refused("mcp_servers is not empty; expected none: this server calls no others")
     if request.thread is not None:  # by this code clients know that they are to send all that was said, as before
         message = "thread is given; expected the whole conversation: this server keeps none"
         raise Refused(message, field="thread", code="thread_unsupported_request")

@@ -86,7 +86,7 @@ class Drawn(Body):
             return None
         wrong = next((key for key in self.logit_bias if not key.isdecimal() or len(key) > 9), None)
         if wrong is not None:
-            raise Refused(f"logit_bias has the key {shown(wrong)}; expected token ids", field="logit_bias")
+            raise Refused(f"logit_bias has the key {shown(wrong)}; expected token ids")
         return {int(key): value for key, value in self.logit_bias.items()}
 
     @property
@@ -164,7 +164,7 @@ def choice_of(choice: Any, tools: list[dict[str, Any]]) -> str:
     name = tool_choice(choice) if isinstance(choice, dict) else None
     if choice != "required" and not isinstance(name, str):
         got = shown(choice)
-        raise Refused(f"tool_choice is {got}; expected auto, none, required or a function's name", field="tool_choice")
+        raise Refused(f"tool_choice is {got}; expected auto, none, required or a function's name")
     if not tools:
         raise Refused("tool_choice asks for a call; expected tools beside it", field="tool_choice")
     return "required" if name is None else name
@@ -182,9 +182,9 @@ def thinking_of(request: Request) -> tuple[bool | None, int | None]:
 
 def asked(request: Request) -> Ask:
     if request.functions:  # unheard, they would never be called
-        raise Refused("functions is not empty; expected none, and tools in their place", field="functions")
+        raise Refused("functions is not empty; expected none, and tools in their place")
     if "audio" in (request.modalities or ()):
-        raise Refused("modalities has audio; expected text alone", field="modalities")
+        raise Refused("modalities has audio; expected text alone")
     tools = [tool for tool in request.tools or () if tool.get("type", "function") == "function"]  # ours to call
     choice, tools = chosen(request.tool_choice, tools)
     thinking, budget = thinking_of(request)

@@ -28,7 +28,7 @@ def prompts_of(prompt: Any) -> tuple[str | list[int], ...]:
     alone = isinstance(prompt, str) or is_ids(prompt)
     found = [prompt] if alone else prompt
     if not isinstance(found, list) or not found or not all(isinstance(own, str) or is_ids(own) for own in found):
-        raise Refused(f"prompt is {shown(prompt)}; expected a text, token ids, or a list of these", field="prompt")
+        raise Refused(f"prompt is {shown(prompt)}; expected a text, token ids, or a list of these")
     return tuple(found)
 
 
@@ -41,7 +41,7 @@ class Completions(OpenAI):
         request = checked(Request, body)
         for field, value in (("suffix", request.suffix), ("best_of", request.best_of)):
             if value not in (None, "", request.n or 1):
-                raise Refused(f"{field} is {shown(value)}; expected none: this server has no such thing", field=field)
+                raise Refused(f"{field} is {shown(value)}; expected none: this server has no such thing")
         prompts, replies = prompts_of(request.prompt), request.n or 1
         if len(prompts) * replies > MOST_CHOICES and len(prompts) > 1:
             raise Refused(f"prompt has {len(prompts)} entries; expected at most {MOST_CHOICES // replies}")

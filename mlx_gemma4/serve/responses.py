@@ -165,7 +165,7 @@ class Custom(Body):
 
 def add_item(turns: Turns, item: Any, where: str) -> None:
     if not isinstance(item, dict):
-        raise Refused(f"{where} is {shown(item)}; expected an item such as {{role: user, content: …}}", field=where)
+        raise Refused(f"{where} is {shown(item)}; expected an item such as {{role: user, content: …}}")
     kind = item.get("type") or ("message" if "role" in item else None)
     if kind == "message":
         add_message(turns, checked(Message, item, where), where)
@@ -207,7 +207,7 @@ def add_call(turns: Turns, call: FunctionCall, where: str) -> None:
     if isinstance(arguments, dict):
         turns.call(call.call_id, joined_name(call.namespace, call.name), arguments)
     elif call.status != "incomplete":  # one that was cut has never been made
-        raise Refused(f"{where} is {shown(call.arguments)}; expected a JSON object", field=where)
+        raise Refused(f"{where} is {shown(call.arguments)}; expected a JSON object")
 
 
 def parts_of(content: list[Any], where: str) -> list[Part]:
@@ -217,7 +217,7 @@ def parts_of(content: list[Any], where: str) -> list[Part]:
 def part_of(part: Any, where: str) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
-        raise Refused(f"{where} has no type; expected a part such as {{type: input_text, text: …}}", field=where)
+        raise Refused(f"{where} has no type; expected a part such as {{type: input_text, text: …}}")
     if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
         return text(checked(Told, part, where).text)
     if kind in ("input_image", "input_file") and part.get("file_id") is not None:
@@ -315,7 +315,7 @@ def response_format(form: Format | None) -> Any:
     if form.type == "json_object":
         return "json"
     if form.schema_ is None:
-        raise Refused("text.format.schema is missing; expected a JSON schema", field="text.format.schema")
+        raise Refused("text.format.schema is missing; expected a JSON schema")
     return form.schema_
 
 
@@ -375,9 +375,9 @@ class Responses:
         request = checked(Request, body)
         for key, value in (("background", request.background), ("prompt", request.prompt)):
             if value:
-                raise Refused(f"{key} is {shown(value)}; expected none: this server has no such thing", field=key)
+                raise Refused(f"{key} is {shown(value)}; expected none: this server has no such thing")
         if request.conversation is not None:
-            raise Refused("conversation is given; expected previous_response_id", field="conversation")
+            raise Refused("conversation is given; expected previous_response_id")
         before = [] if request.previous_response_id is None else self.shelf.items(scope, request.previous_response_id)
         new = [self.referred(scope, item, f"input[{n}]") for n, item in enumerate(request.input)]
         turns = Turns()
@@ -391,14 +391,14 @@ class Responses:
             else:
                 add_item(turns, item, where)
         if not turns.messages:
-            raise Refused("input is empty; expected a text or items", field="input")
+            raise Refused("input is empty; expected a text or items")
         tools, offered = declared(request.tools or [])
         for item, where in more:
             inner, told = declared(checked(MoreTools, item, where).tools, f"{where}.tools")
             tools, offered = [*tools, *inner], offered | told
         tool_choice, tools = chosen(request.tool_choice, tools)
         if LOGPROBS in (request.include or ()):
-            raise Refused(f"include holds {LOGPROBS}; expected it in /v1/chat/completions", field="include")
+            raise Refused(f"include holds {LOGPROBS}; expected it in /v1/chat/completions")
         form = response_format(request.text.format if request.text else None)
         thinking, budget = thought_of(request.reasoning.effort if request.reasoning else None, "reasoning.effort")
         ask = Ask(

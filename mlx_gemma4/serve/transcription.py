@@ -94,14 +94,14 @@ async def read_fields(form: FormData) -> Transcription:
 
     file = form.get("file")
     if not isinstance(file, UploadFile):
-        raise Refused("file is missing; expected a recording", field="file")
+        raise Refused("file is missing; expected a recording")
     kind = field("response_format") or "json"
     if kind not in FORMATS:
-        raise Refused(f"response_format is {shown(kind)}; expected {', '.join(FORMATS)}", field="response_format")
+        raise Refused(f"response_format is {shown(kind)}; expected {', '.join(FORMATS)}")
     if field("stream").lower() in ("true", "1"):
-        raise Refused("stream is true; expected false: transcriptions come whole", field="stream")
+        raise Refused("stream is true; expected false: transcriptions come whole")
     if "word" in form.getlist("timestamp_granularities[]"):
-        raise Refused("timestamp_granularities has word; expected segment", field="timestamp_granularities")
+        raise Refused("timestamp_granularities has word; expected segment")
     try:
         temperature = float(field("temperature") or 0)
     except ValueError:

@@ -40,7 +40,7 @@ class Turns:
             if any(call["id"] == id for call in self.messages[index].get("tool_calls", ())):
                 break
         else:
-            raise Refused(f"{where} is {shown(id)}; expected the id of a tool call before it", field=where)
+            raise Refused(f"{where} is {shown(id)}; expected the id of a tool call before it")
         index += 1
         while index < len(self.messages) and self.messages[index]["role"] == "tool":
             index += 1
