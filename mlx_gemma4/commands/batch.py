@@ -19,6 +19,7 @@ from typing import Annotated, Any, BinaryIO
 import mlx.core as mx
 import typer
 
+from mlx_gemma4 import flags
 from mlx_gemma4.commands.generate import load_shown
 from mlx_gemma4.config import computing_type
 from mlx_gemma4.decoding.store import PromptStore
@@ -26,26 +27,12 @@ from mlx_gemma4.engine.completion import asked, completion, failure
 from mlx_gemma4.engine.engine import AHEAD, Engine, check_max_batch
 from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import a, one_line, shown
+from mlx_gemma4.flags import above_0, adapters_of
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import with_media_from
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import collect
-from mlx_gemma4.terminal import (
-    Adapters,
-    Bar,
-    Debug,
-    DrafterName,
-    DType,
-    KvBits,
-    ModelName,
-    Split,
-    StoreFolder,
-    Version,
-    above_0,
-    adapters_of,
-    awake,
-    run,
-)
+from mlx_gemma4.terminal import Bar, awake, run
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release, same
 
@@ -57,16 +44,16 @@ BOM = b"\xef\xbb\xbf"
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
-    model: ModelName = DEFAULT_MODEL,
+    model: flags.ModelName = DEFAULT_MODEL,
     max_batch: Annotated[int, above_0("Replies that are written at once, at most.")] = 8,
-    drafter: DrafterName = "auto",
-    store: StoreFolder = None,
-    adapter: Adapters = [],  # noqa: B006
-    dtype: DType = None,
-    kv_bits: KvBits = None,
-    split: Split = None,
-    version: Version = False,
-    debug: Debug = False,
+    drafter: flags.DrafterName = "auto",
+    store: flags.StoreFolder = None,
+    adapter: flags.Adapters = [],  # noqa: B006
+    dtype: flags.DType = None,
+    kv_bits: flags.KvBits = None,
+    split: flags.Split = None,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Answer a file of chat completions, many at once. Called again, it goes on where it stopped."""
     check_max_batch(max_batch)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
+from mlx_gemma4 import flags
 from mlx_gemma4.agent.agent import Agent, Call, Result
 from mlx_gemma4.agent.tools import printable
 from mlx_gemma4.commands.generate import check_media, go_on, load_shown, parse_draft_length, print_reply
@@ -28,39 +29,13 @@ from mlx_gemma4.engine.request import Options
 from mlx_gemma4.engine.session import Session, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped, leave
 from mlx_gemma4.errors import FetchError, MediaError, TooLongError, one_line, shown, unbroken, with_name
+from mlx_gemma4.flags import adapters_of, check_name, option
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import MEDIA, Message, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
-from mlx_gemma4.terminal import (
-    Adapters,
-    Debug,
-    DrafterName,
-    DraftLength,
-    DType,
-    ImageBudget,
-    KvBits,
-    MaxTokens,
-    MinP,
-    ModelName,
-    RepetitionPenalty,
-    Seed,
-    Split,
-    StoreFolder,
-    System,
-    Temperature,
-    Thinking,
-    TopK,
-    TopP,
-    Version,
-    adapters_of,
-    check_name,
-    is_screen,
-    option,
-    run,
-    show_warning,
-)
+from mlx_gemma4.terminal import is_screen, run, show_warning
 from mlx_gemma4.weights.load import DEFAULT_MODEL, check_split, find_checkpoint, footprint_of
 from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
@@ -75,32 +50,32 @@ SHOWN_RESULT = 200  # characters
 
 
 def chat(
-    model: ModelName = DEFAULT_MODEL,
-    system: System = None,
-    thinking: Thinking = False,
+    model: flags.ModelName = DEFAULT_MODEL,
+    system: flags.System = None,
+    thinking: flags.Thinking = False,
     session: Annotated[
         str | None, option("NAME", "Go on with the conversation of this name, or in this folder; keep it there.")
     ] = None,
     mcp: Annotated[Path | None, option("FILE", "Servers whose tools may be called: a file with mcpServers.")] = None,
     skills: Annotated[Path | None, option("FOLDER", "Folders with a SKILL.md.")] = None,
     allow: Annotated[list[str], option("TOOL", "Run this tool unasked, or those that git_* names; repeatable.")] = [],  # noqa: B006
-    max_tokens: MaxTokens = 4096,
-    temp: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
-    image_budget: ImageBudget = None,
-    drafter: DrafterName = "auto",
-    draft_length: DraftLength = "auto",
-    adapter: Adapters = [],  # noqa: B006
-    dtype: DType = None,
-    kv_bits: KvBits = None,
-    split: Split = None,
-    store: StoreFolder = None,
-    version: Version = False,
-    debug: Debug = False,
+    max_tokens: flags.MaxTokens = 4096,
+    temp: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    seed: flags.Seed = None,
+    image_budget: flags.ImageBudget = None,
+    drafter: flags.DrafterName = "auto",
+    draft_length: flags.DraftLength = "auto",
+    adapter: flags.Adapters = [],  # noqa: B006
+    dtype: flags.DType = None,
+    kv_bits: flags.KvBits = None,
+    split: flags.Split = None,
+    store: flags.StoreFolder = None,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Talk with Gemma 4 in a terminal. Drop files into it; /help says more. Ctrl-C stops a reply, Ctrl-D ends."""
     sampling = Sampling(temp, top_p, top_k, min_p, repetition_penalty, seed)

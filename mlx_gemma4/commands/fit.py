@@ -13,25 +13,14 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
-from mlx_gemma4 import __version__
+from mlx_gemma4 import __version__, flags
 from mlx_gemma4.config import FULL, computing_type, expanded, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, nbytes_at
 from mlx_gemma4.errors import one_line, shown
+from mlx_gemma4.flags import above_0, option, switch
 from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
-from mlx_gemma4.terminal import (
-    FAILED,
-    Debug,
-    DrafterName,
-    DType,
-    KvBits,
-    Version,
-    above_0,
-    flag,
-    option,
-    run,
-    size_text,
-)
+from mlx_gemma4.terminal import FAILED, run, size_text
 from mlx_gemma4.tune.plan import TuningPlan, longest_row, of_plan, smaller_tuning
 from mlx_gemma4.weights.computing import emulates_bfloat16
 from mlx_gemma4.weights.link import even_latency
@@ -77,18 +66,18 @@ def fit(
         str | None, option("SIZE", "Of another Mac, such as 16GB; of several that share it: 16GB,24GB.")
     ] = None,
     hosts: Annotated[Path | None, option("FILE", "Of mlx.launch: asks these machines for their memory.")] = None,
-    drafter: DrafterName = "auto",
-    dtype: DType = None,
-    kv_bits: KvBits = None,
-    tune: Annotated[bool, flag("For a step of mlx_gemma4.tune instead of a reply.", "--tune")] = False,
+    drafter: flags.DrafterName = "auto",
+    dtype: flags.DType = None,
+    kv_bits: flags.KvBits = None,
+    tune: Annotated[bool, switch("For a step of mlx_gemma4.tune instead of a reply.", "--tune")] = False,
     max_seq_length: Annotated[int | None, above_0("Of --tune: tokens of the longest row; 2048.")] = None,
     batch_size: Annotated[int | None, above_0("Of --tune: its rows come one after the other; 1.")] = None,
     rank: Annotated[int | None, above_0("Of --tune: the adapter's; 8.")] = None,
     grad_checkpoint: Annotated[
-        bool | None, flag("Of --tune: layers are computed twice, or not.", "--grad-checkpoint/--no-grad-checkpoint")
+        bool | None, switch("Of --tune: layers are computed twice, or not.", "--grad-checkpoint/--no-grad-checkpoint")
     ] = None,
-    version: Version = False,
-    debug: Debug = False,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> int:
     """Say what memory a model needs and whether it is there; exit status 1 if not. No weights are read."""
     of_training = {

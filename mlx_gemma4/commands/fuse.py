@@ -4,13 +4,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+from mlx_gemma4 import flags
 from mlx_gemma4.config import ModelConfig, expanded
 from mlx_gemma4.convert.card import base_of, name_of
 from mlx_gemma4.convert.command import DRAFTER, add_rest, check_output, note, written
 from mlx_gemma4.convert.fused import adapted_job, check_same_model, fused_paths, share_kept, with_adapter
 from mlx_gemma4.convert.job import Job, Outcome, Source, keep_job, make_job, open_drafter, open_target
 from mlx_gemma4.convert.recipes import Recipe, named_recipe
-from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, flag, option, run, size_text
+from mlx_gemma4.flags import option, switch
+from mlx_gemma4.terminal import SizeBar, run, size_text
 from mlx_gemma4.weights.load import DEFAULT_MODEL, find_drafter, find_folder
 from mlx_gemma4.weights.tensors import nbytes
 
@@ -27,11 +29,11 @@ def fuse(
         str | None, option("MODEL", "The model's original weights: nothing of the adapter is lost.")
     ] = None,
     recipe: Annotated[str | None, option("NAME", "4bit, 8bit, mixed or qat; else the bits that the model has.")] = None,
-    dequantize: Annotated[bool, flag("In full precision.", "--dequantize", "-d")] = False,
-    gguf: Annotated[bool, flag("llama.cpp's files too: Q4_0, Q8_0 or BF16, as the bits are.", "--gguf")] = False,
-    drafter: DrafterName = "auto",
-    version: Version = False,
-    debug: Debug = False,
+    dequantize: Annotated[bool, switch("In full precision.", "--dequantize", "-d")] = False,
+    gguf: Annotated[bool, switch("llama.cpp's files too: Q4_0, Q8_0 or BF16, as the bits are.", "--gguf")] = False,
+    drafter: flags.DrafterName = "auto",
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Put an adapter into the weights of its model, tensor by tensor."""
     if recipe is not None and dequantize:

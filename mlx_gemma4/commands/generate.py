@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from mlx_gemma4 import flags
 from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
@@ -16,73 +17,47 @@ from mlx_gemma4.engine.request import Options, Request
 from mlx_gemma4.engine.session import Saved, Session, Settings, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import one_line, shown
+from mlx_gemma4.flags import option
 from mlx_gemma4.media.source import local_path
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import Message, media_parts, request_messages
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.reply.reply import Piece, Stats
-from mlx_gemma4.terminal import (
-    Adapter,
-    Bar,
-    Debug,
-    DrafterName,
-    DraftLength,
-    DType,
-    ImageBudget,
-    KvBits,
-    MaxTokens,
-    MinP,
-    ModelName,
-    RepetitionPenalty,
-    Seed,
-    SizeBar,
-    Split,
-    System,
-    Temperature,
-    Thinking,
-    TopK,
-    TopP,
-    Version,
-    is_screen,
-    option,
-    run,
-    show_warning,
-    without_controls,
-)
+from mlx_gemma4.terminal import Bar, SizeBar, is_screen, run, show_warning, without_controls
 from mlx_gemma4.weights.load import DEFAULT_MODEL, Checkpoint, check_split, find_checkpoint, load_values
 from mlx_gemma4.weights.peers import follows, launched, lead, release, same
 
 
 def generate(
     prompt: Annotated[str, option("TEXT", "What to ask; - reads standard input.", "--prompt", "-p")],
-    model: ModelName = DEFAULT_MODEL,
+    model: flags.ModelName = DEFAULT_MODEL,
     image: Annotated[list[str], option("FILE", "An image file or URL; repeatable.")] = [],  # noqa: B006
     audio: Annotated[list[str], option("FILE", "A sound file or URL; repeatable.")] = [],  # noqa: B006
     video: Annotated[list[str], option("FILE", "A video file or URL; repeatable. Its sound is not heard.")] = [],  # noqa: B006
-    system: System = None,
-    thinking: Thinking = False,
-    max_tokens: MaxTokens = 1024,
-    temp: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
-    image_budget: ImageBudget = None,
-    drafter: DrafterName = "auto",
-    draft_length: DraftLength = "auto",
-    adapter: Adapter = None,
-    dtype: DType = None,
-    kv_bits: KvBits = None,
-    split: Split = None,
+    system: flags.System = None,
+    thinking: flags.Thinking = False,
+    max_tokens: flags.MaxTokens = 1024,
+    temp: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    seed: flags.Seed = None,
+    image_budget: flags.ImageBudget = None,
+    drafter: flags.DrafterName = "auto",
+    draft_length: flags.DraftLength = "auto",
+    adapter: flags.Adapter = None,
+    dtype: flags.DType = None,
+    kv_bits: flags.KvBits = None,
+    split: flags.Split = None,
     session: Annotated[
         Path | None, option("FOLDER", "Go on with the conversation in a folder, and keep it there.")
     ] = None,
     schema: Annotated[Path | None, option("FILE", "Hold the answer to a JSON schema, or to another form.")] = None,
     stop: Annotated[list[str], option("TEXT", "The answer ends before this; repeatable.")] = [],  # noqa: B006
     repetition_detection: Annotated[str, option("MODE", "auto ends a reply that only repeats itself; off.")] = "auto",
-    version: Version = False,
-    debug: Debug = False,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Ask Gemma 4 about text, images, sounds and videos. What is not given comes from the checkpoint."""
     lead()

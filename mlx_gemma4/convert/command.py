@@ -11,6 +11,7 @@ from typing import Annotated
 
 import mlx.core as mx
 
+from mlx_gemma4 import flags
 from mlx_gemma4.config import ModelConfig, computing_type, expanded
 from mlx_gemma4.convert.card import base_of, name_of, write_card
 from mlx_gemma4.convert.gguf import GGUFTensor, has_blocks
@@ -30,7 +31,8 @@ from mlx_gemma4.convert.job import (
 )
 from mlx_gemma4.convert.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
 from mlx_gemma4.errors import CheckpointError, shown
-from mlx_gemma4.terminal import Debug, DrafterName, SizeBar, Version, check_name, flag, option, run, whole
+from mlx_gemma4.flags import check_name, option, switch, whole
+from mlx_gemma4.terminal import SizeBar, run
 from mlx_gemma4.weights.load import DEMO, find_drafter, find_folder
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
@@ -66,16 +68,16 @@ def convert(
     scales: Annotated[
         str | None, option("NAME", "Of --recipe qat: bfloat16, or float32, which is always exact.")
     ] = None,
-    dequantize: Annotated[bool, flag("Back to full precision.", "--dequantize", "-d")] = False,
-    drafter: DrafterName = "auto",
-    no_drafter: Annotated[bool, flag("Convert the model alone.", "--no-drafter")] = False,
+    dequantize: Annotated[bool, switch("Back to full precision.", "--dequantize", "-d")] = False,
+    drafter: flags.DrafterName = "auto",
+    no_drafter: Annotated[bool, switch("Convert the model alone.", "--no-drafter")] = False,
     drafter_bits: Annotated[int, whole("Bits a weight of the drafter.")] = 4,
     media_from: Annotated[
         str | None, option("MODEL", "For a .gguf: where tokenizer and embedders for images and sounds are.")
     ] = None,
     upload_repo: Annotated[str | None, option("REPO", "Upload the conversion to the hub.")] = None,
-    version: Version = False,
-    debug: Debug = False,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Convert Gemma 4 and its drafter for MLX, quantized, in less memory than the model has."""
     files = find_gguf(hf_path)

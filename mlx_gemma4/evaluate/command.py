@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
+from mlx_gemma4 import flags
 from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.convert.card import CARD, name_of
 from mlx_gemma4.errors import CheckpointError
@@ -28,22 +29,10 @@ from mlx_gemma4.evaluate.quality import (
     read_exchanges,
     unpack,
 )
+from mlx_gemma4.flags import above_0, check_name, option, switch
 from mlx_gemma4.prompt.messages import json_lines, with_media_from
 from mlx_gemma4.prompt.processor import load_processor
-from mlx_gemma4.terminal import (
-    Adapter,
-    Bar,
-    Debug,
-    DrafterName,
-    DType,
-    KvBits,
-    Version,
-    above_0,
-    check_name,
-    flag,
-    option,
-    run,
-)
+from mlx_gemma4.terminal import Bar, run
 from mlx_gemma4.weights.load import Adapters, Checkpoint, find_adapter, find_drafter, find_folder, look_through
 from mlx_gemma4.weights.peers import follows, hear, launched, lead, release
 from mlx_gemma4.weights.writing import part_of, write_text
@@ -65,13 +54,13 @@ def evaluate(
         Path | None, option("FILE", "Save what the reference says, to compare with elsewhere.")
     ] = None,
     max_tokens: Annotated[int | None, above_0("Of each answer, count the first N tokens.")] = None,
-    drafter: DrafterName = "auto",
-    write_card: Annotated[bool, flag("Write the figures into the candidates' README.md.", "--write-card")] = False,
-    adapter: Adapter = None,
-    dtype: DType = None,
-    kv_bits: KvBits = None,
-    version: Version = False,
-    debug: Debug = False,
+    drafter: flags.DrafterName = "auto",
+    write_card: Annotated[bool, switch("Write the figures into the candidates' README.md.", "--write-card")] = False,
+    adapter: flags.Adapter = None,
+    dtype: flags.DType = None,
+    kv_bits: flags.KvBits = None,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits.
 

@@ -13,31 +13,17 @@ from typing import Annotated
 
 import uvicorn
 
+from mlx_gemma4 import flags
 from mlx_gemma4.config import expanded
 from mlx_gemma4.entry import leave
 from mlx_gemma4.errors import one_line, shown
+from mlx_gemma4.flags import above_0, adapters_of, number, option, switch, whole
 from mlx_gemma4.serve.app import App
 from mlx_gemma4.serve.connection import Connection
 from mlx_gemma4.serve.guard import Guard
 from mlx_gemma4.serve.media import Allowed
 from mlx_gemma4.serve.resident import Resident, Settings
-from mlx_gemma4.terminal import (
-    Adapters,
-    Debug,
-    DrafterName,
-    DType,
-    KvBits,
-    ModelName,
-    Split,
-    Version,
-    above_0,
-    adapters_of,
-    flag,
-    number,
-    option,
-    run,
-    whole,
-)
+from mlx_gemma4.terminal import run
 from mlx_gemma4.weights.load import DEFAULT_MODEL, logger
 from mlx_gemma4.weights.peers import at_loss, follows, launched, lead
 
@@ -46,7 +32,7 @@ M_ARENA_MAX, HEAPS = -8, 2  # glibc's number of the setting; of all threads toge
 
 
 def serve(
-    model: ModelName = DEFAULT_MODEL,
+    model: flags.ModelName = DEFAULT_MODEL,
     host: Annotated[str, option("NAME", "Where to listen; beyond this machine with a key only.")] = "127.0.0.1",
     port: Annotated[int, whole("0: any that is free.")] = 8080,
     api_key: Annotated[str | None, option("KEY", "Requests need it.")] = None,
@@ -54,20 +40,20 @@ def serve(
     allow_host: Annotated[list[str], option("NAME", "Another name of this server; repeatable.")] = [],  # noqa: B006
     allow_origin: Annotated[list[str], option("ORIGIN", "Pages elsewhere that may ask, or *; repeatable.")] = [],  # noqa: B006
     allow_files: Annotated[Path | None, option("FOLDER", "Requests may name files of this folder.")] = None,
-    allow_urls: Annotated[bool, flag("Requests may name http:// and https:// URLs.", "--allow-urls")] = False,
+    allow_urls: Annotated[bool, switch("Requests may name http:// and https:// URLs.", "--allow-urls")] = False,
     max_batch: Annotated[int, above_0("Replies written at once, at most.")] = 8,
     max_queue: Annotated[int, whole("Replies that wait, at most.")] = 64,
     store: Annotated[Path | None, option("FOLDER", "Keep what has been read on disk too, for the next time.")] = None,
     store_bytes: Annotated[int | None, above_0("Memory for what has been read, at most.")] = None,
-    thinking: Annotated[bool, flag("Think where a request does not say.", "--thinking")] = False,
+    thinking: Annotated[bool, switch("Think where a request does not say.", "--thinking")] = False,
     unload_after: Annotated[float | None, number("Give the memory back when nobody asks.", metavar="SECONDS")] = None,
-    drafter: DrafterName = "auto",
-    adapter: Adapters = [],  # noqa: B006
-    dtype: DType = None,
-    kv_bits: KvBits = None,
-    split: Split = None,
-    version: Version = False,
-    debug: Debug = False,
+    drafter: flags.DrafterName = "auto",
+    adapter: flags.Adapters = [],  # noqa: B006
+    dtype: flags.DType = None,
+    kv_bits: flags.KvBits = None,
+    split: flags.Split = None,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Serve Gemma 4 to programs that speak OpenAI's or Anthropic's protocol, and to browsers."""
     keys = ([] if api_key is None else [api_key]) + ([] if api_key_file is None else read_keys(api_key_file))

@@ -10,26 +10,14 @@ from typing import Annotated
 import mlx.core as mx
 import typer
 
+from mlx_gemma4 import flags
 from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.errors import shown
+from mlx_gemma4.flags import above_0, number, option, switch, whole
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
-from mlx_gemma4.terminal import (
-    Bar,
-    Debug,
-    DType,
-    ModelName,
-    SizeBar,
-    Version,
-    above_0,
-    flag,
-    number,
-    option,
-    run,
-    size_text,
-    whole,
-)
+from mlx_gemma4.terminal import Bar, SizeBar, run, size_text
 from mlx_gemma4.tune.answers import answers
 from mlx_gemma4.tune.data import Example, read_split
 from mlx_gemma4.tune.plan import TuningPlan, check_plan
@@ -58,7 +46,7 @@ MEASURED = 100  # examples that drafts are measured on
 def tune(
     data: Annotated[str, option("FOLDER", "With train.jsonl, valid.jsonl, test.jsonl; or a dataset's hub id.")],
     adapter_path: Annotated[Path, option("FOLDER", "Gets the adapter, and the run's state.")],
-    model: ModelName = DEFAULT_MODEL,
+    model: flags.ModelName = DEFAULT_MODEL,
     fine_tune_type: Annotated[str, option("TYPE", "lora or dora.")] = "lora",
     iters: Annotated[int | None, above_0("Batches; else three times through the examples.")] = None,
     batch_size: Annotated[int, above_0("Examples of a batch, in each process.")] = 4,
@@ -68,9 +56,9 @@ def tune(
     rank: Annotated[int, whole("Of each matrix's change.")] = 8,
     scale: Annotated[float, number("What the change is times.")] = 10.0,
     max_seq_length: Annotated[int, above_0("Tokens of an example, and of a row of several.")] = 2048,
-    drop_long: Annotated[bool, flag("Leave longer examples out, and say how many they were.", "--drop-long")] = False,
+    drop_long: Annotated[bool, switch("Leave longer examples out, and say how many they were.", "--drop-long")] = False,
     mask_prompt: Annotated[
-        bool, flag("Only replies are learnt: always so here, but for text.", "--mask-prompt")
+        bool, switch("Only replies are learnt: always so here, but for text.", "--mask-prompt")
     ] = False,
     grad_checkpoint: Annotated[bool, typer.Option(help="Compute layers twice, to keep little of them.")] = True,
     grad_accumulation_steps: Annotated[int, above_0("Batches of an update.")] = 1,
@@ -82,15 +70,15 @@ def tune(
         Path | None, option("FILE", "Start from the weights of another run's adapter.")
     ] = None,
     train_drafter: Annotated[
-        bool, flag("Then teach the drafter what the tuned model says.", "--train-drafter")
+        bool, switch("Then teach the drafter what the tuned model says.", "--train-drafter")
     ] = False,
-    test: Annotated[bool, flag("At the end, measure test.jsonl by loss and by answers.", "--test")] = False,
-    peft: Annotated[bool, flag("Write the adapter as PEFT does too, into the subfolder peft.", "--peft")] = False,
+    test: Annotated[bool, switch("At the end, measure test.jsonl by loss and by answers.", "--test")] = False,
+    peft: Annotated[bool, switch("Write the adapter as PEFT does too, into the subfolder peft.", "--peft")] = False,
     image_budget: Annotated[int | None, whole("Most tokens an image; else the checkpoint's.")] = None,
     seed: Annotated[int, whole("Of weights and order.")] = 0,
-    dtype: DType = None,
-    version: Version = False,
-    debug: Debug = False,
+    dtype: flags.DType = None,
+    version: flags.Version = False,
+    debug: flags.Debug = False,
 ) -> None:
     """Teach a model what the examples' assistant says; started again, a run goes on where it stopped."""
     check_extra()

@@ -25,13 +25,13 @@ from hypothesis import strategies as st  # noqa: E402
 from serving import Running, served  # noqa: E402
 
 from mlx_gemma4 import Sampling, collect  # noqa: E402
+from mlx_gemma4.flags import adapters_of  # noqa: E402
 from mlx_gemma4.serve import answering  # noqa: E402
 from mlx_gemma4.serve import connection as connection_module  # noqa: E402
 from mlx_gemma4.serve.ask import Refused  # noqa: E402
 from mlx_gemma4.serve.chat import Chat  # noqa: E402
 from mlx_gemma4.serve.guard import Guard  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
-from mlx_gemma4.terminal import adapters_of  # noqa: E402
 from mlx_gemma4.weights.adapter import write_adapter  # noqa: E402
 
 SUM = {"messages": [{"role": "user", "content": "What is 3 + 4?"}], "temperature": 0}
