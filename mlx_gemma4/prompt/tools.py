@@ -304,14 +304,10 @@ def is_null(schema: Mapping[str, Any]) -> bool:
 def combined(schema: Schema, other: Mapping[str, Any]) -> Schema:
     """Both at once: the first counts where they differ, but properties and what is required are those of both."""
     result = {**other, **schema}
-    for key in ("properties", *DEFINITIONS):
-        if isinstance(schema.get(key), dict) and isinstance(other.get(key), dict):
-            result[key] = {**other[key], **schema[key]}
+    if isinstance(schema.get("properties"), dict) and isinstance(other.get("properties"), dict):
+        result["properties"] = {**other["properties"], **schema["properties"]}
     if isinstance(schema.get("required"), list) and isinstance(other.get("required"), list):
         result["required"] = [*other["required"], *schema["required"]]
-    if "allOf" in schema and "allOf" in other:
-        result["allOf"] = [schema["allOf"], other["allOf"]]
-        result["allOf"] = [entry for entries in result["allOf"] if isinstance(entries, list) for entry in entries]
     return result
 
 

@@ -297,8 +297,7 @@ class ReplyParser:
         while self._state is _State.TOOL_CALL:
             self._end_unfinished_call(cut)
         self._enter(_State.ANSWER)
-        if self._doubt is not None:
-            self._settle(closed=cut)
+        self._settle(closed=cut)
         return self._take(last=True)
 
     def take_notes(self) -> list[str]:
@@ -353,8 +352,7 @@ class ReplyParser:
             self._enter(_State.THOUGHT)
         elif symbol == c.channel_close and self._state is _State.THOUGHT:
             self._enter(_State.ANSWER)
-            if self._doubt is not None:
-                self._settle(closed=True)
+            self._settle(closed=True)
         elif symbol == c.channel_close and self._beginning and "".join(self._beginning).startswith(THOUGHT_LINE):
             self._thinking.append("".join(self._beginning).removeprefix(THOUGHT_LINE))
             self._beginning = None
@@ -406,7 +404,7 @@ class ReplyParser:
             self._doubt.as_reply.append(text)
 
     def _settle(self, closed: bool) -> None:
-        """The calls inside a thought: only thought of if it has closed."""
+        """The calls inside a thought, if there are any: only thought of if it has closed."""
         doubt, self._doubt = self._doubt, None
         if doubt is None:
             return
