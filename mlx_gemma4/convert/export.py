@@ -26,21 +26,10 @@ from mlx_gemma4.convert.job import Source
 from mlx_gemma4.prompt.processor import find_template, optional_json
 from mlx_gemma4.weights.tensors import TEXT, Rows, block_ranges
 
-KINDS = {
-    "BF16": gguf.GGMLQuantizationType.BF16,
-    "Q8_0": gguf.GGMLQuantizationType.Q8_0,
-    "Q4_0": gguf.GGMLQuantizationType.Q4_0,
-}
-FILE_TYPES = {
-    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-}
 BLOCK = 32  # columns of a quantized block
 NEVER_TURNS = 1e30  # what llama.cpp divides the frequencies by of dimensions that RoPE leaves alone
 # The chat parser of llama.cpp reads these in the text: they are shown.
 VISIBLE = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
-SPECIAL = {"bos": "<bos>", "eos": "<eos>", "eot": "<turn|>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
 
 Kind = gguf.GGMLQuantizationType
 
@@ -48,20 +37,20 @@ Kind = gguf.GGMLQuantizationType
 def export(source: Source, folder: Path, name: str, kind: str) -> Iterator[int]:
     """Write `NAME-KIND.gguf`, and `mmproj-NAME.gguf` where there are media; yields the bytes of the source.
 
-    folder: has the tokenizer, the template and generation_config.json, and gets the files.
+    kind: BF16, Q8_0 or Q4_0. folder: has the tokenizer, the template and generation_config.json, and gets the files.
     """
     assert isinstance(source.parsed, ModelConfig)
     text = {path: tensor for path, tensor in source.tensors.items() if path.startswith(TEXT)}
     media = {path: tensor for path, tensor in source.tensors.items() if not path.startswith(TEXT)}
     writer = gguf.GGUFWriter(folder / f"{name}-{kind}.gguf", ARCHITECTURE)
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     add_shapes(writer, source.parsed)
     add_tokenizer(writer, folder, source.parsed)
     own = source.parsed.text.attention[FULL]
     factors = np.ones(own.head_dim // 2, np.float32)
     factors[own.rotated_dims // 2 :] = NEVER_TURNS
-    yield from write_tensors(writer, text, KINDS[kind], {"rope_freqs.weight": factors})
+    yield from write_tensors(writer, text, Kind[kind], {"rope_freqs.weight": factors})
     if media:
         writer = gguf.GGUFWriter(folder / f"mmproj-{name}.gguf", MEDIA_ARCHITECTURE)
         writer.add_name(name)
@@ -112,17 +101,16 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: ModelConfig) ->
     writer.add_token_types([token_type(name, added.get(name)) for name in names])
     pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]]
     writer.add_token_merges(pairs)
-    ids = {role: vocabulary[token] for role, token in SPECIAL.items() if token in vocabulary}
-    for role, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("eot", writer.add_eot_token_id),
-        ("unk", writer.add_unk_token_id),
-        ("pad", writer.add_pad_token_id),
-        ("mask", writer.add_mask_token_id),
+    for token, add in (
+        ("<bos>", writer.add_bos_token_id),
+        ("<eos>", writer.add_eos_token_id),
+        ("<turn|>", writer.add_eot_token_id),
+        ("<unk>", writer.add_unk_token_id),
+        ("<pad>", writer.add_pad_token_id),
+        ("<mask>", writer.add_mask_token_id),
     ):
-        if role in ids:
-            add(ids[role])
+        if token in vocabulary:
+            add(vocabulary[token])
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
     if config.generation.suppress_tokens:
@@ -146,7 +134,7 @@ def add_media_shapes(writer: gguf.GGUFWriter, source: Source) -> None:
     config = source.parsed
     assert isinstance(config, ModelConfig)
     writer.add_type("mmproj")
-    writer.add_file_type(FILE_TYPES["BF16"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     if config.vision is not None:
         writer.add_clip_has_vision_encoder(True)
         writer.add_clip_vision_projector_type("gemma4uv")

@@ -79,12 +79,8 @@ class GGUFTensor:
     def rows(self, start: int, stop: int) -> mx.array:
         if self.kind in PLAIN:
             stored, dtype = PLAIN[self.kind]
-            return (
-                mx.array(self.read(start, stop).view(stored))
-                .view(dtype)
-                .reshape(-1, *self.shape[1:])
-                .astype(self.dtype)
-            )
+            plain = mx.array(self.read(start, stop).view(stored)).view(dtype)
+            return plain.reshape(-1, *self.shape[1:]).astype(self.dtype)
         blocks = self.blocks(start, stop)
         if self.kind == Q4_0:
             q, d = unpack_q4_0(blocks)

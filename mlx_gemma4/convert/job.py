@@ -13,18 +13,11 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.config import (
-    COMPUTING,
-    GenerationConfig,
-    ModelConfig,
-    Quantization,
-    read_config,
-    read_json,
-)
+from mlx_gemma4.config import COMPUTING, GenerationConfig, ModelConfig, Quantization, read_config, read_json
 from mlx_gemma4.convert import lattice
 from mlx_gemma4.convert.card import Figures
 from mlx_gemma4.convert.gguf import Q4_0, GGUFTensor, list_media, list_text
-from mlx_gemma4.convert.recipes import Recipe, config_quantization, plan, weights_nbytes
+from mlx_gemma4.convert.recipes import Recipe, config_quantization, packed_nbytes, plan
 from mlx_gemma4.convert.shards import PackedTensor, ShardWriter
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import CheckpointError
@@ -52,6 +45,7 @@ from mlx_gemma4.weights.whole import (
     settle_drafter,
     settle_parts,
 )
+from mlx_gemma4.weights.writing import part_of
 
 GENERATION = "generation_config.json"
 COPIED = (
@@ -142,7 +136,7 @@ class Job:
             found = path in self.on_lattice
             own = lattice.QUANTIZATION if found else self.planned.get(path)
             size = (self.scales_of(path) if found else self.dtype_of(path)).size
-            total += weights_nbytes({path: tensor.shape}, {path: own}, size)[path]
+            total += packed_nbytes(tensor.shape, own, size)
         return total
 
     @property
@@ -248,16 +242,14 @@ def seems_on_lattice(tensor: Rows) -> bool:
     """Whether a matrix may lie on a lattice, by its first rows."""
     if tensor.shape[1] % lattice.BLOCK:
         return False
-    rows = min(PROBED_ROWS, tensor.shape[0])
-    return is_q4_0(tensor) or lattice.find_lattice(float32_rows(tensor, 0, rows)) is not None
+    return lattice_of(tensor, 0, min(PROBED_ROWS, tensor.shape[0]), False) is not None
 
 
-def is_q4_0(tensor: Rows) -> bool:
-    return isinstance(tensor, GGUFTensor) and tensor.kind == Q4_0
-
-
-def float32_rows(tensor: Rows, start: int, stop: int) -> np.ndarray:
-    return np.asarray(tensor.rows(start, stop).astype(mx.float32))
+def lattice_of(tensor: Rows, start: int, stop: int, float32_scales: bool) -> lattice.Lattice | None:
+    """That of some rows of a matrix; None if a block of them lies on none."""
+    if isinstance(tensor, GGUFTensor) and tensor.kind == Q4_0:
+        return tensor.lattice(start, stop, float32_scales)
+    return lattice.find_lattice(np.asarray(tensor.rows(start, stop).astype(mx.float32)), float32_scales)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -307,15 +299,11 @@ def write_on_lattice(
     writer.begin(layout(name, tensor.shape, lattice.QUANTIZATION, scale_type))
     columns, done, blocks, inexact, error = tensor.shape[1], 0, 0, 0, 0.0
     for start, stop in block_ranges(tensor):
-        if isinstance(tensor, GGUFTensor) and tensor.kind == Q4_0:
-            found = tensor.lattice(start, stop, scale_type == mx.float32)
-        else:
-            whole = lattice.find_lattice(float32_rows(tensor, start, stop), scale_type == mx.float32)
-            if whole is None:
-                writer.drop()
-                yield -done
-                return None
-            found = whole
+        found = lattice_of(tensor, start, stop, scale_type == mx.float32)
+        if found is None:
+            writer.drop()
+            yield -done
+            return None
         scales = mx.array(found.scales).reshape(stop - start, -1)
         parts = mx.array(lattice.pack(found.codes, columns)), scales, lattice.LOWEST * scales
         writer.write(named_parts(name, parts[0], *(part.astype(scale_type) for part in parts[1:])))
@@ -385,11 +373,6 @@ def copy_files(source: Path, folder: Path, generation: GenerationConfig) -> str 
     if names.pop("chat_template", None) is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2, ensure_ascii=False), encoding="utf-8")
     return f"the old chat template in {origin.name} leaks thoughts and loops on tools: the current one replaces it"
-
-
-def part_of(path: Path) -> Path:
-    """The name of a folder until it is whole."""
-    return path.with_name(f".{path.name}.part")
 
 
 @contextmanager

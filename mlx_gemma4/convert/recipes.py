@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from mlx_gemma4.config import ModelConfig, Quantization
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.weights.tensors import Shape
 
 # What MLX takes: bits and group sizes by mode, the usual ones first.
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "nvfp4": (4,), "mxfp8": (8,)}
@@ -19,8 +21,6 @@ RECIPES = ("4bit", "8bit", "mixed", "qat")
 MIXED_GROWTH = 1.126
 # What qat does with a matrix off the lattice: Google's own file keeps the embedding at 6.6 bits (Q6_K).
 QAT_FALLBACK = Quantization(64, 8, "affine")
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,18 @@ def plan(recipe: Recipe, shapes: Mapping[str, Shape], item_bytes: int) -> dict[s
             f"({len(refused)} of {len(matrices)} matrices)"
         )
     if recipe.growth > 1:
-        room = int((recipe.growth - 1) * sum(weights_nbytes(shapes, chosen, item_bytes).values()))
+        room = int((recipe.growth - 1) * weights_nbytes(shapes, chosen, item_bytes))
         chosen |= upgrades(matrices, chosen, room, item_bytes)
     return chosen
 
 
-def weights_nbytes(
-    shapes: Mapping[str, Shape], chosen: Mapping[str, Quantization | None], item_bytes: int
-) -> dict[str, int]:
-    """Bytes of every tensor with its scales and biases."""
-    return {path: packed_nbytes(shape, chosen.get(path), item_bytes) for path, shape in shapes.items()}
+def weights_nbytes(shapes: Mapping[str, Shape], chosen: Mapping[str, Quantization | None], item_bytes: int) -> int:
+    """Bytes of all tensors with their scales and biases."""
+    return sum(packed_nbytes(shape, chosen.get(path), item_bytes) for path, shape in shapes.items())
 
 
 def packed_nbytes(shape: Shape, own: Quantization | None, item_bytes: int) -> int:
-    count = 1
-    for side in shape:
-        count *= side
+    count = prod(shape)
     if own is None:
         return count * item_bytes
     # affine groups have a scale and a bias; the others a scale of one byte
@@ -168,4 +164,4 @@ def nbytes_at(config: ModelConfig, bits: int) -> int:
     """Bytes of a model's weights if every matrix had so many bits, and the rest two bytes."""
     shapes = {path: array.shape for path, array in parameters(Model(config)).items()}
     chosen = plan(Recipe("", Quantization(GROUP_SIZES["affine"][0], bits, "affine")), shapes, 2)
-    return sum(weights_nbytes(shapes, chosen, 2).values())
+    return weights_nbytes(shapes, chosen, 2)
