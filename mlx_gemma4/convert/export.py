@@ -50,7 +50,7 @@ def export(source: Source, folder: Path, name: str, kind: str) -> Iterator[int]:
     own = source.parsed.text.attention[FULL]
     factors = np.ones(own.head_dim // 2, np.float32)
     factors[own.rotated_dims // 2 :] = NEVER_TURNS
-    yield from write_tensors(writer, text, Kind[kind], {"rope_freqs.weight": factors})
+    yield from write_tensors(writer, text, gguf.GGMLQuantizationType[kind], {"rope_freqs.weight": factors})
     if media:
         writer = gguf.GGUFWriter(folder / f"mmproj-{name}.gguf", MEDIA_ARCHITECTURE)
         writer.add_name(name)

@@ -82,7 +82,6 @@ class TextBlock(Body):
 
 class Source(Body):
     type: Literal["base64", "url", "text", "content", "file"]
-    media_type: str | None = None
     data: str | None = None
     url: str | None = None
     content: Blocks | None = None
@@ -390,12 +389,8 @@ class MessageWriter:
         if reply.text:
             content.append(text(reply.text))
         content += [call_block(call["name"], call["arguments"]) for call in reply.tool_calls]
-        return (
-            self.message
-            | {"content": content}
-            | ending(reply)
-            | {"usage": usage(reply.stats, reply.stats.prompt_tokens)}
-        )
+        stats = reply.stats
+        return self.message | {"content": content, **ending(reply), "usage": usage(stats, stats.prompt_tokens)}
 
 
 def told(kind: str, fields: dict[str, Any] | None = None) -> str:
@@ -413,7 +408,4 @@ def call_block(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def ending(last: Piece | Reply) -> dict[str, Any]:
     reason = "stop_sequence" if last.stop else "tool_use" if last.tool_calls else "end_turn"
-    return {
-        "stop_reason": reason if last.finish_reason == "stop" else "max_tokens",
-        "stop_sequence": last.stop or None,
-    }
+    return {"stop_reason": reason if last.finish_reason == "stop" else "max_tokens", "stop_sequence": last.stop or None}

@@ -132,6 +132,7 @@ class App:
 
     async def show(self, path: str, send: Send) -> None:
         """What can be read."""
+        kind, _, name = path.partition("/")
         if path == "metrics":
             await answer(send, 200, self.metrics.text(), CONTENT_TYPE_LATEST)
         elif path == "ready":
@@ -144,26 +145,21 @@ class App:
             await answer(send, 200, as_bytes({"status": "ok"}))
         elif path == "models":
             await answer(send, 200, as_bytes({"object": "list", "data": [*map(self.model, self.named)]}))
-        elif path.partition("/")[0] == "models" and path.partition("/")[2] in self.named:
-            await answer(send, 200, as_bytes(self.model(path.partition("/")[2])))
+        elif kind == "models" and name in self.named:
+            await answer(send, 200, as_bytes(self.model(name)))
         elif path in (*self.dialects, TRANSCRIPTIONS):
             raise Refused(f"/{path} is asked with POST", status=405)
         else:
             raise not_here(path)
 
     def model(self, name: str) -> dict[str, Any]:
-        length = self.resident.context
-        lengths = {
-            "context_length": length,
-            "max_model_len": length,
-            "context_window": length,
-        }  # as clients look for it
-        shown = {
-            "type": "model",
-            "display_name": name,
-            "created_at": time.strftime("%FT%TZ", time.gmtime(self.started)),
-        }
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "mlx_gemma4"} | lengths | shown
+        """As OpenAI's and Anthropic's clients have it, the context's length under each name that they look for."""
+        length, created_at = self.resident.context, time.strftime("%FT%TZ", time.gmtime(self.started))
+        return {
+            "id": name, "object": "model", "created": self.started, "owned_by": "mlx_gemma4",
+            "context_length": length, "max_model_len": length, "context_window": length,
+            "type": "model", "display_name": name, "created_at": created_at,
+        }  # fmt: skip
 
     async def transcribe(self, body: bytes, whose: str, content_type: str, receive: Receive, send: Send) -> None:
         asked = await read_form(body, content_type)

@@ -74,11 +74,12 @@ class Job:
     def progress(self) -> str:
         """What there is to say of how far the prompt is read, where that is asked."""
         say = self.ask.progress
-        for stream in [] if say is None else self.streams:
-            reading, row = stream.work.reading, stream.work.row
-            if say and reading is not None and row is not None and stream.work.seat is None:
-                total = len(stream.work.prompt)
-                return say(total, row.cached, total - stream.work.left)
+        if say is None:
+            return ""
+        for work in [stream.work for stream in self.streams]:
+            reading, row = work.reading, work.row
+            if reading is not None and row is not None and work.seat is None:
+                return say(len(work.prompt), row.cached, len(work.prompt) - work.left)
         return ""
 
     # --- its own threads -----------------------------------------------------------------------
