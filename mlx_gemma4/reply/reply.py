@@ -51,7 +51,7 @@ class Piece:
     text: str
     thinking: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop" | "length"
+    finish_reason: str | None = None  # "stop" | "length" | "repetition"
     tool_calls: list[dict[str, Any]] | None = None
     stats: Stats | None = None
     notes: list[str] = field(default_factory=list)  # what its user should know, a line each; any piece may have some
@@ -70,7 +70,7 @@ class Reply:
     thinking: str | None  # None: it did not think
     tool_calls: list[dict[str, Any]]
     token_ids: list[int]
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length" | "repetition"
     stats: Stats
     notes: list[str] = field(default_factory=list)  # what its user should know, a line each
     # If asked for, of each token {"token_id": int, "logprob": float, "top": {id: logprob}}, natural logarithms by the

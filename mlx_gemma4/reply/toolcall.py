@@ -33,7 +33,7 @@ QUOTE = '<|"|>'
 QUOTE_TOKEN = "\udc22"
 
 Call = dict[str, Any]  # {"name": str, "arguments": dict}
-Schema = Mapping[str, Any]  # of one value, resolved: tools.resolve
+Schema = Mapping[str, Any]  # of one value, resolved: prompt/tools.py
 
 NAME = re.compile(r"[^\s{}()]+")
 PLAIN_NAME = re.compile(r"[\w.:/-]+")  # what counts as one without arguments
