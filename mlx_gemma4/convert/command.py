@@ -26,6 +26,7 @@ from mlx_gemma4.convert.job import (
     open_drafter,
     open_gguf,
     open_target,
+    part_of,
     write_model,
 )
 from mlx_gemma4.convert.recipes import BITS, RECIPES, Recipe, named_recipe, uniform_recipe
@@ -33,7 +34,6 @@ from mlx_gemma4.errors import CheckpointError, shown
 from mlx_gemma4.flags import check_name, option, switch, whole
 from mlx_gemma4.terminal import SizeBar, run
 from mlx_gemma4.weights.load import DEMO, find_drafter, find_folder
-from mlx_gemma4.weights.writing import part_of
 
 SPARE_BYTES = 50_000_000  # of disk, for the tokenizer and what a file system needs itself
 DRAFTER = "drafter"

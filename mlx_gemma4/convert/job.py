@@ -45,7 +45,6 @@ from mlx_gemma4.weights.whole import (
     settle_drafter,
     settle_parts,
 )
-from mlx_gemma4.weights.writing import part_of
 
 GENERATION = "generation_config.json"
 COPIED = (
@@ -373,6 +372,11 @@ def copy_files(source: Path, folder: Path, generation: GenerationConfig) -> str 
     if names.pop("chat_template", None) is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2, ensure_ascii=False), encoding="utf-8")
     return f"the old chat template in {origin.name} leaks thoughts and loops on tools: the current one replaces it"
+
+
+def part_of(path: Path) -> Path:
+    """The name of a folder until it is whole."""
+    return path.with_name(f".{path.name}.part")
 
 
 @contextmanager
