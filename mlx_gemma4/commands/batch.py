@@ -107,10 +107,13 @@ class Line:
 
 
 def lines_of(source: Path) -> Iterator[Line]:
-    """Those that are not blank. ValueError if the file cannot be read."""
+    """Those that are not blank. ValueError if the file cannot be read, and again from its beginning."""
     copies: Counter[str] = Counter()
     try:
         with source.open("rb") as file:
+            if not file.seekable():  # a pipe's lines would be counted, and gone when they are to be answered
+                raise ValueError(f"{str(source)!r} is a pipe; expected a file, which is read twice")
+            file.seek(0)  # macOS gives /dev/stdin with the place where it was left
             for number, raw in enumerate(file, 1):
                 text = raw.removeprefix(BOM).strip()
                 name = hashlib.blake2b(text, digest_size=8).hexdigest()

@@ -151,6 +151,8 @@ class Session:
     ) -> tuple[Prompt, float]:
         """What the model reads with these messages added, and the seconds that making it took."""
         own = self.settings
+        if not isinstance(self.messages, list):  # which the reply is to be added to
+            raise ValueError(f"messages is {a(self.messages)}; expected a list of messages")
         request = Request(
             content=[*self.messages, *turn],
             tools=own.tools,
@@ -283,7 +285,10 @@ class Saved:
 
     def check_model(self, model: Model) -> None:
         if self.weights != fingerprint_of(model).hex():
-            raise ValueError(f"{str(self.folder)!r} holds a session with other weights; expected those it began with")
+            raise ValueError(
+                f"{str(self.folder)!r} holds a session with other weights, or another computing type; expected "
+                "those it began with"
+            )
         if (name := self.settings.adapter) is not None and name not in model.config.adapters:
             there = ", ".join(model.config.adapters) or "it to be loaded by name"
             raise ValueError(f"{str(self.folder)!r} holds a session with the adapter {shown(name)}; expected {there}")

@@ -204,6 +204,17 @@ def test_files_that_will_not_do_are_one_line(run: Run, tiny_folder: Path, tmp_pa
     assert run(source, target, "--model", tiny_folder, "--max-batch", "17")[0] == 2
 
 
+def test_a_pipe_is_refused_before_its_lines_are_lost(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps(question("a", "the")).encode())
+    os.close(writing)
+    status, out, err = run(Path(f"/dev/fd/{reading}"), tmp_path / "out.jsonl", "--model", tiny_folder)
+    os.close(reading)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert f"'/dev/fd/{reading}' is a pipe; expected a file" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_two_processes_do_not_share_a_file(run: Run, tiny_folder: Path, tmp_path: Path) -> None:
     source, target = write(tmp_path / "in.jsonl", [question("a", "the")]), tmp_path / "out.jsonl"
     with target.open("wb") as held:

@@ -70,6 +70,15 @@ def test_messages_may_be_edited(tiny: Loaded) -> None:
     assert session.messages == before
 
 
+@pytest.mark.parametrize("messages", [None, 5, {}, ({"role": "user", "content": "one"},)])
+def test_messages_that_nothing_can_be_added_to_are_refused_before_the_reply(tiny: Loaded, messages: Any) -> None:
+    session = Session(*tiny)
+    session.messages = messages
+    with pytest.raises(ValueError, match=r"^messages is (None|an int|a dict|a tuple); expected a list of messages$"):
+        say(session, "two")
+    assert session.messages is messages
+
+
 def test_a_fork_leaves_the_first_as_it_was(tiny: Loaded) -> None:
     session = Session(*tiny)
     say(session, "one " * 30)
