@@ -392,6 +392,9 @@ class PromptStore:
     def fits(self, nbytes: int) -> bool:
         """Whether so many bytes more can be held, what is worth least being given up for them."""
         self.evict(nbytes)
+        return self.has_room(nbytes)
+
+    def has_room(self, nbytes: int) -> bool:
         return self.ceiling is None or self.nbytes + nbytes <= self.ceiling
 
     def leave(self, room: int) -> None:
@@ -403,23 +406,20 @@ class PromptStore:
     def evict(self, nbytes: int) -> None:
         """Give up what is worth least until there is room for so many bytes: pages behind marks that newer ones have
         taken the place of, then whole lines; nothing that a request has in its hands."""
-        if self.ceiling is None:
-            return
-        excess = self.nbytes + nbytes - self.ceiling
-        for line in sorted(self.lines, key=lambda line: line.used) if excess > 0 else ():
-            for number in sorted(line.pages.keys() - line.needed()):
-                if excess <= 0:
-                    return
-                del line.pages[number]
-                excess = self.nbytes + nbytes - self.ceiling
         now = next(self.clock)
+        if self.has_room(nbytes):
+            return
+        for line in sorted(self.lines, key=lambda line: line.used):
+            for number in sorted(line.pages.keys() - line.needed()):
+                del line.pages[number]
+                if self.has_room(nbytes):
+                    return
         for line in sorted(self.lines, key=lambda line: len(line) / (now - line.used)):
-            if excess <= 0:
-                return
             if self.disk is not None:
                 save_line(line, self.disk)
             self.lines.remove(line)
-            excess = self.nbytes + nbytes - self.ceiling
+            if self.has_room(nbytes):
+                return
 
     # --- disk ----------------------------------------------------------------------------------
 
