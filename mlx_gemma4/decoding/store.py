@@ -433,21 +433,18 @@ class PromptStore:
             if disk is None:
                 return
             if prompt is None:
-                save_lines(self.lines, disk)
+                for line in self.lines:
+                    save_line(line, disk)
                 return
-            same, line = self.longest(prompt[0], units(prompt[1]))
-            if line is not None:
-                save_line(line, disk, same)
-
-
-def save_lines(lines: list[Line], disk: Disk) -> None:
-    for line in lines:
-        save_line(line, disk)
+            same, longest = self.longest(prompt[0], units(prompt[1]))
+            if longest is not None:
+                save_line(longest, disk, same)
 
 
 def save_at_end(lines: list[Line], disk: Disk, process: int) -> None:
     if os.getpid() == process:  # in one that was forked from it MLX cannot compute
-        save_lines(lines, disk)
+        for line in lines:
+            save_line(line, disk)
 
 
 def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
