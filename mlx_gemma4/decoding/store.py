@@ -165,8 +165,7 @@ class Held:
     caches: Caches
     cached: int  # positions that need not be read
     prompt: np.ndarray  # the units of the whole prompt
-    first: int  # from there on the caches have sliding entries, as far as their slots go
-    parted: tuple[int, int, int] | None = None  # where it parts from what was read, and the two ids
+    parted: tuple[int, int] | None = None  # where it parts from what was read, and the id there
 
 
 class PromptStore:
@@ -227,14 +226,14 @@ class PromptStore:
                 trim(taken, cut)
                 caches = resumed(taken, text, slots)
             taken.marks = forks(prompt, turn)
-            held = Held(self, taken, caches, cut, own, max(0, cut - taken.window), parted)
+            held = Held(self, taken, caches, cut, own, parted)
             self.held.append(held)
             return held
 
     def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:
         """A request's hold on what it has read without this store."""
         own = units(prompt)
-        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own, 0)
+        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own)
         with self.lock:
             self.held.append(held)
         return held
@@ -250,7 +249,8 @@ class PromptStore:
             end = len(held.prompt) if end is None else end
             wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
             wanted |= set(span(end - 2 * line.window, max(end, length)))
-            first = max(held.first, length - sliding[0].slots + ROUND)
+            # the caches have sliding entries of a window before where they began, as far as their slots go
+            first = max(0, held.cached - line.window, length - sliding[0].slots + ROUND)
             for number in span(first, length):
                 before = line.pages.get(number)
                 start = max(first, number * PAGE, 0 if before is None else before.last)
@@ -310,12 +310,12 @@ class PromptStore:
         lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
         return max(lines, key=lambda entry: entry[0], default=(0, None))
 
-    def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int, int] | None:
-        """Where a prompt parts from the line that it goes along with longest, and the ids there of both."""
+    def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int] | None:
+        """Where a prompt parts from the line that it goes along with longest, and the line's id there."""
         same, line = self.longest(space, own)
         if line is None or not 0 < same < min(len(line), len(own)):
             return None
-        return same, int(line.units[same, 0]), int(own[same, 0])
+        return same, int(line.units[same, 0])
 
     def found(self, space: bytes, own: np.ndarray, prompt: Prompt) -> int:
         """How many tokens of a prompt memory has. own: its units."""
