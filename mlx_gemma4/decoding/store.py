@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from threading import RLock
@@ -269,10 +269,7 @@ class PromptStore:
         line, caches = held.line, held.caches
         with self.lock:
             full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
-            shared = Line(
-                line.space, held.prompt, full, dict(line.pages), line.window, line.marks, next(self.clock), line.uses
-            )
-            self.hold(shared)
+            self.hold(replace(line, units=held.prompt, full=full, pages=dict(line.pages), used=next(self.clock)))
             self.evict(0)
 
     def give(self, held: Held, ids: list[int]) -> None:
@@ -373,7 +370,7 @@ class PromptStore:
         self.lines.append(line)
         full = Page(0, len(line), line.full).upto(cut).arrays
         mx.eval(full)
-        return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used, uses=line.uses)
+        return replace(line, full=full, pages=dict(line.pages))
 
     # --- bounds --------------------------------------------------------------------------------
 
