@@ -314,20 +314,17 @@ class PromptStore:
             return None
         return same, int(line.units[same, 0])
 
-    def found(self, space: bytes, own: np.ndarray, prompt: Prompt) -> int:
-        """How many tokens of a prompt memory has. own: its units."""
-        with self.lock:
-            return self.best(space, own, prompt)[1]
-
     def best(self, space: bytes, own: np.ndarray, prompt: Prompt) -> tuple[Line | None, int]:
+        """The line that has most of a prompt in memory, and how many tokens of it. own: its units."""
         found: Line | None = None
         best = 0
-        for line in self.lines:
-            if line.space == space:
-                most = min(common(line.units, own), len(own) - 1)
-                cut = usable(line.spans, line.window, most, prompt) if most > best else 0
-                if cut > best:
-                    found, best = line, cut
+        with self.lock:
+            for line in self.lines:
+                if line.space == space:
+                    most = min(common(line.units, own), len(own) - 1)
+                    cut = usable(line.spans, line.window, most, prompt) if most > best else 0
+                    if cut > best:
+                        found, best = line, cut
         return found, best
 
     def better_on_disk(

@@ -279,7 +279,7 @@ class Engine:
     def found(self, work: Work) -> int:
         if self.store is None or not self.store.lines or work.is_scored:
             return 0
-        return self.store.found(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)
+        return self.store.best(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)[1]
 
     def take(self, asked: list[Work]) -> None:
         for work in asked:
