@@ -493,25 +493,23 @@ def trim(line: Line, cut: int) -> None:
 
 def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
     """Caches that hold the positions of a line, whose full layers they take over."""
-    full = iter(line.full)
-    line.full = []
     end = len(line)
     first = max(0, end - line.window)
     pages = [line.pages[number] for number in span(first, end)]
+    full, sliding = iter(line.full), zip(*(page.arrays for page in pages), strict=True)
+    line.full = []
     layers: list[FullCache | SlidingCache] = []
-    place_of = 0
     for kind in text.layer_types:
         own = text.attention[kind]
         if own.window is None:
             layers.append(cache_of(own, next(full)))
             continue
-        rows = along(page.arrays[place_of] for page in pages)
+        rows = along(next(sliding))
         start = pages[0].first
         cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
         kept = tuple(array[:, :, first - start : end - start] for array in rows)
         cache.arrays = place(cache.arrays, kept, (mx.arange(first, end) % cache.slots)[None])
         layers.append(cast(SlidingCache, cache))
-        place_of += 1
         mx.eval(cache.arrays)
     caches = Caches(layers, text.layer_types, end, text.max_position_embeddings)
     caches.reserve(slots)
