@@ -215,8 +215,9 @@ class PromptStore:
         with self.lock:
             parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
-            if self.disk is not None:
-                line, cut = self.better_on_disk(self.disk, space, own, prompt, text, line, cut)
+            on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, window_of(text), cut)
+            if on_disk is not None:
+                line, cut = on_disk, len(on_disk)
             if line is None:
                 taken, caches = Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), empty()
             else:
@@ -327,32 +328,6 @@ class PromptStore:
                         found, best = line, cut
         return found, best
 
-    def better_on_disk(
-        self, disk: Disk, space: bytes, own: np.ndarray, prompt: Prompt, text: TextConfig, line: Line | None, cut: int
-    ) -> tuple[Line | None, int]:
-        """What the folder has, if it is more than what memory has."""
-        window, unfit, now = window_of(text), set[Path](), time.time()
-        while True:
-            chain = disk.chain(space, own, unfit)
-            spans = [found.sliding_span for found in chain]
-            most = min(chain[-1].last, len(own) - 1) if chain else 0
-            found = usable(spans, window, most, prompt) if most > cut else 0
-            if found <= cut:
-                return line, cut
-            numbers = span(found - window, found) if window else range(0)
-            fulls = [disk.read(entry.full, FULL, entry, own, now) for entry in chain[: span(0, found).stop]]
-            pages = {number: disk.read(chain[number].sliding, SLIDING, chain[number], own, now) for number in numbers}
-            unfit |= {entry.full for entry, page in zip(chain, fulls, strict=False) if page is None}
-            unfit |= {chain[number].sliding for number, page in pages.items() if page is None}
-            whole = [page for page in fulls if page is not None]
-            there = {number: page for number, page in pages.items() if page is not None}
-            if len(whole) < len(fulls) or len(there) < len(pages):
-                continue
-            layers = zip(*(page.arrays for page in whole), strict=True)
-            full = [along(parts) for parts in layers]
-            mx.eval(full)
-            return Line(space, own[:found], full, there, window, uses=1), found
-
     def taken(self, line: Line, cut: int) -> Line:
         """The line itself if the request is the next one of its conversation, or else a copy of its beginning."""
         if line not in self.lines:  # from disk
@@ -433,6 +408,32 @@ class PromptStore:
             same, longest = self.longest(prompt[0], units(prompt[1]))
             if longest is not None:
                 save_line(longest, disk, same)
+
+
+def read_line(disk: Disk, space: bytes, own: np.ndarray, prompt: Prompt, window: int, least: int) -> Line | None:
+    """What a folder has of a prompt, if that is more than `least`. own: the prompt's units."""
+    unfit, now = set[Path](), time.time()
+    while True:
+        chain = disk.chain(space, own, unfit)
+        most = min(chain[-1].last, len(own) - 1) if chain else 0
+        end = usable([entry.sliding_span for entry in chain], window, most, prompt) if most > least else 0
+        if end <= least:
+            return None
+        numbers = span(end - window, end) if window else range(0)
+        whole = chain[: span(0, end).stop]
+        files = [(entry.full, FULL, entry) for entry in whole]
+        files += [(chain[number].sliding, SLIDING, chain[number]) for number in numbers]
+        pages: list[Page] = []
+        for file, kind, entry in files:
+            page = disk.read(file, kind, entry, own, now)
+            if page is None:
+                unfit.add(file)
+            else:
+                pages.append(page)
+        if len(pages) == len(files):
+            full = [along(parts) for parts in zip(*(page.arrays for page in pages[: len(whole)]), strict=True)]
+            mx.eval(full)
+            return Line(space, own[:end], full, dict(zip(numbers, pages[len(whole) :], strict=True)), window, uses=1)
 
 
 def save_at_end(lines: list[Line], disk: Disk, process: int) -> None:
