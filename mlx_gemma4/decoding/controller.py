@@ -4,10 +4,10 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import ROUND
+from mlx_gemma4.prompt.prompt import is_whole
 
 FIRST_PLAIN, FIRST_DRAFTED = 3, 3  # timed rounds without drafts and with some, to know what a draft costs
 WINDOW = 12  # rounds of a length whose times are remembered
@@ -23,10 +23,7 @@ MAX_DRAFTS = ROUND - 1
 
 
 def check_draft_length(value: int | str) -> None:
-    if isinstance(value, str):
-        valid = value == "auto"
-    else:
-        valid = isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value <= MAX_DRAFTS
+    valid = value == "auto" if isinstance(value, str) else is_whole(value) and 0 <= value <= MAX_DRAFTS
     if not valid:
         raise ValueError(f"draft_length is {shown(value)}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
 

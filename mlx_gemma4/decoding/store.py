@@ -12,7 +12,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from threading import RLock
 from typing import cast
@@ -35,7 +34,7 @@ from mlx_gemma4.model.cache import (
     place,
     sliding_slots,
 )
-from mlx_gemma4.prompt.prompt import Prompt, SoftTokens
+from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, is_whole
 
 VERSION = 1  # of what is kept, and of how keys are made
 
@@ -183,8 +182,7 @@ class PromptStore:
         self, max_bytes: int | None = None, folder: str | Path | None = None, disk_bytes: int | None = None
     ) -> None:
         for name, value in (("max_bytes", max_bytes), ("disk_bytes", disk_bytes)):
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if value is not None and (not whole or value <= 0):
+            if value is not None and (not is_whole(value) or value <= 0):
                 raise ValueError(f"{name} is {shown(value)}; expected a whole number of bytes above 0, or None")
         if folder is not None and not isinstance(folder, (str, Path)):
             raise ValueError(f"folder is {shown(folder)}; expected a folder's path, or None")

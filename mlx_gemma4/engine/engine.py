@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Any
@@ -32,7 +31,7 @@ from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.prompt.prompt import Prompt, is_whole
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import parameters
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
@@ -493,7 +492,7 @@ class Engine:
 
 
 def check_max_batch(value: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST_ROWS:
+    if not is_whole(value) or not 1 <= value <= MOST_ROWS:
         raise ValueError(f"max_batch is {shown(value)}; expected a whole number from 1 to {MOST_ROWS}")
 
 
