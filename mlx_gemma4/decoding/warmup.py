@@ -23,13 +23,13 @@ import mlx
 import mlx.core as mx
 
 from mlx_gemma4 import __version__
+from mlx_gemma4.config import COMPUTING
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.load import parameters
 
 FIRST_ROUNDS = 16  # shorter replies do without
 LARGEST = 1e9  # bytes of weights: the rounds of a larger model take so long that kernels would gain less than a percent
 NICENESS = 5
-COMPUTING = {str(dtype): dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}  # a configuration has one of them
 
 # In a process that has not even the package's path; it ends by itself, also after the one that started it.
 CHILD = "import sys, pickle; own = sys.stdin.buffer; sys.path[:] = pickle.load(own); pickle.load(own)()"
@@ -76,7 +76,7 @@ class Warmup:
         return self.done
 
     def start(self, task: Callable[[], None]) -> subprocess.Popen[bytes] | None:
-        copyreg.pickle(mx.Dtype, lambda dtype: (named_dtype, (str(dtype),)))
+        copyreg.pickle(mx.Dtype, lambda dtype: (named_dtype, (str(dtype).removeprefix("mlx.core."),)))
         try:
             with tempfile.TemporaryFile() as file:
                 pickle.dump(sys.path, file)
