@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +26,7 @@ from mlx_gemma4.model.cache import (
     Arrays,
     Caches,
     FullCache,
+    LayerCache,
     SlidingCache,
     along,
     cache_of,
@@ -497,7 +497,7 @@ def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
     pages = [line.pages[number] for number in span(first, end)]
     full, sliding = iter(line.full), zip(*(page.arrays for page in pages), strict=True)
     line.full = []
-    layers: list[FullCache | SlidingCache] = []
+    layers: list[LayerCache] = []
     for kind in text.layer_types:
         own = text.attention[kind]
         if own.window is None:
@@ -508,7 +508,7 @@ def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
         cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
         kept = tuple(array[:, :, first - start : end - start] for array in rows)
         cache.arrays = place(cache.arrays, kept, (mx.arange(first, end) % cache.slots)[None])
-        layers.append(cast(SlidingCache, cache))
+        layers.append(cache)
         mx.eval(cache.arrays)
     caches = Caches(layers, text.layer_types, end, text.max_position_embeddings)
     caches.reserve(slots)
