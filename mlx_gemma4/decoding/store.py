@@ -26,10 +26,9 @@ from mlx_gemma4.model.cache import (
     Arrays,
     Caches,
     FullCache,
-    LayerCache,
     SlidingCache,
     along,
-    cache_of,
+    caches_of,
     empty_cache,
     place,
     sliding_slots,
@@ -497,20 +496,21 @@ def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
     pages = [line.pages[number] for number in span(first, end)]
     full, sliding = iter(line.full), zip(*(page.arrays for page in pages), strict=True)
     line.full = []
-    layers: list[LayerCache] = []
+    arrays: list[Arrays] = []
     for kind in text.layer_types:
         own = text.attention[kind]
         if own.window is None:
-            layers.append(cache_of(own, next(full)))
+            arrays.append(next(full))
             continue
         rows = along(next(sliding))
         start = pages[0].first
         cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
         kept = tuple(array[:, :, first - start : end - start] for array in rows)
         cache.arrays = place(cache.arrays, kept, (mx.arange(first, end) % cache.slots)[None])
-        layers.append(cache)
         mx.eval(cache.arrays)
-    caches = Caches(layers, text.layer_types, end, text.max_position_embeddings)
+        arrays.append(cache.arrays)
+    caches = caches_of(arrays, text)
+    caches.length = end
     caches.reserve(slots)
     return caches
 

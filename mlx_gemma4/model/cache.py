@@ -218,10 +218,10 @@ def cache_of(own: AttentionConfig, arrays: Arrays) -> LayerCache:
 class Caches:
     """What all layers keep of one request, or of B that go together."""
 
-    def __init__(self, layers: list[LayerCache], kinds: Sequence[str], length: int = 0, context: int | None = None):
+    def __init__(self, layers: list[LayerCache], kinds: Sequence[str], context: int | None = None):
         self.layers = layers
         self.kinds = tuple(kinds)
-        self.length = length  # positions read; in rounds the device knows more
+        self.length = 0  # positions read; in rounds the device knows more
         self.context = context  # as `capacity` takes it
 
     @classmethod
@@ -230,7 +230,7 @@ class Caches:
         attention = [text.attention[kind] for kind in text.layer_types]
         counts = [slots if own.window is None else sliding_slots(own.window) for own in attention]
         layers = [empty_cache(own, dtype, count) for own, count in zip(attention, counts, strict=True)]
-        return cls(layers, text.layer_types, context=text.max_position_embeddings)
+        return cls(layers, text.layer_types, text.max_position_embeddings)
 
     @property
     def last(self) -> dict[str, LayerCache]:
@@ -267,4 +267,4 @@ class Caches:
 def caches_of(arrays: list[Arrays], text: TextConfig) -> Caches:
     """Caches over arrays, of a trace too."""
     layers = [cache_of(text.attention[kind], own) for kind, own in zip(text.layer_types, arrays, strict=True)]
-    return Caches(layers, text.layer_types, context=text.max_position_embeddings)
+    return Caches(layers, text.layer_types, text.max_position_embeddings)
