@@ -193,8 +193,7 @@ class Asked:
         self.drafts = drafts_of(model, self.options)
 
     def new_row(self, processor: Processor) -> Row:
-        own = self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint
-        return Row(processor, *own)
+        return Row(processor, self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint)
 
     def begin(self, model: Model, processor: Processor, hidden: mx.array) -> tuple[State, Given]:
         """The state of its row, whose prompt has been read, and the first token. hidden: [1, 1, D], of the last
