@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.model.attention import QueryAttention, SelfAttention
+from mlx_gemma4.model.attention import SelfAttention
 from mlx_gemma4.model.decoder import Layer, Ranges
 from mlx_gemma4.model.matrix import Adapted, added, blocks, total_columns
 from mlx_gemma4.model.model import Model
@@ -68,8 +68,7 @@ def make_float16_safe(
     start = largest_value(table) * width**0.5 if has_table(share) else 0.0
     for part in ("embed_vision", "embed_audio"):
         if part in model and has_media(share):
-            matrix = model[part].embedding_projection
-            start = max(start, largest_row(matrix) * total_columns(matrix) ** 0.5)
+            start = max(start, output_bound(model[part].embedding_projection))
     target.unit = settle_layers(target.layers, start, share, group)
     if not has_head(share):  # what this norm gives is times 0 there, which an infinity would survive
         settle_last(target.norm, min(power(largest(target.norm.weight) * width**0.5), 1.0), target.unit)
@@ -215,12 +214,13 @@ def output_bounds(
     layers: list[Layer], share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
 ) -> list[float]:
     """Of each layer's o_proj, to which attention gives means of normed values; of machines that sum, together."""
-    own = mx.array([output_bound(layer.self_attn) for layer in layers])
+    own = mx.array([output_bound(layer.self_attn.o_proj) for layer in layers])
     return cast(list[float], (mx.distributed.all_sum(own, group=group) if isinstance(share, Share) else own).tolist())
 
 
-def output_bound(own: QueryAttention) -> float:
-    return largest_row(own.o_proj) * total_columns(own.o_proj) ** 0.5
+def output_bound(matrix: nn.Module) -> float:
+    """Of what a matrix makes of normed vectors."""
+    return largest_row(matrix) * total_columns(matrix) ** 0.5
 
 
 def power(bound: float) -> float:
