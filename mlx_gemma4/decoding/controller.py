@@ -63,7 +63,6 @@ class Controller:
 
     common: Acceptance = field(default_factory=Acceptance)  # of all rows so far, at whatever number of them
     first: int = 2  # the first length that is timed beside none
-    longest: int = MAX_DRAFTS
     times: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the last rounds, by draft length
     is_new: bool = True  # it is not known yet what a draft costs
     best: int = 0
@@ -90,7 +89,7 @@ class Controller:
             self.probe, self.former, self.wait = self.former, None, FIRST_PROBE
         else:
             near = (self.best + 1, self.best - 1, self.best + 2, self.best // 2, 0)
-            others = [length for length in dict.fromkeys(near) if length != self.best and 0 <= length <= self.longest]
+            others = [length for length in dict.fromkeys(near) if length != self.best and 0 <= length <= MAX_DRAFTS]
             self.probe = others[self.probes % len(others)]
             self.wait, self.probes = min(2 * self.wait, LAST_PROBE), self.probes + 1
         self.rounds, self.renews = 0, True
@@ -136,7 +135,7 @@ class Controller:
     def tokens_per_second(self, rows: Sequence[Acceptance]) -> list[float]:
         """Expected of these rows together, of each length."""
         tokens, guess, guesses = float(len(rows)), GUESSED_ACCEPTANCE, []
-        for position in range(self.longest):  # a guess from the position before is worth one trial
+        for position in range(MAX_DRAFTS):  # a guess from the position before is worth one trial
             guess = self.common.rate(position, guess, 1)
             guesses.append(guess)
         chances, found = [1.0] * len(rows), [tokens]
@@ -149,7 +148,7 @@ class Controller:
     def costs(self) -> list[float]:
         """Seconds a round of each length: measured, no more than a longer one takes, or on a line through two."""
         measured = {length: quartile(times) for length, times in self.times.items()}
-        return [self.cost(length, measured) for length in range(self.longest + 1)]
+        return [self.cost(length, measured) for length in range(MAX_DRAFTS + 1)]
 
     def cost(self, length: int, measured: Mapping[int, float]) -> float:
         if length in measured:
