@@ -195,10 +195,9 @@ class Engine:
         RuntimeError if the engine is closed."""
         options = Options(
             max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
-            repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
-            thinking_budget=thinking_budget,
-            response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
-            scope=scope, adapter=adapter,
+            repetition_detection=repetition_detection, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs,
+            logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, scope=scope, adapter=adapter,
         )  # fmt: skip
         asked = Request(
             content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -539,9 +538,8 @@ def generate_batch(
                 request, system=system if isinstance(request, str) else None, tools=tools, thinking=thinking,
                 image_budget=image_budget, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
                 preserve_thinking=preserve_thinking, repetition_detection=repetition_detection, stop=stop,
-                logprobs=logprobs, logit_bias=logit_bias,
-                thinking_budget=thinking_budget, continue_final_message=continue_final_message,
-                response_format=response_format, tool_choice=tool_choice,
+                thinking_budget=thinking_budget, continue_final_message=continue_final_message, logprobs=logprobs,
+                logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls, adapter=adapter,
             )  # fmt: skip
         except ValueError as error:

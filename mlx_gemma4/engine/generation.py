@@ -91,10 +91,10 @@ def generate(
         stream_generate(
             model, processor, request, images, audios, videos, system, tools, thinking, image_budget, max_tokens,
             sampling, draft_length, store=store, preserve_thinking=preserve_thinking,
-            repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
-            thinking_budget=thinking_budget,
-            continue_final_message=continue_final_message, response_format=response_format, tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls, adapter=adapter,
+            repetition_detection=repetition_detection, stop=stop, thinking_budget=thinking_budget,
+            continue_final_message=continue_final_message, logprobs=logprobs, logit_bias=logit_bias,
+            response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+            adapter=adapter,
         )
     )  # fmt: skip
 
@@ -131,9 +131,9 @@ def stream_generate(
     check_given(model, processor, store)
     options = Options(
         max_tokens=max_tokens, sampling=sampling, draft_length=draft_length, repetition_detection=repetition_detection,
-        stop=stop, logprobs=logprobs, logit_bias=logit_bias,
-        thinking_budget=thinking_budget, response_format=response_format, tool_choice=tool_choice,
-        parallel_tool_calls=parallel_tool_calls, adapter=adapter,
+        stop=stop, thinking_budget=thinking_budget, logprobs=logprobs, logit_bias=logit_bias,
+        response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+        adapter=adapter,
     )  # fmt: skip
     request_ = Request(
         content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,

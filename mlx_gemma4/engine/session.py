@@ -96,9 +96,9 @@ class Session:
         return collect(
             self.stream(
                 text, images, audios, videos, max_tokens, sampling, draft_length, repetition_detection, stop=stop,
-                logprobs=logprobs, logit_bias=logit_bias,
-                thinking_budget=thinking_budget, continue_final_message=continue_final_message,
-                response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+                thinking_budget=thinking_budget, continue_final_message=continue_final_message, logprobs=logprobs,
+                logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
             )
         )  # fmt: skip
 
@@ -123,24 +123,14 @@ class Session:
         parallel_tool_calls: bool = True,
     ) -> Iterator[Piece]:
         """As `send`, piece by piece. A reply that is left before its end leaves the messages as they were."""
-        turn = (
-            []
-            if text is None and not (images or audios or videos)
-            else request_messages(text or "", images, audios, videos)
-        )
+        is_new = text is not None or images or audios or videos
+        turn = request_messages(text or "", images, audios, videos) if is_new else []
         options = Options(
-            max_tokens=max_tokens,
-            sampling=sampling,
-            draft_length=draft_length,
-            repetition_detection=repetition_detection,
-            stop=stop,
-            logprobs=logprobs,
-            logit_bias=logit_bias,
-            thinking_budget=thinking_budget,
-            response_format=response_format,
-            tool_choice=tool_choice,
+            max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
+            repetition_detection=repetition_detection, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs,
+            logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
-        )
+        )  # fmt: skip
         prompt, prepared = self.prompt(turn, options, continue_final_message)
         events = self.events(turn, prompt, prepared, options, continue_final_message)
         check_memory(footprint_of(self.model), len(prompt), options.max_tokens)
