@@ -192,10 +192,9 @@ class Session:
         """
         folder = session_path(folder)
         self.save_messages(folder)
-        # of a store that conversations share, no more than this one's
-        adapter = adapter_of(self.model, self.settings.adapter)
-        own = (space_of(self.model, adapter=adapter), self.prompt([])[0]) if self.messages else None
-        self.store.save(folder / STORE_FOLDER, own)
+        if self.messages:  # of a store that conversations share, no more than this one's
+            space = space_of(self.model, adapter=adapter_of(self.model, self.settings.adapter))
+            self.store.save(folder / STORE_FOLDER, (space, self.prompt([])[0]))
 
     def save_messages(self, folder: Path) -> None:
         """As `save`, without what was read: that is larger by far, and can be read again."""
