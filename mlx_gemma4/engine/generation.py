@@ -347,12 +347,10 @@ class BoundedMemory:
     def request(self, needed: Prediction) -> Iterator[None]:
         """needed: what the model and the request's caches take at most; no more than these is wired."""
         with self.lock:
-            if not self.needed:
-                self.buffers = mx.set_cache_limit(BUFFER_CACHE_BYTES)
             self.needed.append(needed)
-            before = self.wire()
+            wired = self.wire()
             if len(self.needed) == 1:
-                self.wired = before
+                self.buffers, self.wired = mx.set_cache_limit(BUFFER_CACHE_BYTES), wired
         try:
             yield
         finally:
