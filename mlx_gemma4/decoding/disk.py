@@ -58,7 +58,9 @@ class Page:
         return sum(array.nbytes for own in self.arrays for array in own)
 
     def upto(self, last: int) -> "Page":
-        """A copy of its positions before `last`."""
+        """Its positions before `last`: itself if it has no others, or a copy."""
+        if self.last <= last:
+            return self
         count = last - self.first
         arrays = [tuple(mx.contiguous(array[:, :, :count]) for array in own) for own in self.arrays]
         return Page(self.first, last, arrays)
@@ -167,7 +169,7 @@ class Disk:
         if not place.first <= start < last or (kind == FULL and (start, last) != (place.first, place.last)):
             return None
         touch(file, used_at(place.first, now))
-        return page if last == page.last else page.upto(last)
+        return page.upto(last)
 
     # --- writing -------------------------------------------------------------------------------
 

@@ -198,13 +198,7 @@ class PromptStore:
     # --- a request's way -----------------------------------------------------------------------
 
     def take(
-        self,
-        space: bytes,
-        prompt: Prompt,
-        text: TextConfig,
-        slots: int,
-        turn: int | None,
-        empty: Callable[[], Caches],
+        self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None, empty: Callable[[], Caches]
     ) -> Held:
         """The line with the longest beginning of a prompt and caches that go on from there, or a new one and `empty`
         caches. At least the prompt's last token is left to read."""
@@ -449,14 +443,11 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
         first = number * PAGE
         last = first + len(own)
         arrays = [tuple(array[:, :, first:last] for array in entries) for entries in line.full]
-        if not disk.write(FULL, before, own, Page(first, last, arrays), now):
-            return
-        page = line.pages.get(number) if number in needed else None
-        if (
-            page is not None
-            and page.first < last <= page.last
-            and not disk.write(SLIDING, before, own, page if page.last == last else page.upto(last), now)
-        ):
+        pages = [(FULL, Page(first, last, arrays))]
+        sliding = line.pages.get(number) if number in needed else None
+        if sliding is not None and sliding.first < last <= sliding.last:
+            pages.append((SLIDING, sliding.upto(last)))
+        if not all(disk.write(kind, before, own, page, now) for kind, page in pages):
             return
         before = chained(before, own)
 
@@ -483,9 +474,7 @@ def covers(line: Line, other: Line) -> bool:
 def trim(line: Line, cut: int) -> None:
     """Forget what lies behind a place."""
     line.units = line.units[:cut]
-    line.pages = {
-        number: page if page.last <= cut else page.upto(cut) for number, page in line.pages.items() if page.first < cut
-    }
+    line.pages = {number: page.upto(cut) for number, page in line.pages.items() if page.first < cut}
     mx.eval([page.arrays for page in line.pages.values() if page.last == cut])
 
 
