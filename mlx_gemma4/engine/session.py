@@ -282,14 +282,12 @@ def is_session(folder: Path) -> bool:
     """Whether a folder holds one, whole or not; ValueError if it is no folder, or one of something else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"session is {str(folder)!r}, a file; expected a folder")
-    parts = [name for name in (ABOUT, MESSAGES) if (folder / name).exists()]
-    if (
-        not parts
-        and folder.is_dir()
-        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) and entry.name[0] != "." for entry in folder.iterdir())
-    ):
+    names = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.is_dir() else set()
+    if names & {ABOUT, MESSAGES}:
+        return True
+    if names - {STORE_FOLDER, MEDIA_FOLDER}:
         raise ValueError(f"session is {str(folder)!r}, which holds other files; expected a session, or a new folder")
-    return bool(parts)
+    return False
 
 
 def read_saved(folder: str | Path) -> Saved:
@@ -397,11 +395,9 @@ def loaded_part(part: Any, folder: Path) -> Any:
     if kind not in MEDIA or kind not in part:
         return part
     source = part[kind]
-    return part | {
-        kind: [loaded_source(frame, folder) for frame in source]
-        if isinstance(source, list)
-        else loaded_source(source, folder)
-    }
+    if isinstance(source, list):
+        return part | {kind: [loaded_source(frame, folder) for frame in source]}
+    return part | {kind: loaded_source(source, folder)}
 
 
 def loaded_source(source: Any, folder: Path) -> str:
