@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_gemma4.errors import CheckpointError, shown
+from mlx_gemma4.errors import CheckpointError, one_line, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 WHOLE = "sliding_attention on every machine"  # of a model on several: its last sliding layer
@@ -35,8 +35,6 @@ LARGEST = 2**24
 MOST_POSITIONS = 2**30
 MOST_LAYERS = 1024
 MOST_HEAD_DIM = 2**16
-QUOTED = 100  # characters of what a message quotes
-
 
 Parsed = TypeVar("Parsed")
 
@@ -119,14 +117,8 @@ class ModelConfig:
 def computing_type(name: str | None) -> mx.Dtype | None:
     """The type that an option asks for; None: what the checkpoint has. ValueError if it is none to compute in."""
     if name is not None and (not isinstance(name, str) or name not in COMPUTING):
-        raise ValueError(f"dtype is {quoted(name)}; expected one of {', '.join(COMPUTING)}")
+        raise ValueError(f"dtype is {shown(name)}; expected one of {', '.join(COMPUTING)}")
     return None if name is None else COMPUTING[name]
-
-
-def quoted(value: Any) -> str:
-    """A value as a message shows it, in one line."""
-    text = repr(value)
-    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
 
 
 def expanded(path: str | Path) -> Path:
@@ -134,7 +126,7 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{quoted(str(path))} names a user who is not known here; expected a path") from None
+        raise ValueError(f"{shown(str(path))} names a user who is not known here; expected a path") from None
 
 
 def read_bytes_of(path: Path) -> bytes:
@@ -171,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
-        raise CheckpointError(f"{path} is not valid JSON: {str(error)[:QUOTED]}") from None
+        raise CheckpointError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}; expected a JSON object")
     return found
@@ -192,9 +184,9 @@ def read_checked(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Parse
     try:
         return parse(raw)
     except KeyError as error:
-        raise CheckpointError(f"{path} has no {quoted(error.args[0])}; expected a Gemma 4 checkpoint") from None
+        raise CheckpointError(f"{path} has no {shown(error.args[0])}; expected a Gemma 4 checkpoint") from None
     except (TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a value of the wrong type: {str(error)[:QUOTED]}") from None
+        raise CheckpointError(f"{path} has a value of the wrong type: {one_line(error)}") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -210,16 +202,16 @@ def with_kv_bits(text: TextConfig, kv_bits: int | None) -> TextConfig:
 def count(raw: dict[str, Any], key: str, most: int = LARGEST) -> int:
     value = raw[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{key} is {quoted(value)}; expected a whole number above 0")
+        raise CheckpointError(f"{key} is {shown(value)}; expected a whole number above 0")
     if value > most:
-        raise CheckpointError(f"{key} is {quoted(value)}; expected at most {most}")
+        raise CheckpointError(f"{key} is {shown(value)}; expected at most {most}")
     return value
 
 
 def amount(raw: dict[str, Any], key: str) -> float:
     value = raw[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise CheckpointError(f"{key} is {quoted(value)}; expected a number above 0")
+        raise CheckpointError(f"{key} is {shown(value)}; expected a number above 0")
     return float(value)  # MLX takes no larger integers than C does
 
 
@@ -238,7 +230,7 @@ MODEL_TYPE = "gemma4_unified"
 
 def parse_config(raw: dict[str, Any], generation: GenerationConfig) -> ModelConfig:
     if raw.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"model_type is {quoted(raw.get('model_type'))}; expected {MODEL_TYPE!r}")
+        raise CheckpointError(f"model_type is {shown(raw.get('model_type'))}; expected {MODEL_TYPE!r}")
     # transformers asks the top of the file, where it says anything
     text = raw["text_config"] | {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
     vision, audio = raw.get("vision_config"), raw.get("audio_config")
@@ -265,14 +257,14 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
     """The decoder's shape; the drafter's config.json holds one too."""
     for key, values in SUPPORTED.items():
         if key in raw and raw[key] not in values:
-            raise CheckpointError(f"{key} is {quoted(raw[key])}; supported is {values[0]!r}")
+            raise CheckpointError(f"{key} is {shown(raw[key])}; supported is {values[0]!r}")
     if not isinstance(tied := raw.get("tie_word_embeddings", True), bool):
-        raise CheckpointError(f"tie_word_embeddings is {quoted(tied)}; expected true or false")
+        raise CheckpointError(f"tie_word_embeddings is {shown(tied)}; expected true or false")
     kinds = tuple(raw["layer_types"])
     if unknown := [kind for kind in kinds if kind not in (SLIDING, FULL)]:
-        raise CheckpointError(f"layer_types has {quoted(unknown[:1])}; supported are {SLIDING!r} and {FULL!r}")
+        raise CheckpointError(f"layer_types has {shown(unknown[:1])}; supported are {SLIDING!r} and {FULL!r}")
     if len(kinds) != raw["num_hidden_layers"]:
-        expected = f"num_hidden_layers = {quoted(raw['num_hidden_layers'])}"
+        expected = f"num_hidden_layers = {shown(raw['num_hidden_layers'])}"
         raise CheckpointError(f"layer_types has {len(kinds)} entries; expected {expected}")
     if len(kinds) > MOST_LAYERS:
         raise CheckpointError(f"layer_types has {len(kinds)} entries; expected at most {MOST_LAYERS}")
@@ -294,7 +286,7 @@ def parse_text(raw: dict[str, Any]) -> TextConfig:
 def parse_attention(raw: dict[str, Any], kind: str) -> AttentionConfig:
     rope = raw["rope_parameters"][kind]
     if rope["rope_type"] != ROPE_TYPES[kind]:
-        raise CheckpointError(f"rope_type of {kind} is {quoted(rope['rope_type'])}; supported is {ROPE_TYPES[kind]!r}")
+        raise CheckpointError(f"rope_type of {kind} is {shown(rope['rope_type'])}; supported is {ROPE_TYPES[kind]!r}")
     head_dim, heads = raw["head_dim"], raw["num_key_value_heads"]
     if kind == FULL:
         head_dim = raw.get("global_head_dim") or head_dim
@@ -355,12 +347,12 @@ def parse_quantization(raw: Any) -> tuple[Quantization | None, dict[str, Quantiz
         return None, {}
     if "quant_method" in raw:  # awq, gptq, auto-round, compressed-tensors, fp8, …: some have group_size and bits too
         raise CheckpointError(
-            f"the weights are quantized by {quoted(raw['quant_method'])}, which MLX does not read; expected MLX's own "
+            f"the weights are quantized by {shown(raw['quant_method'])}, which MLX does not read; expected MLX's own "
             "quantization, or the original checkpoint"
         )
     if "group_size" not in raw or "bits" not in raw:
         raise CheckpointError(
-            f"quantization has the keys {quoted(sorted(raw))}; expected group_size and bits, as MLX writes them"
+            f"quantization has the keys {shown(sorted(raw))}; expected group_size and bits, as MLX writes them"
         )
     overrides = {
         path: one_quantization(value)
@@ -374,7 +366,7 @@ def one_quantization(raw: dict[str, Any]) -> Quantization:
     mode = raw.get("mode", "affine")
     if not isinstance(mode, str) or mode not in MODES:
         raise CheckpointError(
-            f"the mode of the quantization is {quoted(mode)}; expected a name such as {', '.join(MODES)}"
+            f"the mode of the quantization is {shown(mode)}; expected a name such as {', '.join(MODES)}"
         )
     group_size, bits = MODES[mode]
     own = {"group_size": group_size, "bits": bits} | raw
@@ -400,12 +392,12 @@ def generation_defaults(folder: Path, raw: dict[str, Any]) -> GenerationConfig:
         above = key in ("top_p", "repetition_penalty") and value == 0
         if not isinstance(value, kinds) or isinstance(value, bool) or above or not 0 <= value <= ranges[key]:
             raise CheckpointError(
-                f"generation_config.json: {key} is {quoted(value)}; expected a number from 0 to {ranges[key]:g}"
+                f"generation_config.json: {key} is {shown(value)}; expected a number from 0 to {ranges[key]:g}"
                 + (", above 0" if above else "")
             )
     for key, ids in (("eos_token_id", stops), ("suppress_tokens", own.get("suppress_tokens") or [])):
         if not isinstance(ids, list) or not all(map(is_id, ids)):
-            raise CheckpointError(f"generation_config.json: {key} is {quoted(ids)}; expected ids of tokens")
+            raise CheckpointError(f"generation_config.json: {key} is {shown(ids)}; expected ids of tokens")
     if own.get("do_sample") is False:
         chosen["temperature"] = 0.0
     return GenerationConfig(

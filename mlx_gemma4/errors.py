@@ -86,6 +86,7 @@ class Short(reprlib.Repr):
 
 
 SHORT = Short()
+SHORT.maxstring = 100  # a tensor's name is shown whole
 
 
 def shown(value: object) -> str:

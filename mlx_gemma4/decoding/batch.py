@@ -213,12 +213,10 @@ class Batch:
         caches.reserve(max(seat.positions for seat in self.rows) + ROUND)
         stages = self.stages()
         (first, second), is_new = halves_of_round(self.model, stages, size, drafts, caches.slots)
-        drafted: mx.array = mx.zeros((size, 0), mx.int32)
-        q: mx.array | None = mx.zeros((size, 0, vocabulary))
+        drafted: mx.array = mx.zeros((size, drafts), mx.int32)
+        q: mx.array | None = None  # drafts that all must come, or none
         if is_drafted:
             drafted, q = first(self.state, caches.arrays)
-        elif drafts:
-            drafted, q = mx.zeros((size, drafts), mx.int32), None
         proposed, is_forced = np.array(drafted), np.zeros((size, drafts), bool)
         for place, own in enumerate(forced):
             proposed[place, : len(own)], is_forced[place, : len(own)] = own, True

@@ -4,10 +4,10 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import ROUND
+from mlx_gemma4.prompt.prompt import is_whole
 
 FIRST_PLAIN, FIRST_DRAFTED = 3, 3  # timed rounds without drafts and with some, to know what a draft costs
 WINDOW = 12  # rounds of a length whose times are remembered
@@ -23,10 +23,7 @@ MAX_DRAFTS = ROUND - 1
 
 
 def check_draft_length(value: int | str) -> None:
-    if isinstance(value, str):
-        valid = value == "auto"
-    else:
-        valid = isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value <= MAX_DRAFTS
+    valid = value == "auto" if isinstance(value, str) else is_whole(value) and 0 <= value <= MAX_DRAFTS
     if not valid:
         raise ValueError(f"draft_length is {shown(value)}; expected 'auto' or a whole number from 0 to {MAX_DRAFTS}")
 
@@ -66,7 +63,6 @@ class Controller:
 
     common: Acceptance = field(default_factory=Acceptance)  # of all rows so far, at whatever number of them
     first: int = 2  # the first length that is timed beside none
-    longest: int = MAX_DRAFTS
     times: dict[int, deque[float]] = field(default_factory=dict)  # seconds of the last rounds, by draft length
     is_new: bool = True  # it is not known yet what a draft costs
     best: int = 0
@@ -93,7 +89,7 @@ class Controller:
             self.probe, self.former, self.wait = self.former, None, FIRST_PROBE
         else:
             near = (self.best + 1, self.best - 1, self.best + 2, self.best // 2, 0)
-            others = [length for length in dict.fromkeys(near) if length != self.best and 0 <= length <= self.longest]
+            others = [length for length in dict.fromkeys(near) if length != self.best and 0 <= length <= MAX_DRAFTS]
             self.probe = others[self.probes % len(others)]
             self.wait, self.probes = min(2 * self.wait, LAST_PROBE), self.probes + 1
         self.rounds, self.renews = 0, True
@@ -139,7 +135,7 @@ class Controller:
     def tokens_per_second(self, rows: Sequence[Acceptance]) -> list[float]:
         """Expected of these rows together, of each length."""
         tokens, guess, guesses = float(len(rows)), GUESSED_ACCEPTANCE, []
-        for position in range(self.longest):  # a guess from the position before is worth one trial
+        for position in range(MAX_DRAFTS):  # a guess from the position before is worth one trial
             guess = self.common.rate(position, guess, 1)
             guesses.append(guess)
         chances, found = [1.0] * len(rows), [tokens]
@@ -152,7 +148,7 @@ class Controller:
     def costs(self) -> list[float]:
         """Seconds a round of each length: measured, no more than a longer one takes, or on a line through two."""
         measured = {length: quartile(times) for length, times in self.times.items()}
-        return [self.cost(length, measured) for length in range(self.longest + 1)]
+        return [self.cost(length, measured) for length in range(MAX_DRAFTS + 1)]
 
     def cost(self, length: int, measured: Mapping[int, float]) -> float:
         if length in measured:

@@ -27,6 +27,7 @@ import numpy as np
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.errors import one_line
 from mlx_gemma4.model.cache import Arrays
+from mlx_gemma4.weights.writing import write_private
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -57,7 +58,9 @@ class Page:
         return sum(array.nbytes for own in self.arrays for array in own)
 
     def upto(self, last: int) -> "Page":
-        """A copy of its positions before `last`."""
+        """Its positions before `last`: itself if it has no others, or a copy."""
+        if self.last <= last:
+            return self
         count = last - self.first
         arrays = [tuple(mx.contiguous(array[:, :, :count]) for array in own) for own in self.arrays]
         return Page(self.first, last, arrays)
@@ -166,21 +169,21 @@ class Disk:
         if not place.first <= start < last or (kind == FULL and (start, last) != (place.first, place.last)):
             return None
         touch(file, used_at(place.first, now))
-        return page if last == page.last else page.upto(last)
+        return page.upto(last)
 
     # --- writing -------------------------------------------------------------------------------
 
     def write(self, kind: str, before: bytes, own: np.ndarray, page: Page, now: float) -> bool:
         """Keep a page; own: the units of its whole place, of which the page has the entries of the last ones or all.
         now: when its line was used. False if there is no room, or no writing."""
-        name = f"{kind}-{before.hex()}-{named(own)}{SUFFIX}"
+        file = self.folder / f"{kind}-{before.hex()}-{named(own)}{SUFFIX}"
         used = used_at(page.first, now)
-        if os.path.exists(self.folder / name):
-            touch(self.folder / name, used)
+        if os.path.exists(file):
+            touch(file, used)
             return True
         units = base64.b64encode(own.tobytes()).decode()
         data = assembled({"kind": kind, "before": before.hex(), "units": units, "first": page.first}, page)
-        part = self.folder / f"{name}.{secrets.token_hex(4)}{PART}"
+        part = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")  # a process's own
         try:
             if not self.make_room(len(data)):
                 logger.warning(
@@ -189,14 +192,13 @@ class Disk:
                 )  # fmt: skip
                 return False
             with if_stopped(lambda: discard(part)):
-                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
-                    opened.write(data)
-                part.replace(self.folder / name)
+                write_private(part, data)
+                part.replace(file)
         except OSError as error:
             logger.warning("the store's folder %s cannot be written to: %s", self.folder, one_line(error))
             discard(part)
             return False
-        touch(self.folder / name, used)
+        touch(file, used)
         return True
 
     def make_room(self, nbytes: int) -> bool:

@@ -11,11 +11,9 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -30,12 +28,12 @@ from mlx_gemma4.model.cache import (
     FullCache,
     SlidingCache,
     along,
-    cache_of,
+    caches_of,
     empty_cache,
     place,
     sliding_slots,
 )
-from mlx_gemma4.prompt.prompt import Prompt, SoftTokens
+from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, is_whole
 
 VERSION = 1  # of what is kept, and of how keys are made
 
@@ -165,8 +163,7 @@ class Held:
     caches: Caches
     cached: int  # positions that need not be read
     prompt: np.ndarray  # the units of the whole prompt
-    first: int  # from there on the caches have sliding entries, as far as their slots go
-    parted: tuple[int, int, int] | None = None  # where it parts from what was read, and the two ids
+    parted: tuple[int, int] | None = None  # where it parts from what was read, and the id there
 
 
 class PromptStore:
@@ -184,8 +181,7 @@ class PromptStore:
         self, max_bytes: int | None = None, folder: str | Path | None = None, disk_bytes: int | None = None
     ) -> None:
         for name, value in (("max_bytes", max_bytes), ("disk_bytes", disk_bytes)):
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            if value is not None and (not whole or value <= 0):
+            if value is not None and (not is_whole(value) or value <= 0):
                 raise ValueError(f"{name} is {shown(value)}; expected a whole number of bytes above 0, or None")
         if folder is not None and not isinstance(folder, (str, Path)):
             raise ValueError(f"folder is {shown(folder)}; expected a folder's path, or None")
@@ -202,13 +198,7 @@ class PromptStore:
     # --- a request's way -----------------------------------------------------------------------
 
     def take(
-        self,
-        space: bytes,
-        prompt: Prompt,
-        text: TextConfig,
-        slots: int,
-        turn: int | None,
-        empty: Callable[[], Caches],
+        self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None, empty: Callable[[], Caches]
     ) -> Held:
         """The line with the longest beginning of a prompt and caches that go on from there, or a new one and `empty`
         caches. At least the prompt's last token is left to read."""
@@ -216,8 +206,9 @@ class PromptStore:
         with self.lock:
             parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
-            if self.disk is not None:
-                line, cut = self.better_on_disk(self.disk, space, own, prompt, text, line, cut)
+            on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, window_of(text), cut)
+            if on_disk is not None:
+                line, cut = on_disk, len(on_disk)
             if line is None:
                 taken, caches = Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), empty()
             else:
@@ -227,14 +218,14 @@ class PromptStore:
                 trim(taken, cut)
                 caches = resumed(taken, text, slots)
             taken.marks = forks(prompt, turn)
-            held = Held(self, taken, caches, cut, own, max(0, cut - taken.window), parted)
+            held = Held(self, taken, caches, cut, own, parted)
             self.held.append(held)
             return held
 
     def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:
         """A request's hold on what it has read without this store."""
         own = units(prompt)
-        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own, 0)
+        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own)
         with self.lock:
             self.held.append(held)
         return held
@@ -250,7 +241,8 @@ class PromptStore:
             end = len(held.prompt) if end is None else end
             wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
             wanted |= set(span(end - 2 * line.window, max(end, length)))
-            first = max(held.first, length - sliding[0].slots + ROUND)
+            # the caches have sliding entries of a window before where they began, as far as their slots go
+            first = max(0, held.cached - line.window, length - sliding[0].slots + ROUND)
             for number in span(first, length):
                 before = line.pages.get(number)
                 start = max(first, number * PAGE, 0 if before is None else before.last)
@@ -269,10 +261,7 @@ class PromptStore:
         line, caches = held.line, held.caches
         with self.lock:
             full = [layer.arrays for layer in caches.layers if isinstance(layer, FullCache)]
-            shared = Line(
-                line.space, held.prompt, full, dict(line.pages), line.window, line.marks, next(self.clock), line.uses
-            )
-            self.hold(shared)
+            self.hold(replace(line, units=held.prompt, full=full, pages=dict(line.pages), used=next(self.clock)))
             self.evict(0)
 
     def give(self, held: Held, ids: list[int]) -> None:
@@ -310,54 +299,25 @@ class PromptStore:
         lines = [(common(line.units, own), line) for line in self.lines if line.space == space]
         return max(lines, key=lambda entry: entry[0], default=(0, None))
 
-    def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int, int] | None:
-        """Where a prompt parts from the line that it goes along with longest, and the ids there of both."""
+    def parting(self, space: bytes, own: np.ndarray) -> tuple[int, int] | None:
+        """Where a prompt parts from the line that it goes along with longest, and the line's id there."""
         same, line = self.longest(space, own)
         if line is None or not 0 < same < min(len(line), len(own)):
             return None
-        return same, int(line.units[same, 0]), int(own[same, 0])
-
-    def found(self, space: bytes, own: np.ndarray, prompt: Prompt) -> int:
-        """How many tokens of a prompt memory has. own: its units."""
-        with self.lock:
-            return self.best(space, own, prompt)[1]
+        return same, int(line.units[same, 0])
 
     def best(self, space: bytes, own: np.ndarray, prompt: Prompt) -> tuple[Line | None, int]:
+        """The line that has most of a prompt in memory, and how many tokens of it. own: its units."""
         found: Line | None = None
         best = 0
-        for line in self.lines:
-            if line.space == space:
-                most = min(common(line.units, own), len(own) - 1)
-                cut = usable(line.spans, line.window, most, prompt) if most > best else 0
-                if cut > best:
-                    found, best = line, cut
+        with self.lock:
+            for line in self.lines:
+                if line.space == space:
+                    most = min(common(line.units, own), len(own) - 1)
+                    cut = usable(line.spans, line.window, most, prompt) if most > best else 0
+                    if cut > best:
+                        found, best = line, cut
         return found, best
-
-    def better_on_disk(
-        self, disk: Disk, space: bytes, own: np.ndarray, prompt: Prompt, text: TextConfig, line: Line | None, cut: int
-    ) -> tuple[Line | None, int]:
-        """What the folder has, if it is more than what memory has."""
-        window, unfit, now = window_of(text), set[Path](), time.time()
-        while True:
-            chain = disk.chain(space, own, unfit)
-            spans = [found.sliding_span for found in chain]
-            most = min(chain[-1].last, len(own) - 1) if chain else 0
-            found = usable(spans, window, most, prompt) if most > cut else 0
-            if found <= cut:
-                return line, cut
-            numbers = span(found - window, found) if window else range(0)
-            fulls = [disk.read(entry.full, FULL, entry, own, now) for entry in chain[: span(0, found).stop]]
-            pages = {number: disk.read(chain[number].sliding, SLIDING, chain[number], own, now) for number in numbers}
-            unfit |= {entry.full for entry, page in zip(chain, fulls, strict=False) if page is None}
-            unfit |= {chain[number].sliding for number, page in pages.items() if page is None}
-            whole = [page for page in fulls if page is not None]
-            there = {number: page for number, page in pages.items() if page is not None}
-            if len(whole) < len(fulls) or len(there) < len(pages):
-                continue
-            layers = zip(*(page.arrays for page in whole), strict=True)
-            full = [along(parts) for parts in layers]
-            mx.eval(full)
-            return Line(space, own[:found], full, there, window, uses=1), found
 
     def taken(self, line: Line, cut: int) -> Line:
         """The line itself if the request is the next one of its conversation, or else a copy of its beginning."""
@@ -373,7 +333,7 @@ class PromptStore:
         self.lines.append(line)
         full = Page(0, len(line), line.full).upto(cut).arrays
         mx.eval(full)
-        return Line(line.space, line.units, full, dict(line.pages), line.window, used=line.used, uses=line.uses)
+        return replace(line, full=full, pages=dict(line.pages))
 
     # --- bounds --------------------------------------------------------------------------------
 
@@ -392,6 +352,9 @@ class PromptStore:
     def fits(self, nbytes: int) -> bool:
         """Whether so many bytes more can be held, what is worth least being given up for them."""
         self.evict(nbytes)
+        return self.has_room(nbytes)
+
+    def has_room(self, nbytes: int) -> bool:
         return self.ceiling is None or self.nbytes + nbytes <= self.ceiling
 
     def leave(self, room: int) -> None:
@@ -403,23 +366,20 @@ class PromptStore:
     def evict(self, nbytes: int) -> None:
         """Give up what is worth least until there is room for so many bytes: pages behind marks that newer ones have
         taken the place of, then whole lines; nothing that a request has in its hands."""
-        if self.ceiling is None:
-            return
-        excess = self.nbytes + nbytes - self.ceiling
-        for line in sorted(self.lines, key=lambda line: line.used) if excess > 0 else ():
-            for number in sorted(line.pages.keys() - line.needed()):
-                if excess <= 0:
-                    return
-                del line.pages[number]
-                excess = self.nbytes + nbytes - self.ceiling
         now = next(self.clock)
+        if self.has_room(nbytes):
+            return
+        for line in sorted(self.lines, key=lambda line: line.used):
+            for number in sorted(line.pages.keys() - line.needed()):
+                del line.pages[number]
+                if self.has_room(nbytes):
+                    return
         for line in sorted(self.lines, key=lambda line: len(line) / (now - line.used)):
-            if excess <= 0:
-                return
             if self.disk is not None:
                 save_line(line, self.disk)
             self.lines.remove(line)
-            excess = self.nbytes + nbytes - self.ceiling
+            if self.has_room(nbytes):
+                return
 
     # --- disk ----------------------------------------------------------------------------------
 
@@ -433,21 +393,44 @@ class PromptStore:
             if disk is None:
                 return
             if prompt is None:
-                save_lines(self.lines, disk)
+                for line in self.lines:
+                    save_line(line, disk)
                 return
-            same, line = self.longest(prompt[0], units(prompt[1]))
-            if line is not None:
-                save_line(line, disk, same)
+            same, longest = self.longest(prompt[0], units(prompt[1]))
+            if longest is not None:
+                save_line(longest, disk, same)
 
 
-def save_lines(lines: list[Line], disk: Disk) -> None:
-    for line in lines:
-        save_line(line, disk)
+def read_line(disk: Disk, space: bytes, own: np.ndarray, prompt: Prompt, window: int, least: int) -> Line | None:
+    """What a folder has of a prompt, if that is more than `least`. own: the prompt's units."""
+    unfit, now = set[Path](), time.time()
+    while True:
+        chain = disk.chain(space, own, unfit)
+        most = min(chain[-1].last, len(own) - 1) if chain else 0
+        end = usable([entry.sliding_span for entry in chain], window, most, prompt) if most > least else 0
+        if end <= least:
+            return None
+        numbers = span(end - window, end) if window else range(0)
+        whole = chain[: span(0, end).stop]
+        files = [(entry.full, FULL, entry) for entry in whole]
+        files += [(chain[number].sliding, SLIDING, chain[number]) for number in numbers]
+        pages: list[Page] = []
+        for file, kind, entry in files:
+            page = disk.read(file, kind, entry, own, now)
+            if page is None:
+                unfit.add(file)
+            else:
+                pages.append(page)
+        if len(pages) == len(files):
+            full = [along(parts) for parts in zip(*(page.arrays for page in pages[: len(whole)]), strict=True)]
+            mx.eval(full)
+            return Line(space, own[:end], full, dict(zip(numbers, pages[len(whole) :], strict=True)), window, uses=1)
 
 
 def save_at_end(lines: list[Line], disk: Disk, process: int) -> None:
     if os.getpid() == process:  # in one that was forked from it MLX cannot compute
-        save_lines(lines, disk)
+        for line in lines:
+            save_line(line, disk)
 
 
 def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
@@ -460,14 +443,11 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
         first = number * PAGE
         last = first + len(own)
         arrays = [tuple(array[:, :, first:last] for array in entries) for entries in line.full]
-        if not disk.write(FULL, before, own, Page(first, last, arrays), now):
-            return
-        page = line.pages.get(number) if number in needed else None
-        if (
-            page is not None
-            and page.first < last <= page.last
-            and not disk.write(SLIDING, before, own, page if page.last == last else page.upto(last), now)
-        ):
+        pages = [(FULL, Page(first, last, arrays))]
+        sliding = line.pages.get(number) if number in needed else None
+        if sliding is not None and sliding.first < last <= sliding.last:
+            pages.append((SLIDING, sliding.upto(last)))
+        if not all(disk.write(kind, before, own, page, now) for kind, page in pages):
             return
         before = chained(before, own)
 
@@ -494,35 +474,32 @@ def covers(line: Line, other: Line) -> bool:
 def trim(line: Line, cut: int) -> None:
     """Forget what lies behind a place."""
     line.units = line.units[:cut]
-    line.pages = {
-        number: page if page.last <= cut else page.upto(cut) for number, page in line.pages.items() if page.first < cut
-    }
+    line.pages = {number: page.upto(cut) for number, page in line.pages.items() if page.first < cut}
     mx.eval([page.arrays for page in line.pages.values() if page.last == cut])
 
 
 def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
     """Caches that hold the positions of a line, whose full layers they take over."""
-    full = iter(line.full)
-    line.full = []
     end = len(line)
     first = max(0, end - line.window)
     pages = [line.pages[number] for number in span(first, end)]
-    layers: list[FullCache | SlidingCache] = []
-    place_of = 0
+    full, sliding = iter(line.full), zip(*(page.arrays for page in pages), strict=True)
+    line.full = []
+    arrays: list[Arrays] = []
     for kind in text.layer_types:
         own = text.attention[kind]
         if own.window is None:
-            layers.append(cache_of(own, next(full)))
+            arrays.append(next(full))
             continue
-        rows = along(page.arrays[place_of] for page in pages)
+        rows = along(next(sliding))
         start = pages[0].first
         cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
         kept = tuple(array[:, :, first - start : end - start] for array in rows)
         cache.arrays = place(cache.arrays, kept, (mx.arange(first, end) % cache.slots)[None])
-        layers.append(cast(SlidingCache, cache))
-        place_of += 1
         mx.eval(cache.arrays)
-    caches = Caches(layers, text.layer_types, end, text.max_position_embeddings)
+        arrays.append(cache.arrays)
+    caches = caches_of(arrays, text)
+    caches.length = end
     caches.reserve(slots)
     return caches
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -22,13 +23,13 @@ import mlx
 import mlx.core as mx
 
 from mlx_gemma4 import __version__
+from mlx_gemma4.config import COMPUTING
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.load import parameters
 
 FIRST_ROUNDS = 16  # shorter replies do without
 LARGEST = 1e9  # bytes of weights: the rounds of a larger model take so long that kernels would gain less than a percent
 NICENESS = 5
-COMPUTING = {str(dtype): dtype for dtype in (mx.float16, mx.bfloat16, mx.float32)}  # a configuration has one of them
 
 # In a process that has not even the package's path; it ends by itself, also after the one that started it.
 CHILD = "import sys, pickle; own = sys.stdin.buffer; sys.path[:] = pickle.load(own); pickle.load(own)()"
@@ -75,11 +76,11 @@ class Warmup:
         return self.done
 
     def start(self, task: Callable[[], None]) -> subprocess.Popen[bytes] | None:
-        copyreg.pickle(mx.Dtype, lambda dtype: (named_dtype, (str(dtype),)))
+        copyreg.pickle(mx.Dtype, lambda dtype: (named_dtype, (str(dtype).removeprefix("mlx.core."),)))
         try:
             with tempfile.TemporaryFile() as file:
                 pickle.dump(sys.path, file)
-                pickle.dump(Build(task, self.mark), file)
+                pickle.dump(partial(build, task, self.mark), file)
                 file.seek(0)
                 child = subprocess.Popen(
                     [sys.executable, "-c", CHILD], stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -91,29 +92,24 @@ class Warmup:
         return child
 
 
-class Build:
+def build(task: Callable[[], None], mark: str) -> None:
     """What the other process does."""
-
-    def __init__(self, task: Callable[[], None], mark: str):
-        self.task, self.mark = task, mark
-
-    def __call__(self) -> None:
-        os.nice(NICENESS)
-        shared = Path(tempfile.gettempdir())
-        with tempfile.TemporaryDirectory(prefix="mlx_gemma4-") as own:
-            folder, target = kernel_folder(Path(own)), kernel_folder(shared)
-            folder.mkdir(parents=True)
-            target.mkdir(parents=True, exist_ok=True)
-            for library in target.glob("lib*.so"):
-                shutil.copy(library, folder)
-            known = {file.name for file in folder.iterdir()}
-            os.environ["TMPDIR"] = own
-            compile_header(folder)
-            self.task()
-            for library in folder.glob("lib*.so"):
-                if library.name not in known:
-                    library.replace(target / library.name)  # whole at once, for a process that looks for it now
-            (target / self.mark).touch()
+    os.nice(NICENESS)
+    shared = Path(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix="mlx_gemma4-") as own:
+        folder, target = kernel_folder(Path(own)), kernel_folder(shared)
+        folder.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for library in target.glob("lib*.so"):
+            shutil.copy(library, folder)
+        known = {file.name for file in folder.iterdir()}
+        os.environ["TMPDIR"] = own
+        compile_header(folder)
+        task()
+        for library in folder.glob("lib*.so"):
+            if library.name not in known:
+                library.replace(target / library.name)  # whole at once, for a process that looks for it now
+        (target / mark).touch()
 
 
 def compile_header(folder: Path) -> None:

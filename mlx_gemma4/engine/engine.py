@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Any
@@ -32,7 +31,7 @@ from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt
+from mlx_gemma4.prompt.prompt import Prompt, is_whole
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import parameters
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
@@ -196,10 +195,9 @@ class Engine:
         RuntimeError if the engine is closed."""
         options = Options(
             max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
-            repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
-            thinking_budget=thinking_budget,
-            response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
-            scope=scope, adapter=adapter,
+            repetition_detection=repetition_detection, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs,
+            logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls, scope=scope, adapter=adapter,
         )  # fmt: skip
         asked = Request(
             content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -279,7 +277,7 @@ class Engine:
     def found(self, work: Work) -> int:
         if self.store is None or not self.store.lines or work.is_scored:
             return 0
-        return self.store.found(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)
+        return self.store.best(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)[1]
 
     def take(self, asked: list[Work]) -> None:
         for work in asked:
@@ -493,7 +491,7 @@ class Engine:
 
 
 def check_max_batch(value: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= MOST_ROWS:
+    if not is_whole(value) or not 1 <= value <= MOST_ROWS:
         raise ValueError(f"max_batch is {shown(value)}; expected a whole number from 1 to {MOST_ROWS}")
 
 
@@ -540,9 +538,8 @@ def generate_batch(
                 request, system=system if isinstance(request, str) else None, tools=tools, thinking=thinking,
                 image_budget=image_budget, max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
                 preserve_thinking=preserve_thinking, repetition_detection=repetition_detection, stop=stop,
-                logprobs=logprobs, logit_bias=logit_bias,
-                thinking_budget=thinking_budget, continue_final_message=continue_final_message,
-                response_format=response_format, tool_choice=tool_choice,
+                thinking_budget=thinking_budget, continue_final_message=continue_final_message, logprobs=logprobs,
+                logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls, adapter=adapter,
             )  # fmt: skip
         except ValueError as error:

@@ -91,10 +91,10 @@ def generate(
         stream_generate(
             model, processor, request, images, audios, videos, system, tools, thinking, image_budget, max_tokens,
             sampling, draft_length, store=store, preserve_thinking=preserve_thinking,
-            repetition_detection=repetition_detection, stop=stop, logprobs=logprobs, logit_bias=logit_bias,
-            thinking_budget=thinking_budget,
-            continue_final_message=continue_final_message, response_format=response_format, tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls, adapter=adapter,
+            repetition_detection=repetition_detection, stop=stop, thinking_budget=thinking_budget,
+            continue_final_message=continue_final_message, logprobs=logprobs, logit_bias=logit_bias,
+            response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+            adapter=adapter,
         )
     )  # fmt: skip
 
@@ -131,9 +131,9 @@ def stream_generate(
     check_given(model, processor, store)
     options = Options(
         max_tokens=max_tokens, sampling=sampling, draft_length=draft_length, repetition_detection=repetition_detection,
-        stop=stop, logprobs=logprobs, logit_bias=logit_bias,
-        thinking_budget=thinking_budget, response_format=response_format, tool_choice=tool_choice,
-        parallel_tool_calls=parallel_tool_calls, adapter=adapter,
+        stop=stop, thinking_budget=thinking_budget, logprobs=logprobs, logit_bias=logit_bias,
+        response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+        adapter=adapter,
     )  # fmt: skip
     request_ = Request(
         content=request, images=images, audios=audios, videos=videos, system=system, tools=tools,
@@ -193,8 +193,7 @@ class Asked:
         self.drafts = drafts_of(model, self.options)
 
     def new_row(self, processor: Processor) -> Row:
-        own = self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint
-        return Row(processor, *own)
+        return Row(processor, self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint)
 
     def begin(self, model: Model, processor: Processor, hidden: mx.array) -> tuple[State, Given]:
         """The state of its row, whose prompt has been read, and the first token. hidden: [1, 1, D], of the last
@@ -348,12 +347,10 @@ class BoundedMemory:
     def request(self, needed: Prediction) -> Iterator[None]:
         """needed: what the model and the request's caches take at most; no more than these is wired."""
         with self.lock:
-            if not self.needed:
-                self.buffers = mx.set_cache_limit(BUFFER_CACHE_BYTES)
             self.needed.append(needed)
-            before = self.wire()
+            wired = self.wire()
             if len(self.needed) == 1:
-                self.wired = before
+                self.buffers, self.wired = mx.set_cache_limit(BUFFER_CACHE_BYTES), wired
         try:
             yield
         finally:

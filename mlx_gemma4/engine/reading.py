@@ -93,7 +93,7 @@ def opened(
         yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
         return
     if held.parted is not None:
-        log_parting(processor, prompt, held)
+        log_parting(processor, prompt, held.cached, *held.parted)
     # no more at once than a window, or the ring would have lost what is to be kept
     chunk = min(CHUNK, window_of(text) or CHUNK)
     reading = Opened(held.caches, list(prompt.token_ids), len(prompt), chunk, held)
@@ -144,12 +144,11 @@ def is_everywhere(group: mx.distributed.Group | None, length: int) -> bool:
     return bool((found == length).all())
 
 
-def log_parting(processor: Processor, prompt: Prompt, held: Held) -> None:
+def log_parting(processor: Processor, prompt: Prompt, cached: int, place: int, was: int) -> None:
     """Where a prompt stops being what was read, for whoever wonders why it is read again."""
-    place, was, _ = held.parted or (0, 0, 0)
     before, now = prompt.token_ids[max(0, place - SHOWN) : place], prompt.token_ids[place : place + SHOWN]
     texts = [processor.tokenizer.decode(ids, skip_special_tokens=False) for ids in (before, [was], now)]
     logger.debug(
         "%d of %d tokens are not read again; what was read goes on after token %d, %r, with %r, the prompt with %r",
-        held.cached, len(prompt), place, *texts,
+        cached, len(prompt), place, *texts,
     )  # fmt: skip

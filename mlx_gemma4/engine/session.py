@@ -96,9 +96,9 @@ class Session:
         return collect(
             self.stream(
                 text, images, audios, videos, max_tokens, sampling, draft_length, repetition_detection, stop=stop,
-                logprobs=logprobs, logit_bias=logit_bias,
-                thinking_budget=thinking_budget, continue_final_message=continue_final_message,
-                response_format=response_format, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls,
+                thinking_budget=thinking_budget, continue_final_message=continue_final_message, logprobs=logprobs,
+                logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
             )
         )  # fmt: skip
 
@@ -123,24 +123,14 @@ class Session:
         parallel_tool_calls: bool = True,
     ) -> Iterator[Piece]:
         """As `send`, piece by piece. A reply that is left before its end leaves the messages as they were."""
-        turn = (
-            []
-            if text is None and not (images or audios or videos)
-            else request_messages(text or "", images, audios, videos)
-        )
+        is_new = text is not None or images or audios or videos
+        turn = request_messages(text or "", images, audios, videos) if is_new else []
         options = Options(
-            max_tokens=max_tokens,
-            sampling=sampling,
-            draft_length=draft_length,
-            repetition_detection=repetition_detection,
-            stop=stop,
-            logprobs=logprobs,
-            logit_bias=logit_bias,
-            thinking_budget=thinking_budget,
-            response_format=response_format,
-            tool_choice=tool_choice,
+            max_tokens=max_tokens, sampling=sampling, draft_length=draft_length,
+            repetition_detection=repetition_detection, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs,
+            logit_bias=logit_bias, response_format=response_format, tool_choice=tool_choice,
             parallel_tool_calls=parallel_tool_calls,
-        )
+        )  # fmt: skip
         prompt, prepared = self.prompt(turn, options, continue_final_message)
         events = self.events(turn, prompt, prepared, options, continue_final_message)
         check_memory(footprint_of(self.model), len(prompt), options.max_tokens)
@@ -204,10 +194,9 @@ class Session:
         """
         folder = session_path(folder)
         self.save_messages(folder)
-        # of a store that conversations share, no more than this one's
-        adapter = adapter_of(self.model, self.settings.adapter)
-        own = (space_of(self.model, adapter=adapter), self.prompt([])[0]) if self.messages else None
-        self.store.save(folder / STORE_FOLDER, own)
+        if self.messages:  # of a store that conversations share, no more than this one's
+            space = space_of(self.model, adapter=adapter_of(self.model, self.settings.adapter))
+            self.store.save(folder / STORE_FOLDER, (space, self.prompt([])[0]))
 
     def save_messages(self, folder: Path) -> None:
         """As `save`, without what was read: that is larger by far, and can be read again."""
@@ -298,14 +287,12 @@ def is_session(folder: Path) -> bool:
     """Whether a folder holds one, whole or not; ValueError if it is no folder, or one of something else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"session is {str(folder)!r}, a file; expected a folder")
-    parts = [name for name in (ABOUT, MESSAGES) if (folder / name).exists()]
-    if (
-        not parts
-        and folder.is_dir()
-        and any(entry.name not in (STORE_FOLDER, MEDIA_FOLDER) and entry.name[0] != "." for entry in folder.iterdir())
-    ):
+    names = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.is_dir() else set()
+    if names & {ABOUT, MESSAGES}:
+        return True
+    if names - {STORE_FOLDER, MEDIA_FOLDER}:
         raise ValueError(f"session is {str(folder)!r}, which holds other files; expected a session, or a new folder")
-    return bool(parts)
+    return False
 
 
 def read_saved(folder: str | Path) -> Saved:
@@ -413,11 +400,9 @@ def loaded_part(part: Any, folder: Path) -> Any:
     if kind not in MEDIA or kind not in part:
         return part
     source = part[kind]
-    return part | {
-        kind: [loaded_source(frame, folder) for frame in source]
-        if isinstance(source, list)
-        else loaded_source(source, folder)
-    }
+    if isinstance(source, list):
+        return part | {kind: [loaded_source(frame, folder) for frame in source]}
+    return part | {kind: loaded_source(source, folder)}
 
 
 def loaded_source(source: Any, folder: Path) -> str:

@@ -8,7 +8,7 @@ alone. So rejected entries are forgotten by not counting them.
 
 from collections.abc import Iterable, Sequence
 from math import gcd, prod
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -46,25 +46,6 @@ def slots_of(entry: Entry) -> int:
     return (entry.weight if isinstance(entry, Packed) else entry).shape[2]
 
 
-class LayerCache(Protocol):
-    """What one attention layer keeps."""
-
-    arrays: Arrays
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """All slots."""
-        ...
-
-    def positions(self, offset: Offset, length: int) -> mx.array:
-        """Where the entries are that a pass of `length` at `offset` attends to, [B or 1, S]."""
-        ...
-
-    def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
-        """Take the entries of a pass, each [B, heads, L, dims]; give all that it attends to."""
-        ...
-
-
 def place(arrays: Arrays, entries: Arrays, slots: mx.array) -> Arrays:
     """Write entries [B, heads, L, dims] into `slots` [B or 1, L]."""
     where = slots[:, None, :, None]
@@ -98,6 +79,7 @@ class FullCache:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
+        """All slots."""
         return self.seen(self.arrays)
 
     def seen(self, arrays: Arrays) -> tuple[Entry, ...]:
@@ -109,9 +91,11 @@ class FullCache:
         )
 
     def positions(self, offset: Offset, length: int) -> mx.array:
+        """Where the entries are that a pass of `length` at `offset` attends to, [B or 1, S]."""
         return mx.arange(offset + length if isinstance(offset, int) else self.slots)[None]
 
     def update(self, entries: Arrays, offset: Offset) -> tuple[Entry, ...]:
+        """Take the entries of a pass, each [B, heads, L, dims]; give all that it attends to."""
         length = entries[0].shape[2]
         if self.bits is not None:
             group = group_size([rows.shape[-1] for rows in entries])
@@ -132,7 +116,7 @@ class FullCache:
 
 
 class SlidingCache:
-    """The last keys and values, in a ring: position p lies in slot p mod slots."""
+    """The last keys and values, in a ring: position p lies in slot p mod slots. Used as a `FullCache` is."""
 
     def __init__(self, arrays: Arrays):
         self.arrays = arrays
@@ -171,6 +155,9 @@ class SlidingCache:
         self.arrays = place(before, tuple(rows[:, :, length - kept :] for rows in entries), slots)
         # written before they are attended to: the chunk's own entries would live until its last layer
         return tuple(cast(list[mx.array], mx.depends(list(seen), list(self.arrays))))
+
+
+LayerCache = FullCache | SlidingCache  # what one attention layer keeps
 
 
 def group_size(dims: Iterable[int]) -> int:
@@ -218,25 +205,23 @@ def entry_bytes(text: TextConfig, kind: str, item_bytes: int) -> int:
     return text.layer_types.count(kind) * sum(sizes)
 
 
-def empty_cache(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> FullCache | SlidingCache:
+def empty_cache(own: AttentionConfig, dtype: mx.Dtype, slots: int) -> LayerCache:
     """Of one layer, for one request."""
     shapes = array_shapes(own, dtype)
     return cache_of(own, tuple(mx.zeros((1, heads, slots, dims), type_) for (heads, dims), type_ in shapes))
 
 
-def cache_of(own: AttentionConfig, arrays: Arrays) -> FullCache | SlidingCache:
+def cache_of(own: AttentionConfig, arrays: Arrays) -> LayerCache:
     return FullCache(arrays, own.kv_bits) if own.window is None else SlidingCache(arrays)
 
 
 class Caches:
     """What all layers keep of one request, or of B that go together."""
 
-    def __init__(
-        self, layers: list[FullCache | SlidingCache], kinds: Sequence[str], length: int = 0, context: int | None = None
-    ):
+    def __init__(self, layers: list[LayerCache], kinds: Sequence[str], context: int | None = None):
         self.layers = layers
         self.kinds = tuple(kinds)
-        self.length = length  # positions read; in rounds the device knows more
+        self.length = 0  # positions read; in rounds the device knows more
         self.context = context  # as `capacity` takes it
 
     @classmethod
@@ -245,10 +230,10 @@ class Caches:
         attention = [text.attention[kind] for kind in text.layer_types]
         counts = [slots if own.window is None else sliding_slots(own.window) for own in attention]
         layers = [empty_cache(own, dtype, count) for own, count in zip(attention, counts, strict=True)]
-        return cls(layers, text.layer_types, context=text.max_position_embeddings)
+        return cls(layers, text.layer_types, text.max_position_embeddings)
 
     @property
-    def last(self) -> dict[str, FullCache | SlidingCache]:
+    def last(self) -> dict[str, LayerCache]:
         """The last layer of each kind, which a drafter reads."""
         found = dict(zip(self.kinds, self.layers, strict=True))
         return found | {SLIDING: found.pop(WHOLE)} if WHOLE in found else found
@@ -282,4 +267,4 @@ class Caches:
 def caches_of(arrays: list[Arrays], text: TextConfig) -> Caches:
     """Caches over arrays, of a trace too."""
     layers = [cache_of(text.attention[kind], own) for kind, own in zip(text.layer_types, arrays, strict=True)]
-    return Caches(layers, text.layer_types, context=text.max_position_embeddings)
+    return Caches(layers, text.layer_types, text.max_position_embeddings)

@@ -16,10 +16,9 @@ from mlx_gemma4.config import (
     count,
     parse_quantization,
     parse_text,
-    quoted,
     read_checked,
 )
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.errors import CheckpointError, shown
 from mlx_gemma4.model.attention import QueryAttention
 from mlx_gemma4.model.cache import LayerCache
 from mlx_gemma4.model.decoder import Layer
@@ -43,13 +42,13 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
 
 def parse_drafter(raw: dict[str, Any]) -> DrafterConfig:
     if raw.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"model_type is {quoted(raw.get('model_type'))}; expected a drafter, {MODEL_TYPE!r}")
+        raise CheckpointError(f"model_type is {shown(raw.get('model_type'))}; expected a drafter, {MODEL_TYPE!r}")
     if raw.get("use_ordered_embeddings"):
         raise CheckpointError("use_ordered_embeddings is True; supported is False")
     text = raw["text_config"]
     shared, layers = text["num_kv_shared_layers"], text["num_hidden_layers"]
     if shared not in (0, layers):
-        raise CheckpointError(f"num_kv_shared_layers is {quoted(shared)}; supported is all {quoted(layers)} layers")
+        raise CheckpointError(f"num_kv_shared_layers is {shown(shared)}; supported is all {shown(layers)} layers")
     quantization, overrides = parse_quantization(raw.get("quantization") or raw.get("quantization_config"))
     return DrafterConfig(
         text=parse_text(text | {"num_kv_shared_layers": 0}),

@@ -18,11 +18,11 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_gemma4.model.attention import QueryAttention, SelfAttention
+from mlx_gemma4.model.attention import SelfAttention
 from mlx_gemma4.model.decoder import Layer, Ranges
 from mlx_gemma4.model.matrix import Adapted, added, blocks, total_columns
 from mlx_gemma4.model.model import Model
-from mlx_gemma4.model.split import LayerShare, Share, has_head, has_media, has_table
+from mlx_gemma4.model.split import LayerShare, Share
 
 LIMIT = 2.0**15  # half of what float16 holds: bounds are of exact numbers, and rounded ones are a little larger
 LOWEST = 2.0**-8  # what a usual product may be lowered to, so that much smaller ones have all their bits
@@ -65,13 +65,14 @@ def make_float16_safe(
     target, drafter = model.language_model, model.drafter
     width = target.norm.weight.shape[0]
     table = target.embed_tokens
-    start = largest_value(table) * width**0.5 if has_table(share) else 0.0
+    # the first machine has what embeds media, the last one head and drafter; the table of tokens both
+    is_first, is_last = (share.is_first, share.is_last) if isinstance(share, LayerShare) else (True, True)
+    start = largest_value(table) * width**0.5 if is_first or is_last else 0.0
     for part in ("embed_vision", "embed_audio"):
-        if part in model and has_media(share):
-            matrix = model[part].embedding_projection
-            start = max(start, largest_row(matrix) * total_columns(matrix) ** 0.5)
+        if part in model and is_first:
+            start = max(start, output_bound(model[part].embedding_projection))
     target.unit = settle_layers(target.layers, start, share, group)
-    if not has_head(share):  # what this norm gives is times 0 there, which an infinity would survive
+    if not is_last:  # what this norm gives is times 0 there, which an infinity would survive
         settle_last(target.norm, min(power(largest(target.norm.weight) * width**0.5), 1.0), target.unit)
         return
     embedding = (largest_row(table) if drafter is not None else 0.0) * width**0.5  # the length of a vector
@@ -215,12 +216,13 @@ def output_bounds(
     layers: list[Layer], share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
 ) -> list[float]:
     """Of each layer's o_proj, to which attention gives means of normed values; of machines that sum, together."""
-    own = mx.array([output_bound(layer.self_attn) for layer in layers])
+    own = mx.array([output_bound(layer.self_attn.o_proj) for layer in layers])
     return cast(list[float], (mx.distributed.all_sum(own, group=group) if isinstance(share, Share) else own).tolist())
 
 
-def output_bound(own: QueryAttention) -> float:
-    return largest_row(own.o_proj) * total_columns(own.o_proj) ** 0.5
+def output_bound(matrix: nn.Module) -> float:
+    """Of what a matrix makes of normed vectors."""
+    return largest_row(matrix) * total_columns(matrix) ** 0.5
 
 
 def power(bound: float) -> float:

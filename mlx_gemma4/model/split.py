@@ -257,20 +257,6 @@ def layer_shares(
     return [LayerShare(own, count) for own in pairwise([*starts, count])]
 
 
-def has_media(share: Share | LayerShare | None) -> bool:
-    """Whether a machine with this share has what embeds media; None: it has all."""
-    return not isinstance(share, LayerShare) or share.is_first
-
-
-def has_head(share: Share | LayerShare | None) -> bool:
-    """And the head with the drafter, or a part of the head."""
-    return not isinstance(share, LayerShare) or share.is_last
-
-
-def has_table(share: Share | LayerShare | None) -> bool:
-    return has_media(share) or has_head(share)
-
-
 class Elsewhere(nn.Module):
     """In the place of a matrix that another machine has: zeros, of what goes in, for that is computed everywhere."""
 

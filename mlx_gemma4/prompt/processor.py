@@ -12,8 +12,8 @@ from jinja2 import Template, TemplateError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
-from mlx_gemma4.config import QUOTED, ModelConfig, quoted, read_bytes_of, read_json
-from mlx_gemma4.errors import CheckpointError, TooLongError, a, shown, unbroken
+from mlx_gemma4.config import ModelConfig, read_bytes_of, read_json
+from mlx_gemma4.errors import CheckpointError, TooLongError, a, one_line, shown
 from mlx_gemma4.media.source import unheard
 from mlx_gemma4.prompt.messages import Part, check_messages, check_tools, media_parts, taken_up, without_sources
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_length
@@ -327,7 +327,7 @@ def load_processor(folder: Path, config: ModelConfig) -> Processor:
     control = ControlText.from_tokenizer(tokenizer)
     if bos_token not in control.ids:
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'} has no token {quoted(bos_token)}; expected Gemma 4's tokenizer"
+            f"{folder / 'tokenizer.json'} has no token {shown(bos_token)}; expected Gemma 4's tokenizer"
         )
     template = read_template(folder, names)
     return Processor(
@@ -353,12 +353,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except BaseException as error:  # tokenizers raises nothing narrower; a panic of its Rust is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        raise CheckpointError(f"{path} is not a tokenizer: {unbroken(error)[:QUOTED]}") from None
+        raise CheckpointError(f"{path} is not a tokenizer: {one_line(error)}") from None
     if not isinstance(tokenizer.model, BPE):
         raise CheckpointError(f"{path} holds a {type(tokenizer.model).__name__}; expected Gemma 4's tokenizer, a BPE")
     unknown = tokenizer.model.unk_token
     if unknown is not None and tokenizer.token_to_id(unknown) is None:
-        raise CheckpointError(f"{path} lacks its own unknown token, {quoted(unknown)}; expected Gemma 4's tokenizer")
+        raise CheckpointError(f"{path} lacks its own unknown token, {shown(unknown)}; expected Gemma 4's tokenizer")
     return tokenizer
 
 
@@ -384,7 +384,7 @@ def token_text(value: Any) -> str | None:
     if not isinstance(text, str):
         return None
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise CheckpointError(f"tokenizer_config.json has the token {quoted(text)}; expected valid Unicode")
+        raise CheckpointError(f"tokenizer_config.json has the token {shown(text)}; expected valid Unicode")
     return text
 
 
@@ -424,7 +424,7 @@ def read_template(folder: Path, names: dict[str, Any]) -> Template:
     try:
         return compile_template(source)
     except (TemplateError, RecursionError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{origin} holds no valid chat template: {unbroken(error)[:QUOTED]}") from None
+        raise CheckpointError(f"{origin} holds no valid chat template: {one_line(error)}") from None
 
 
 def find_template(folder: Path, names: dict[str, Any]) -> tuple[str | None, Path]:
@@ -460,7 +460,7 @@ def read_settings(folder: Path) -> MediaSettings:
         found = next((h[key] for h in holders if isinstance(h, dict) and h.get(key) is not None), default)
         if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= most:
             raise CheckpointError(
-                f"{folder}: {key} of {section} is {quoted(found)}; expected a whole number above 0, at most {most}"
+                f"{folder}: {key} of {section} is {shown(found)}; expected a whole number above 0, at most {most}"
             )
         return found
 

@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 from mlx import nn
 
-from mlx_gemma4.config import quoted, read_json
-from mlx_gemma4.errors import CheckpointError, a
+from mlx_gemma4.config import read_json
+from mlx_gemma4.errors import CheckpointError, a, shown
 from mlx_gemma4.model.matrix import adapt, total_columns
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.tensors import (
@@ -148,7 +148,7 @@ def attach(model: Model, tensors: Mapping[str, AdapterTensor]) -> None:
     for path in sorted({path.rpartition(".")[0] for path in tensors}):
         gain = tensors.get(f"{path}.gain")
         if gain is not None and "bias" in modules[path]:
-            raise CheckpointError(f"{quoted(gain.name)} is DoRA's, of a matrix with a bias; supported is LoRA there")
+            raise CheckpointError(f"{shown(gain.name)} is DoRA's, of a matrix with a bias; supported is LoRA there")
         lora_a, lora_b = (mx.zeros(tensors[f"{path}.{part}"].shape) for part in ("lora_a", "lora_b"))
         adapt(modules[path], lora_a, lora_b, None if gain is None else mx.zeros(gain.shape))
 
@@ -224,13 +224,13 @@ def list_parts(file: Path) -> Parts:
         match = NAME.fullmatch(tensor.name)
         if match is None:
             raise CheckpointError(
-                f"{file} has {quoted(tensor.name)}; supported are LoRA's and DoRA's tensors of matrices"
+                f"{file} has {shown(tensor.name)}; supported are LoRA's and DoRA's tensors of matrices"
             )
         own = found.setdefault(adapted_path(match[1]), {})
         part = PEFT_PARTS.get(match[2]) or PARTS[match[2]]
         if part in own:
             raise CheckpointError(
-                f"{file} has {quoted(own[part].name)} and {quoted(tensor.name)}, one tensor; expected one name"
+                f"{file} has {shown(own[part].name)} and {shown(tensor.name)}, one tensor; expected one name"
             )
         turned = match[2] in ("lora_a", "lora_b")
         shape = tensor.shape[::-1] if turned else tensor.shape
@@ -257,7 +257,7 @@ def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None
     if strange := [path for path in parts if path not in matrices]:
         name = next(iter(parts[strange[0]].values())).name
         raise CheckpointError(
-            f"{len(strange)} of the {len(parts)} matrices in {file} are none of this model, first {quoted(name)}; "
+            f"{len(strange)} of the {len(parts)} matrices in {file} are none of this model, first {shown(name)}; "
             "expected an adapter of this model"
         )
     for path, own in parts.items():
@@ -271,12 +271,12 @@ def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None
             if part.shape != shapes[name] or not rank:
                 expected = shapes[name][::-1] if part.turned else shapes[name]
                 raise CheckpointError(
-                    f"{quoted(part.name)} in {file} has shape {list(part.stored.shape)}; expected "
+                    f"{shown(part.name)} in {file} has shape {list(part.stored.shape)}; expected "
                     f"{list(expected) if rank else 'a rank of 1 or more'}, for this model"
                 )
             if part.dtype not in FLOATING:
                 kind = DTYPE_NAMES[part.dtype]
-                raise CheckpointError(f"{quoted(part.name)} in {file} is stored as {kind}; expected BF16, F16 or F32")
+                raise CheckpointError(f"{shown(part.name)} in {file} is stored as {kind}; expected BF16, F16 or F32")
 
 
 # --- mlx-lm ------------------------------------------------------------------------------------
@@ -285,20 +285,20 @@ def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None
 def mlx_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape]) -> Plan:
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise CheckpointError(f"fine_tune_type is {quoted(kind)}; supported are 'lora' and 'dora'")
+        raise CheckpointError(f"fine_tune_type is {shown(kind)}; supported are 'lora' and 'dora'")
     settings = config.get("lora_parameters")
     if not isinstance(settings, dict):
         raise CheckpointError(f"lora_parameters is {a(settings)}; expected rank, scale and keys, as mlx-lm writes them")
     rank, scale, layers = whole(settings, "rank"), real(settings, "scale"), whole(config, "num_layers")
     keys = settings.get("keys")
     if keys is not None and not is_names(keys):
-        raise CheckpointError(f"keys is {quoted(keys)}; expected a list of names, of a layer's matrices")
+        raise CheckpointError(f"keys is {shown(keys)}; expected a list of names, of a layer's matrices")
     chosen = {
         path: [key for key in keys or () if key == layer_part(path) or adapted_path(key) == path] for path in matrices
     }
     if unknown := [key for key in keys or () if key not in {key for own in chosen.values() for key in own}]:
         raise CheckpointError(
-            f"keys has {quoted(unknown[0])}, which no matrix of this model is; expected one of a layer"
+            f"keys has {shown(unknown[0])}, which no matrix of this model is; expected one of a layer"
         )
     first = len({layer_of(path) for path in matrices} - {None}) - layers if layers > 0 else 0
     targets = {
@@ -329,9 +329,9 @@ def peft_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape
         if key in PEFT_SUPPORTED:
             if value not in PEFT_SUPPORTED[key]:
                 expected = " or ".join(map(repr, PEFT_SUPPORTED[key]))
-                raise CheckpointError(f"{key} is {quoted(value)}; supported is {expected}")
+                raise CheckpointError(f"{key} is {shown(value)}; supported is {expected}")
         elif key not in PEFT_READ | PEFT_IRRELEVANT and value not in PEFT_OFF:
-            raise CheckpointError(f"{key} is {quoted(value)}; supported is LoRA without it, or DoRA")
+            raise CheckpointError(f"{key} is {shown(value)}; supported is LoRA without it, or DoRA")
     if "peft_type" not in config:
         raise CheckpointError("there is no peft_type; expected PEFT's configuration, beside PEFT's weights")
     ranks, scales = {}, {}
@@ -377,14 +377,14 @@ def peft_targets(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Sh
 def whole(settings: Mapping[str, Any], key: str) -> int:
     value = settings.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and key != "num_layers"):
-        raise CheckpointError(f"{key} is {quoted(value)}; expected a whole number{' above 0' * (key != 'num_layers')}")
+        raise CheckpointError(f"{key} is {shown(value)}; expected a whole number{' above 0' * (key != 'num_layers')}")
     return value
 
 
 def real(settings: Mapping[str, Any], key: str) -> float:
     value = settings.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{key} is {quoted(value)}; expected a number")
+        raise CheckpointError(f"{key} is {shown(value)}; expected a number")
     return float(value)
 
 

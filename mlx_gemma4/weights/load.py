@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_gemma4 import __version__
-from mlx_gemma4.config import ModelConfig, Quantization, computing_type, expanded, quoted, read_config, with_kv_bits
+from mlx_gemma4.config import ModelConfig, Quantization, computing_type, expanded, read_config, with_kv_bits
 from mlx_gemma4.errors import CheckpointError, a, one_line, shown
 from mlx_gemma4.media.source import SHOWN_CHARACTERS
 from mlx_gemma4.model.arrange import arrange, widen_scalar
@@ -108,7 +108,7 @@ def find_adapter(adapter: str | Path | Mapping[str, str | Path] | None) -> Adapt
     if isinstance(adapter, Mapping):
         for name, folder in adapter.items():
             if not isinstance(name, str) or name in ("", BASE) or not isinstance(folder, str | Path):
-                raise CheckpointError(f"adapter has {quoted(name)}: {quoted(folder)}; expected a name and a folder")
+                raise CheckpointError(f"adapter has {shown(name)}: {shown(folder)}; expected a name and a folder")
         return {name: expanded(folder) for name, folder in adapter.items()} or None
     if adapter is not None and not isinstance(adapter, str | Path):
         raise CheckpointError(f"adapter is {a(adapter)}; expected an adapter's folder, several by name, or None")

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlx_gemma4.config import COMPUTING, QUOTED, check_no_pointer, of_gguf, quoted, read_json
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.config import COMPUTING, check_no_pointer, of_gguf, read_json
+from mlx_gemma4.errors import CheckpointError, one_line, shown
 
 INDEX = "model.safetensors.index.json"
 BLOCK_BYTES = 2**25  # of rows read at once
@@ -176,11 +176,11 @@ def by_path(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         other = found.setdefault(module_path(tensor.name), tensor)
         if other.file != tensor.file:
             raise CheckpointError(
-                f"{quoted(tensor.name)} is in {other.file.name} and in {tensor.file}; expected one set of weights"
+                f"{shown(tensor.name)} is in {other.file.name} and in {tensor.file}; expected one set of weights"
             )
         if other is not tensor:
             raise CheckpointError(
-                f"{tensor.file} has {quoted(other.name)} and {quoted(tensor.name)}, names of one tensor; expected one"
+                f"{tensor.file} has {shown(other.name)} and {shown(tensor.name)}, names of one tensor; expected one"
             )
     return found
 
@@ -195,10 +195,9 @@ def tensors_in(file: Path) -> list[Tensor]:
             header = json.loads(opened.read(size))
     except SafetensorError as error:
         with open(file, "rb") as opened:
-            check_no_pointer(file, opened.read(QUOTED))
+            check_no_pointer(file, opened.read(100))
         raise CheckpointError(
-            f"{file} is damaged or incomplete ({str(error)[:QUOTED]}); expected a whole safetensors file, so fetch it "
-            "again"
+            f"{file} is damaged or incomplete ({one_line(error)}); expected a whole safetensors file, so fetch it again"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
@@ -212,14 +211,14 @@ def from_header(file: Path, header: Mapping[str, Mapping[str, Any]], start: int)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{file}: {quoted(name)} is stored as {quoted(entry['dtype'])}, which MLX does not have; expected one "
+                f"{file}: {shown(name)} is stored as {shown(entry['dtype'])}, which MLX does not have; expected one "
                 f"of {', '.join(DTYPES)}"
             )
         begin, end = entry["data_offsets"]
         found.append(Tensor(name, file, tuple(entry["shape"]), DTYPES[entry["dtype"]], start + begin))
         if found[-1].nbytes != end - begin:
             raise CheckpointError(
-                f"{file}: {quoted(name)} has {end - begin} bytes; expected {found[-1].nbytes} for its shape"
+                f"{file}: {shown(name)} has {end - begin} bytes; expected {found[-1].nbytes} for its shape"
             )
     return found
 
@@ -269,7 +268,7 @@ def indexed_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} has no weight_map; expected the file of each tensor under this key") from None
     for name in names:
         if not isinstance(name, str) or not is_inside(name):
-            raise CheckpointError(f"{index} names {quoted(name)}; expected a file in its folder")
+            raise CheckpointError(f"{index} names {shown(name)}; expected a file in its folder")
     return [folder / name for name in sorted(names)]
 
 

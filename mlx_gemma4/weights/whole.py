@@ -8,8 +8,8 @@ from typing import TypeVar
 import mlx.core as mx
 from mlx import nn
 
-from mlx_gemma4.config import QUOTED, ModelConfig, Quantization, TextConfig, quoted
-from mlx_gemma4.errors import CheckpointError
+from mlx_gemma4.config import ModelConfig, Quantization, TextConfig
+from mlx_gemma4.errors import LONGEST, CheckpointError, clipped, shown
 from mlx_gemma4.model.drafter import DrafterConfig
 from mlx_gemma4.weights.tensors import (
     DTYPE_NAMES,
@@ -46,7 +46,7 @@ def quantize_empty(model: nn.Module, tensors: Mapping[str, Tensor], quantization
             stored = DTYPE_NAMES[scales.dtype]
             expected = "BF16, F16 or F32" if own.mode == "affine" else "U8"
             raise CheckpointError(
-                f"{quoted(scales.name)} is stored as {stored} and config.json says mode {own.mode}; expected {expected}"
+                f"{shown(scales.name)} is stored as {stored} and config.json says mode {own.mode}; expected {expected}"
             )
         return {"group_size": own.group_size, "bits": own.bits, "mode": own.mode}
 
@@ -84,13 +84,13 @@ def check_tensors(expected: Mapping[str, mx.array], tensors: Mapping[str, Tensor
     for path, array in expected.items():
         own = tensors[path]
         if own.shape != array.shape:
-            raise CheckpointError(f"{own.name} has shape {quoted(list(own.shape))}; expected {list(array.shape)}")
+            raise CheckpointError(f"{own.name} has shape {shown(list(own.shape))}; expected {list(array.shape)}")
         allowed = FLOATING if array.dtype in FLOATING else (array.dtype,)
         if own.dtype not in allowed:
             names = " or ".join(DTYPE_NAMES[dtype] for dtype in allowed)
             raise CheckpointError(f"{own.name} is stored as {DTYPE_NAMES[own.dtype]}; expected {names}")
     if unknown := sorted(tensors[path].name for path in tensors.keys() - expected.keys()):
-        names = ", ".join(name[:QUOTED] for name in unknown[:NAMED])
+        names = ", ".join(clipped(name, LONGEST) for name in unknown[:NAMED])
         more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         logger.warning("the model has no place for %d tensors, left out: %s%s", len(unknown), names, more)
 
@@ -115,7 +115,7 @@ def foreign_names(names: Sequence[str], path: str) -> str:
     if wrapper is None and prefixed is not None:
         wrapper = prefixed[: -len(path)].removesuffix("model.").removesuffix(TEXT)
     if wrapper:
-        return f"; its names have {quoted(wrapper)} in front, expected them as Google or MLX writes them"
+        return f"; its names have {shown(wrapper)} in front, expected them as Google or MLX writes them"
     parts = [part for name in names for part in name.split(".")[-3:]]
     foreign = next((FOREIGN_PARTS[part] for part in parts if part in FOREIGN_PARTS), None)
     return f"; its tensors are {foreign}, expected the original checkpoint or MLX's quantization" if foreign else ""

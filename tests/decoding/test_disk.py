@@ -19,9 +19,9 @@ from conversing import PAGED, Loaded, difference, stored_logits, words
 from toy_checkpoint import write_checkpoint
 
 from mlx_gemma4 import Engine, Prompt, collect, load
-from mlx_gemma4.decoding import disk as disk_module
 from mlx_gemma4.decoding.disk import Disk
 from mlx_gemma4.decoding.store import PromptStore
+from mlx_gemma4.weights import writing
 
 IDS = words(0, 300)
 FREE_DISK = namedtuple("FREE_DISK", "total used free")(10**15, 0, 10**15)
@@ -198,7 +198,7 @@ def test_a_disk_that_is_full_is_one_line(
         os.close(fd)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk_module, "open", full, raising=False)
+    monkeypatch.setattr(writing, "open", full, raising=False)
     store.save()
     assert not list(tmp_path.iterdir())
     assert len(caplog.records) == 1 and "No space left" in caplog.text

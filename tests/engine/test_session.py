@@ -161,6 +161,8 @@ def test_of_a_shared_store_only_its_own_conversation_is_saved(tiny: Loaded, tmp_
     say(other, "what is this " * 20)
     other.save(tmp_path / "saved")
     one.save(tmp_path / "one")
+    Session(*tiny, store=store).save(tmp_path / "empty")  # which has said nothing
+    assert not [*tmp_path.glob("empty/**/*.page")]
     reply = generate(*tiny, one.messages[:1], max_tokens=1, store=PromptStore(folder=tmp_path / "saved" / STORE_FOLDER))
     assert reply.stats.cached_tokens < 16
 

@@ -336,7 +336,7 @@ REFUSED: list[tuple[str, Damage]] = [
     ("config.json is not valid JSON", lambda folder: (folder / "config.json").write_text('{"a": ' + "9" * 5000 + "}")),
     ("generation_config.json is not valid JSON", lambda folder: (folder / "generation_config.json").write_text(
         '{"top_k": ' + "9" * 5000 + "}")),
-    ("hidden_size is 999", lambda folder: edit_json(folder / "config.json", hidden_size=int("9" * 4000))),
+    ("hidden_size is 2**13287…", lambda folder: edit_json(folder / "config.json", hidden_size=int("9" * 4000))),
     *((f"{name} is a folder", lambda folder, name=name: as_folder(folder / name)) for name in (
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "processor_config.json", INDEX)),
