@@ -4,7 +4,6 @@ Every schema that comes of it takes the same values. Negation is what all of it 
 `if` -> then, or not `if` and else. What cannot be said so stays as it is, for its reader to refuse.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -54,8 +53,6 @@ class Conditions:
 
     def __init__(self, root: Schema, one_of: bool):
         self.root, self.one_of = root, one_of
-        inner = json.dumps({key: value for key, value in root.items() if key not in ("$id", "id")})
-        self.rebased = re.search(r'"\$?id": "', inner) is not None  # what a pointer names depends on where it stands
         self.is_old = re.search("draft-0[467]|2019-09", str(root.get("$schema"))) is not None
         self.steps = 0
         self.following: list[str] = []  # references of what is negated
@@ -91,8 +88,6 @@ class Conditions:
 
     def followed(self, reference: Any, read: Callable[[Any], Any]) -> Any:
         """What is read of a reference's target."""
-        if self.rebased or not isinstance(reference, str) or not re.match("#(/|$)", reference):
-            raise UnheldError
         if reference in self.following:
             raise UnheldError
         self.following.append(reference)

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,8 @@ from llguidance import LLMatcher
 from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
 from mlx_gemma4.forms.conditions import Conditions
 from mlx_gemma4.forms.lark import validation
-from mlx_gemma4.forms.schemas import Schema, with_null
+from mlx_gemma4.forms.references import linked
+from mlx_gemma4.forms.schemas import Schema, inner_schemas, with_null
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
@@ -33,13 +34,6 @@ UNHELD = {
     "unevaluatedProperties", "unevaluatedItems", "contains", "minContains", "maxContains", "uniqueItems",
     "$dynamicRef", "$recursiveRef", "$vocabulary", "divisibleBy", "disallow", "extends",
 }  # fmt: skip
-# Where schemas stand in a schema.
-ONE_SCHEMA = {
-    "items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
-    "unevaluatedProperties", "unevaluatedItems",
-}  # fmt: skip
-LISTED_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
-NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 
 def response_grammar(response_format: Any) -> str | None:
@@ -162,7 +156,7 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
     unheld: set[str] = set()
     dropped: set[str] = set()
     try:
-        given = json.loads(encodable(text, "schema"))
+        given = linked(json.loads(encodable(text, "schema")))
         schema = held(given, Conditions(given, one_of), unheld, dropped)
         if unheld:
             names = f"keyword{'s' if len(unheld) > 1 else ''} {', '.join(sorted(unheld))}"
@@ -179,19 +173,6 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
             clipped(", ".join(sorted(dropped)), LONGEST_SHOWN),
         )
     return grammar
-
-
-def inner_schemas(schema: Schema, change: Callable[[Any], Any]) -> Schema:
-    """The schema with each schema in it changed; what stands in constants, names and annotations stays."""
-    result = dict(schema)
-    for key, value in schema.items():
-        if key in NAMED_SCHEMAS and isinstance(value, dict):
-            result[key] = {name: change(inner) for name, inner in value.items()}
-        elif key in LISTED_SCHEMAS and isinstance(value, list):
-            result[key] = [change(inner) for inner in value]
-        elif key in ONE_SCHEMA and isinstance(value, dict):
-            result[key] = change(value)
-    return result
 
 
 def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str]) -> Any:
@@ -219,7 +200,7 @@ class Ends:
 
     def __init__(self, root: Schema):
         self.root = root
-        self.targets = {reference: False for reference in references(root)}
+        self.targets = {"#": False} | {f"#/$defs/{name}": False for name in root.get("$defs", {})}
         while found := [
             name for name, known in self.targets.items() if not known and self.ends(pointed(self.root, name))
         ]:
@@ -254,15 +235,3 @@ class Ends:
             rest = [schema.get("items", True)] if least > len(first) else []
             return all(self.ends(inner) for inner in [*first, *rest] if not isinstance(inner, list))
         return True
-
-
-def references(schema: Any) -> Iterator[str]:
-    """Every reference, wherever it stands."""
-    if isinstance(schema, dict):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"]
-        for inner in schema.values():
-            yield from references(inner)
-    elif isinstance(schema, list):
-        for inner in schema:
-            yield from references(inner)

@@ -1,5 +1,6 @@
 """What drafts of JSON Schema say in other words."""
 
+from collections.abc import Callable
 from typing import Any
 
 Schema = dict[str, Any]
@@ -7,9 +8,30 @@ Schema = dict[str, Any]
 # What evaluates properties and entries beside a schema's own.
 APPLIED = {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "contains", "$dynamicRef"}
 
+# Where schemas stand in a schema.
+ONE_SCHEMA = {
+    "items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
+    "unevaluatedProperties", "unevaluatedItems",
+}  # fmt: skip
+LISTED_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
+NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+
 COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 NULL: Schema = {"type": "null"}
 ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})  # propertyNames that allow all, the last as Zod writes it
+
+
+def inner_schemas(schema: Schema, change: Callable[[Any], Any]) -> Schema:
+    """The schema with each schema in it changed; what stands in constants, names and annotations stays."""
+    result = dict(schema)
+    for key, value in schema.items():
+        if key in NAMED_SCHEMAS and isinstance(value, dict):
+            result[key] = {name: change(inner) for name, inner in value.items()}
+        elif key in LISTED_SCHEMAS and isinstance(value, list):
+            result[key] = [change(inner) for inner in value]
+        elif key in ONE_SCHEMA and isinstance(value, dict):
+            result[key] = change(value)
+    return result
 
 
 def without_unevaluated(schema: Schema) -> Schema:

@@ -1,6 +1,7 @@
 """What a schema's conditions allow, and no more, its grammar takes."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import combinations, permutations, product
 from typing import Any
@@ -28,6 +29,7 @@ CLOSED = {"type": "object", "properties": AB, "additionalProperties": False}
 COLOR = {"enum": ["a", "b", 1]}
 DEFS = {"color": COLOR, "base": {"type": "object", "properties": {"a": NUMBER}, "required": ["a"]}}
 DRAFT7 = {"$schema": "http://json-schema.org/draft-07/schema#"}
+DRAFT2019 = {"$schema": "https://json-schema.org/draft/2019-09/schema"}
 BASE, OF_COLOR = {"$ref": "#/$defs/base"}, {"$ref": "#/$defs/color"}
 SCHEMAS: list[dict[str, Any]] = [
     {"not": {"type": ["object", "number"]}},
@@ -81,14 +83,39 @@ SCHEMAS: list[dict[str, Any]] = [
     {"dependentSchemas": {"a": {"properties": {"b": TEXT}}}, "unevaluatedProperties": TEXT},
     {"dependentSchemas": {"a": {"items": TEXT}}, "unevaluatedItems": False},
     {"prefixItems": [ONE], "allOf": [{"prefixItems": [True, TEXT]}], "unevaluatedItems": False},
-    {
-        "$schema": "https://json-schema.org/draft/2019-09/schema",
-        "items": [ONE],
-        "allOf": [{"items": [True, TEXT]}],
-        "unevaluatedItems": False,
-    },
+    DRAFT2019 | {"items": [ONE], "allOf": [{"items": [True, TEXT]}], "unevaluatedItems": False},
     {"if": {"prefixItems": [{"const": "a"}]}, "unevaluatedItems": False},
+    {"type": "string", "$defs": {"unused": {"uniqueItems": True}}},
 ]  # fmt: skip
+ANCHORED = ONE | {"$anchor": "one"}
+REFERRING: list[dict[str, Any]] = [
+    {"not": {"$ref": "k/c#one"}, "$defs": {"a": {"$id": "k/c", "$defs": {"b": ANCHORED}}}},
+    {
+        "$id": "https://a.b/c",
+        "$ref": "d",
+        "$defs": {"x": {"$id": "/d", "$ref": "#/$defs/y", "$defs": {"y": TEXT}}, "y": ONE},
+    },
+    {
+        "$id": "urn:a",
+        "properties": {"a": {"$ref": "#one"}, "b": {"$ref": "urn:a#/properties/a"}},
+        "$defs": {"one": ANCHORED},
+    },
+    DRAFT7 | {"items": {"$ref": "#one"}, "definitions": {"a": ONE | {"$id": "#one"}}},
+    {"items": {"$dynamicRef": "#tree"}, "$dynamicAnchor": "tree", "type": ["array", "string"]},
+    DRAFT2019 | {"items": {"$recursiveRef": "#"}, "type": ["array", "null"]},
+    {
+        "if": {"required": ["a"]},
+        "then": {"properties": {"b": {"$ref": "#/if"}}},
+        "properties": {"a": {"$ref": "#/not"}},
+        "not": TEXT,
+    },
+    {
+        "type": "array",
+        "items": {"$ref": "#/components/A~1B"},
+        "components": {"A/B": {"$ref": "#/$defs/c%20d"}},
+        "$defs": {"c d": TEXT},
+    },
+]
 
 
 def spellings(value: Any) -> Iterator[str]:
@@ -114,7 +141,7 @@ def takes(matcher: LLMatcher, text: str) -> bool:
     return own.consume_tokens([*text.encode()]) and own.is_accepting()
 
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=json.dumps)
+@pytest.mark.parametrize("schema", [*SCHEMAS, *REFERRING], ids=json.dumps)
 def test_a_grammar_takes_the_values_that_fit_and_no_others(schema: dict[str, Any]) -> None:
     grammar = response_grammar({"type": "json_schema", "json_schema": {"schema": schema}})
     matcher = LLMatcher(letters(), grammar, log_level=0)
@@ -124,6 +151,16 @@ def test_a_grammar_takes_the_values_that_fit_and_no_others(schema: dict[str, Any
     fits = [value for value in VALUES if validator.is_valid(value)]
     assert [value for value in VALUES if any(takes(matcher, text) for text in spellings(value))] == fits
     assert 0 < len(fits) < len(VALUES)
+
+
+def test_a_reference_that_hangs_on_where_a_reader_comes_from_is_refused() -> None:
+    of_any = {"$id": "list", "items": {"$dynamicRef": "#entry"}, "$defs": {"a": {"$dynamicAnchor": "entry"}}}
+    own = {"$ref": "list", "$defs": {"list": of_any, "text": TEXT | {"$dynamicAnchor": "entry"}}}
+    with pytest.raises(ValueError, match=r"the keyword \$dynamicRef cannot be held"):
+        response_grammar({"type": "json_schema", "schema": {"$id": "https://a.b/c"} | own})
+    for reference in ("#/$defs/none", "#none", "https://a.b/d.json", "#/$defs/list/$id"):
+        with pytest.raises(ValueError, match=f"has the reference '{re.escape(reference)}'; expected one to"):
+            response_grammar({"type": "array", "items": {"$ref": reference}, "$defs": {"list": of_any}})
 
 
 def test_conditions_that_grow_without_end_are_refused() -> None:
