@@ -11,7 +11,14 @@ from itertools import combinations, pairwise, permutations
 from math import comb, perm
 from typing import Any
 
-from mlx_gemma4.forms.schemas import Schema, drop_what_says_nothing, values_of, with_null, without_unevaluated
+from mlx_gemma4.forms.schemas import (
+    Schema,
+    drop_what_says_nothing,
+    is_number,
+    values_of,
+    with_null,
+    without_unevaluated,
+)
 from mlx_gemma4.forms.strings import other_than
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed
 
@@ -380,14 +387,14 @@ def few_values(schema: Any) -> list[Any]:
 def other_values(values: Sequence[Any]) -> Any:
     """A schema for all values but these."""
     kinds = {TYPE_OF[type(value)].replace("integer", "number") for value in values}
-    if kinds & {"array", "object"} or any(isinstance(value, float) for value in values):
-        raise UnheldError  # between 1 and 1.5, llguidance takes 1
+    if kinds & {"array", "object"}:
+        raise UnheldError
     found: list[Any] = [{"type": [kind for kind in KINDS if kind not in kinds]}]
     if "string" in kinds:
         found.append({"type": "string", "pattern": other_than([value for value in values if isinstance(value, str)])})
     if "boolean" in kinds:
         found += [{"const": value} for value in (False, True) if not any(own is value for own in values)]
-    numbers = sorted({value for value in values if type(value) is int})
+    numbers = sorted({value for value in values if is_number(value)})
     if numbers:
         found += [
             {"type": "number", "exclusiveMaximum": numbers[0]},

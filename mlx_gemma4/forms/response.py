@@ -13,7 +13,7 @@ from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
 from mlx_gemma4.forms.conditions import Conditions
 from mlx_gemma4.forms.lark import validation
 from mlx_gemma4.forms.references import linked
-from mlx_gemma4.forms.schemas import Schema, inner_schemas, with_null
+from mlx_gemma4.forms.schemas import Schema, held_bounds, inner_schemas, with_null
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
@@ -184,7 +184,7 @@ def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str
         return schema
     schema = conditions.plain(schema)
     unheld |= UNHELD & schema.keys()
-    schema = inner_schemas(schema, lambda inner: held(inner, conditions, unheld, dropped))
+    schema = inner_schemas(held_bounds(schema), lambda inner: held(inner, conditions, unheld, dropped))
     match schema.get("format"):
         case str(form) if form not in FORMATS:
             dropped.add(form[:40])

@@ -1,7 +1,8 @@
 """What drafts of JSON Schema say in other words."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 Schema = dict[str, Any]
 
@@ -17,6 +18,7 @@ LISTED_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
 NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
 
 COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
+LARGEST = 9 * 10**18  # a bound that llguidance reads
 NULL: Schema = {"type": "null"}
 ANY_NAME: tuple[Any, ...] = (True, {}, {"type": "string"})  # propertyNames that allow all, the last as Zod writes it
 
@@ -100,3 +102,25 @@ def modern(schema: Schema) -> Schema:
             if schema[exclusive] and limit in result:
                 result[exclusive] = result.pop(limit)
     return result
+
+
+def held_bounds(schema: Schema) -> Schema:
+    """Bounds of a number that llguidance holds: none beyond what it reads, and above 1 is from 1.000000001, since it
+    takes 1 for more than 1 and less than 1.5.
+    """
+    result = dict(schema)
+    for bound, sign in (("minimum", 1), ("maximum", -1)):
+        exclusive = f"exclusive{bound.capitalize()}"
+        for key in (bound, exclusive):
+            if is_number(limit := schema.get(key)) and sign * limit < -LARGEST:
+                result[key] = -sign * LARGEST
+        limit = result.get(exclusive)
+        if is_number(limit) and sign * limit >= 0 and limit == int(limit) and schema.get("type") != "integer":
+            nearest = result.pop(exclusive) + sign * max(1e-9, math.ulp(limit))
+            other = result.get(bound)
+            result[bound] = sign * max(sign * nearest, sign * other) if is_number(other) else nearest
+    return result
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from mlx_gemma4.forms.response import response_grammar
 from mlx_gemma4.forms.strings import letters
 
-SIMPLE = [None, True, False, 0, 1, 2, 3, -1, 1.5, "", "a", "ab", "b", "\n"]
+SIMPLE = [None, True, False, 0, 1, 2, 3, -1, -0.25, 1.5, "", "a", "ab", "b", "\n"]
 LISTS = [[], [1], ["a"], ["a", "b"], ["a", "a"], [1, "a"], ["b", "a"], ["a", 1], [1, 2, 1], [True, False], [[]]]
 OBJECTS = [
     dict(zip(names, values, strict=True))
@@ -87,6 +87,16 @@ SCHEMAS: list[dict[str, Any]] = [
     {"if": {"prefixItems": [{"const": "a"}]}, "unevaluatedItems": False},
     {"type": "string", "$defs": {"unused": {"uniqueItems": True}}},
 ]  # fmt: skip
+ABOVE_ONE = {"exclusiveMinimum": 1, "maximum": 1.5}
+SCHEMAS += [
+    ABOVE_ONE,
+    {"exclusiveMaximum": 0, "minimum": -0.5},
+    {"exclusiveMinimum": 0, "allOf": [{"maximum": 0.5}], "type": ["number", "null"]},
+    {"not": {"enum": [1.5, 2]}},
+    {"not": {"not": ABOVE_ONE}},
+    {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+    {"items": {"minimum": -(2**64), "maximum": 1e300}, "type": ["array", "number"]},
+]
 ANCHORED = ONE | {"$anchor": "one"}
 REFERRING: list[dict[str, Any]] = [
     {"not": {"$ref": "k/c#one"}, "$defs": {"a": {"$id": "k/c", "$defs": {"b": ANCHORED}}}},
