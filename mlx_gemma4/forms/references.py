@@ -3,10 +3,10 @@
 import re
 from collections import Counter
 from typing import Any
-from urllib.parse import unquote, urldefrag, urljoin
+from urllib.parse import unquote, urljoin
 
 from mlx_gemma4.errors import shown
-from mlx_gemma4.forms.schemas import Schema, inner_schemas
+from mlx_gemma4.forms.schemas import Schema, check_shapes, inner_schemas
 
 NAMES = {"$id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$defs", "definitions"}
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
@@ -44,7 +44,7 @@ class Links:
         given = schema.get(self.id)
         if not isinstance(given, str) or given.startswith("#") or (self.alone and "$ref" in schema):
             return base
-        return urldefrag(urljoin(base, given)).url
+        return absolute(base, given)[0]
 
     def read(self, schema: Any, base: str) -> Any:
         """Gather what has a name."""
@@ -64,6 +64,7 @@ class Links:
     def rewritten(self, schema: Any, base: str) -> Any:
         if not isinstance(schema, dict):
             return schema
+        check_shapes(schema)
         base = self.base(schema, base)
         kept = {key: value for key, value in schema.items() if key not in NAMES and key != self.id}
         result = inner_schemas(kept, lambda inner: self.rewritten(inner, base))
@@ -77,8 +78,7 @@ class Links:
 
     def target(self, reference: str, base: str) -> tuple[Any, str]:
         """What a reference names, and the base URI around it."""
-        uri, fragment = urldefrag(reference)
-        uri, fragment = urljoin(base, uri) if uri else base, unquote(fragment)
+        uri, fragment = absolute(base, reference)
         found, around = self.named.get((uri, "" if fragment.startswith("/") else fragment), (None, ""))
         for step in fragment.split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
@@ -94,7 +94,7 @@ class Links:
 
     def is_plain(self, key: str, reference: str, target: Any) -> bool:
         """Whether a dynamic reference leads to the same from wherever a reader comes."""
-        name = "$recursiveAnchor" if key == "$recursiveRef" else urldefrag(reference).fragment
+        name = "$recursiveAnchor" if key == "$recursiveRef" else reference.partition("#")[2]
         is_dynamic = isinstance(target, dict) and target.get("$dynamicAnchor") == name
         return self.dynamic[name] < 2 or not (is_dynamic or key == "$recursiveRef")
 
@@ -105,3 +105,12 @@ class Links:
         if place == len(self.targets):
             self.targets.append((target, base))
         return f"#/$defs/{place}"
+
+
+def absolute(base: str, reference: str) -> tuple[str, str]:
+    """A URI, and the fragment behind it."""
+    uri, _, fragment = reference.partition("#")
+    try:
+        return urljoin(base, uri) if uri else base, unquote(fragment)
+    except ValueError:
+        raise ValueError(f"response_format has the reference {shown(reference)}; expected a URI") from None

@@ -164,7 +164,11 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
         if not Ends(schema).ends(schema):
             raise ValueError("response_format: no value of finite size fits its schema")
         schema.pop("x-guidance", None)
-        grammar = checked(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE}))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
+        except ValueError as error:  # a number beyond 64 bits
+            raise ValueError(f"response_format: {unbroken(error)[:160]}") from None
+        grammar = checked(grammar)
     except RecursionError:
         raise ValueError("response_format: its schema is nested too deep") from None
     if dropped:
@@ -182,7 +186,7 @@ def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str
     """
     if not isinstance(schema, dict):
         return schema
-    schema = conditions.plain(schema)
+    schema = conditions.narrowed(conditions.plain(schema))
     unheld |= UNHELD & schema.keys()
     schema = inner_schemas(held_bounds(schema), lambda inner: held(inner, conditions, unheld, dropped))
     match schema.get("format"):

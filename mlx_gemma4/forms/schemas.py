@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeGuard
+
+from mlx_gemma4.errors import LONGEST_SHOWN, clipped, shown
 
 Schema = dict[str, Any]
 
@@ -124,3 +127,42 @@ def held_bounds(schema: Schema) -> Schema:
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_schema(value: Any) -> bool:
+    return isinstance(value, (dict, bool))
+
+
+def are(kind: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, list) and all(map(kind, values))
+
+
+def named(kind: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, dict) and all(map(kind, values.values()))
+
+
+def is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+are_names = partial(are, is_name)
+# Of keywords that hold schemas or names: whether a value is one of theirs, and what is.
+SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(ONE_SCHEMA, (is_schema, "a schema")),
+    **dict.fromkeys(LISTED_SCHEMAS, (partial(are, is_schema), "a list of schemas")),
+    **dict.fromkeys(NAMED_SCHEMAS, (partial(named, is_schema), "a dict of schemas")),
+    "items": (lambda value: is_schema(value) or are(is_schema, value), "a schema"),
+    "dependencies": (partial(named, lambda value: is_schema(value) or are_names(value)), "a dict of schemas"),
+    "dependentRequired": (partial(named, are_names), "a dict of lists of names"),
+    "required": (are_names, "a list of names"),
+    "enum": (partial(are, lambda value: True), "a list"),
+    "type": (lambda value: is_name(value) or are_names(value), "a name or a list of names"),
+}
+
+
+def check_shapes(schema: Schema) -> None:
+    for key, value in schema.items():
+        fits, expected = SHAPES.get(key, (None, ""))
+        if fits is not None and not fits(value):
+            given = clipped(shown(value), LONGEST_SHOWN)
+            raise ValueError(f"response_format has {given} for {key} in its schema; expected {expected}")
