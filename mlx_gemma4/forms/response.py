@@ -15,6 +15,7 @@ from mlx_gemma4.forms.lark import validation
 from mlx_gemma4.forms.references import linked
 from mlx_gemma4.forms.schemas import Schema, held_bounds, inner_schemas, with_null
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
+from mlx_gemma4.forms.strings import as_all_read
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
 
@@ -189,6 +190,8 @@ def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str
     schema = conditions.narrowed(conditions.plain(schema))
     unheld |= UNHELD & schema.keys()
     schema = inner_schemas(held_bounds(schema), lambda inner: held(inner, conditions, unheld, dropped))
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = as_all_read(schema["pattern"])
     match schema.get("format"):
         case str(form) if form not in FORMATS:
             dropped.add(form[:40])

@@ -1,6 +1,7 @@
 """A response_format is held to, or refused in one line that says why."""
 
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -207,6 +208,14 @@ def test_what_cannot_be_held_is_refused_in_one_line(response_format: Any, messag
         response_grammar(response_format)
     text = str(caught.value)
     assert message in text and "response_format" in text and "\n" not in text and len(text) < 250
+
+
+def test_what_is_no_digit_or_letter_is_none_of_any_script() -> None:
+    pattern = r"^\D\W[^\D]\\D$"
+    matcher = LLMatcher(letters(), response_grammar({"type": "string", "pattern": pattern}), log_level=0)
+    for text in (r"a.1\D", r"߀.1\D", r"aé1\D", r"a.a\D", r".-9\D"):
+        own, spelt = matcher.deep_copy(), json.dumps(text, ensure_ascii=False).encode()
+        assert (own.consume_tokens([*spelt]) and own.is_accepting()) == bool(re.search(pattern, text)), text
 
 
 def test_a_panic_of_llguidance_is_one_line() -> None:
