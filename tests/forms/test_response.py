@@ -218,6 +218,14 @@ def test_what_is_no_digit_or_letter_is_none_of_any_script() -> None:
         assert (own.consume_tokens([*spelt]) and own.is_accepting()) == bool(re.search(pattern, text)), text
 
 
+def test_conditions_that_make_many_alternatives_do_not_end_a_reply(walker: Walker) -> None:
+    first = {"contains": {"not": {"maxItems": 0, "type": ["number"]}}, "maxContains": 3}
+    schema = first | {"not": {"items": {"required": ["b"], "type": "null", "maxItems": 2}}}
+    constraint = walker.constraint(walker.form(PROMPT, schema), PROMPT)
+    constraint.advance(walker.ids('["a",'))
+    constraint.mask()
+
+
 def test_a_panic_of_llguidance_is_one_line() -> None:
     """Its messages cut a schema after 100 bytes."""
     with pytest.raises(ValueError, match="response_format: "):
