@@ -24,7 +24,7 @@ Mask = NDArray[np.uint32]  # [V / 32], rounded up: a bit for each token, the low
 
 GRACE = 64  # tokens in which a thought's last line may end, or as many as it had
 # A mask is a matter of microseconds, but a rare one takes more steps than llguidance allows by itself.
-LIMITS = LLParserLimits(step_lexer_fuel=4_000_000, step_max_items=1_000_000)
+LIMITS = LLParserLimits(max_items_in_row=20_000, step_lexer_fuel=4_000_000, step_max_items=1_000_000)
 NO_GRAMMAR = LLMatcher.grammar_from_regex("")
 
 

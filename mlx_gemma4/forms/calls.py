@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
 from operator import add, ge, gt, le, lt
-from typing import Any, TypeGuard
+from typing import Any
 
 from llguidance import LLMatcher, regex_to_lark
 
@@ -31,7 +31,7 @@ from mlx_gemma4.forms.lark import (
     literal,
     row,
 )
-from mlx_gemma4.forms.schemas import ANY_NAME, Schema, modern, values_of
+from mlx_gemma4.forms.schemas import ANY_NAME, LARGEST, Schema, held_bounds, is_number, modern, values_of
 from mlx_gemma4.forms.strings import FORMATS, matches, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
@@ -41,7 +41,6 @@ logger = logging.getLogger("mlx_gemma4")
 MAX_RULES = 5_000  # of one tool: definitions that are merged anew at every level have no end
 FREE_DEPTH = 6  # levels of a value of which nothing is said
 MANY = 10_000  # entries, characters: a longer bound is none
-LARGEST_WHOLE = 10**18  # of a number that is bounded on one side only
 
 # Ten digits more than a float's; a reader refuses what is no finite number.
 WHOLE = r"-?(0|[1-9][0-9]{0,30})"
@@ -374,10 +373,12 @@ class Compiler:
     def number(self, kind: str, schema: Schema, place: str) -> Node:
         bounds = {key: schema[key] for key in BOUNDS if is_number(schema.get(key))}
         if bounds:
-            for name, limit in (("Maximum", LARGEST_WHOLE), ("Minimum", -LARGEST_WHOLE)):
+            for name, limit in (("Maximum", LARGEST), ("Minimum", -LARGEST)):
                 if f"exclusive{name}" not in bounds:
                     bounds.setdefault(name.lower(), limit)
-            held = "%json " + json.dumps({"type": kind, **bounds, "x-guidance": {"whitespace_flexible": False}})
+            held = "%json " + json.dumps(
+                held_bounds({"type": kind, **bounds}) | {"x-guidance": {"whitespace_flexible": False}}
+            )
             if not first_error(f"start: {held}"):
                 return held
             self.note("the bounds", place)
@@ -536,10 +537,6 @@ def in_order(keys: Iterable[str]) -> list[str]:
         return (f"{QUOTE}{shielded}{QUOTE}" if needs_quotes(key) else shielded).lower()
 
     return sorted(keys, key=as_written)
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def bounds_of(what: str, schema: Schema) -> tuple[int, int | None]:

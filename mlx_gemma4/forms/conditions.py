@@ -1,7 +1,8 @@
 """A JSON Schema's conditions (`not`, `if`, `dependentRequired`, `uniqueItems`, …) in keywords that grammars hold.
 
-Every schema that comes of it takes the same values. Negation is what all of it needs: with it a condition is a union,
-`if` -> then, or not `if` and else. What cannot be said so stays as it is, for its reader to refuse.
+Negation is what all of it needs: with it a condition is a union, `if` -> then, or not `if` and else. What comes of it
+takes the same values, but for two things that no grammar says, of which it takes some: a number that is not whole, and
+an entry that fits `contains` wherever it stands. What cannot be said so stays as it is, for its reader to refuse.
 """
 
 import json
@@ -12,11 +13,19 @@ from itertools import combinations, pairwise, permutations
 from math import comb, perm
 from typing import Any
 
-from mlx_gemma4.forms.schemas import Schema, drop_what_says_nothing, values_of, with_null, without_unevaluated
+from mlx_gemma4.forms.schemas import (
+    Schema,
+    drop_what_says_nothing,
+    is_number,
+    values_of,
+    with_null,
+    without_unevaluated,
+)
 from mlx_gemma4.forms.strings import other_than
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed
 
 MANY = 100  # alternatives of one condition: with 326, llguidance reads a schema for 2 s
+REACH = 10  # entries among which what `contains` asks for stands
 MAX_STEPS = 500  # of one schema: negations of negations grow
 
 # What says nothing of a value.
@@ -54,10 +63,9 @@ class Conditions:
 
     def __init__(self, root: Schema, one_of: bool):
         self.root, self.one_of = root, one_of
-        inner = json.dumps({key: value for key, value in root.items() if key not in ("$id", "id")})
-        self.rebased = re.search(r'"\$?id": "', inner) is not None  # what a pointer names depends on where it stands
         self.is_old = re.search("draft-0[467]|2019-09", str(root.get("$schema"))) is not None
         self.steps = 0
+        self.exactly = 0  # times that what is being rewritten is to be negated
         self.following: list[str] = []  # references of what is negated
 
     def plain(self, given: Schema) -> Schema:
@@ -72,6 +80,10 @@ class Conditions:
         schema = self.rewritten(schema, ("propertyNames",), self.names)
         schema = self.rewritten(schema, ("minProperties", "maxProperties"), self.counted)
         return self.rewritten(schema, ("uniqueItems",), self.unique)
+
+    def narrowed(self, schema: Schema) -> Schema:
+        """The schema without what can be said of some values alone, for nothing but a grammar to be made of it."""
+        return self.rewritten(schema, ("contains",), self.containing)
 
     def rewritten(self, schema: Schema, keys: Iterable[str], rewrite: Callable[[Schema], list[Any]]) -> Schema:
         """The schema with what takes the place of these keywords, if something can."""
@@ -91,8 +103,6 @@ class Conditions:
 
     def followed(self, reference: Any, read: Callable[[Any], Any]) -> Any:
         """What is read of a reference's target."""
-        if self.rebased or not isinstance(reference, str) or not re.match("#(/|$)", reference):
-            raise UnheldError
         if reference in self.following:
             raise UnheldError
         self.following.append(reference)
@@ -119,33 +129,43 @@ class Conditions:
         self.step()
         if isinstance(a_schema(given), bool):
             return not given
-        schema = self.plain(given)
+        self.exactly += 1
+        try:
+            schema = self.plain(given)
+        finally:
+            self.exactly -= 1
         if schema.pop("nullable", False) is True:
             schema = with_null(schema)
         if self.is_old and "$ref" in schema and len(without_remarks(schema)) > 1:
             raise UnheldError  # what stands beside it says nothing there, and is held all the same
-        return one_of_these(self.beyond(key, value) for key, value in schema.items() if key not in REMARKS)
+        others = self.uncontained(schema)
+        if isinstance(schema.get("items"), dict) and "prefixItems" in schema:
+            raise UnheldError  # some entry behind those, wherever it stands
+        others += [self.beyond(key, value) for key, value in schema.items() if key not in REMARKS]
+        return one_of_these(others)
 
     def beyond(self, key: str, value: Any) -> Any:
         """What does not keep to one keyword."""
         match key, value:
             case "type", str() | list():
                 kinds = [value] if isinstance(value, str) else value
-                if "integer" in kinds and "number" not in kinds:
-                    raise UnheldError  # a number that is none
-                others = [kind for kind in KINDS if kind not in kinds]
+                if "integer" in kinds and "number" not in kinds and self.exactly:
+                    raise UnheldError  # a number that is not whole
+                others = [kind for kind in KINDS if kind not in kinds and not (kind == "number" and "integer" in kinds)]
                 return {"type": others} if others else False
             case ("const", _) | ("enum", list()):
                 return other_values(value if key == "enum" else [value])
             case ("anyOf", list()):
                 return {"allOf": [self.negated(member) for member in value]}
+            case "not", _:
+                return a_schema(value)
             case ("allOf", list()):
                 return one_of_these([self.negated(member) for member in value])
             case ("oneOf", list()):
                 none = {"allOf": [self.negated(member) for member in value]}
                 return one_of_these([none, *({"allOf": list(two)} for two in combinations(value, 2))])
             case ("required", list()):
-                return one_of_these({"type": "object", "properties": {name: False}} for name in value)
+                return one_of_these({"type": "object"} | absent(name) for name in value)
             case ("properties", dict()):
                 named = ((name, self.negated(inner)) for name, inner in value.items())
                 return one_of_these(
@@ -153,7 +173,7 @@ class Conditions:
                     for name, other in named
                     if other is not False
                 )
-            case ("prefixItems", list()):
+            case (("prefixItems" | "items"), list()):
                 placed = enumerate(self.negated(inner) for inner in value)
                 return one_of_these(
                     {"type": "array", "minItems": place + 1} | self.listed([*[True] * place, other])
@@ -162,12 +182,24 @@ class Conditions:
                 )
             case (("items" | "additionalProperties"), _) if value is True or value == {}:
                 return False
+            case ("items", dict()):
+                return {"type": "array", "contains": self.negated(value)}
             case ("$ref", _):
                 return self.followed(value, self.negated)
             case _ if key in BEYOND and type(value) in (int, float):
                 kind, other, off = BEYOND[key]
                 return False if value + off < 0 and kind != "number" else {"type": kind, other: value + off}
         raise UnheldError
+
+    def uncontained(self, schema: Schema) -> list[Any]:
+        """Arrays in which too few or too many entries fit `contains`, which is taken out."""
+        if "contains" not in schema:
+            return []
+        given, least, most = self.contained(schema)
+        array = {"type": "array", "contains": given}
+        none = {"type": "array", "items": self.negated(given)} if least else False
+        few = array | {"minContains": 1, "maxContains": least - 1} if least > 1 else False
+        return [none, few, False if most is None else array | {"minContains": most + 1}]
 
     # unions
 
@@ -227,7 +259,8 @@ class Conditions:
             return True
         names = {name: True for own in known if own is not None for name in own}
         if key == "unevaluatedItems":
-            return self.listed([True] * len(names), rest)
+            fitting = [json.loads(text) for kind, text in names if kind == "contains"]
+            return self.listed([True] * (len(names) - len(fitting)), one_of_these([rest, *fitting]))
         named = {kind: {name: True for own, name in names if own == kind} for kind in NAMED}
         return named | {"additionalProperties": rest}
 
@@ -236,7 +269,7 @@ class Conditions:
         if isinstance(a_schema(schema), bool):
             return set()
         self.step()
-        if schema.keys() & {*UNIONS, "contains", "$dynamicRef", "$recursiveRef"}:
+        if schema.keys() & {*UNIONS, "$dynamicRef", "$recursiveRef"}:
             raise UnheldError
         parts = [self.evaluated(key, member) for member in schema.get("allOf", [])]
         if "$ref" in schema:
@@ -245,6 +278,8 @@ class Conditions:
             items = schema.get("items")
             first = items if isinstance(items, list) else schema.get("prefixItems", [])
             parts.append({("", place) for place in range(len(first))})
+            if "contains" in schema and not self.is_old:
+                parts.append({("contains", json.dumps(schema["contains"]))})
             every = "additionalItems" in schema if isinstance(items, list) else items is not None
         else:
             parts += [{(kind, name) for name in schema.get(kind, {})} for kind in NAMED]
@@ -308,6 +343,32 @@ class Conditions:
             barred = combinations(free, len(free) - room)
             parts.append(one_of_these({"properties": dict.fromkeys(some, False)} for some in barred))
         return parts
+
+    def contained(self, schema: Schema) -> tuple[Any, int, int | None]:
+        """`contains`, and how many entries fit it, taken out of a schema."""
+        counts = whole(schema, "minContains", 1), whole(schema, "maxContains", None)
+        if self.is_old and {"minContains", "maxContains"} & schema.keys() and "2019" not in str(self.root["$schema"]):
+            raise UnheldError  # they say nothing there
+        for key in ("minContains", "maxContains"):
+            schema.pop(key, None)
+        return a_schema(schema.pop("contains")), *counts
+
+    def containing(self, schema: Schema) -> list[Any]:
+        """Places of the entries that fit, among the first few."""
+        given, least, most = self.contained(schema)
+        other = True if most is None else self.negated(given)
+        if least > MANY:
+            raise UnheldError
+        furthest = max(REACH, least)
+        counts = range(least, (least if most is None else min(most, furthest)) + 1)
+        reach = furthest
+        while sum(comb(reach, count) for count in counts) > MANY:
+            reach -= 1
+        lists = []
+        for places in (own for count in counts for own in combinations(range(reach), count)):
+            first = [given if place in places else other for place in range(max(places, default=-1) + 1)]
+            lists.append(self.listed(first, other) | {"minItems": len(first)})
+        return [one_of_these([{"type": [kind for kind in KINDS if kind != "array"]}, *lists])]
 
     def unique(self, schema: Schema) -> list[Any]:
         """Entries that differ, where there are few: each order of them."""
@@ -385,14 +446,14 @@ def few_values(schema: Any) -> list[Any]:
 def other_values(values: Sequence[Any]) -> Any:
     """A schema for all values but these."""
     kinds = {TYPE_OF[type(value)].replace("integer", "number") for value in values}
-    if kinds & {"array", "object"} or any(isinstance(value, float) for value in values):
-        raise UnheldError  # between 1 and 1.5, llguidance takes 1
+    if kinds & {"array", "object"}:
+        raise UnheldError
     found: list[Any] = [{"type": [kind for kind in KINDS if kind not in kinds]}]
     if "string" in kinds:
         found.append({"type": "string", "pattern": other_than([value for value in values if isinstance(value, str)])})
     if "boolean" in kinds:
         found += [{"const": value} for value in (False, True) if not any(own is value for own in values)]
-    numbers = sorted({value for value in values if type(value) is int})
+    numbers = sorted({value for value in values if is_number(value)})
     if numbers:
         found += [
             {"type": "number", "exclusiveMaximum": numbers[0]},

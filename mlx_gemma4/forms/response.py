@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,8 +12,10 @@ from llguidance import LLMatcher
 from mlx_gemma4.errors import LONGEST_SHOWN, a, clipped, shown, unbroken
 from mlx_gemma4.forms.conditions import Conditions
 from mlx_gemma4.forms.lark import validation
-from mlx_gemma4.forms.schemas import Schema, with_null
+from mlx_gemma4.forms.references import linked
+from mlx_gemma4.forms.schemas import Schema, held_bounds, inner_schemas, with_null
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
+from mlx_gemma4.forms.strings import as_all_read
 from mlx_gemma4.prompt.messages import check_json
 from mlx_gemma4.prompt.tools import pointed
 
@@ -33,13 +35,6 @@ UNHELD = {
     "unevaluatedProperties", "unevaluatedItems", "contains", "minContains", "maxContains", "uniqueItems",
     "$dynamicRef", "$recursiveRef", "$vocabulary", "divisibleBy", "disallow", "extends",
 }  # fmt: skip
-# Where schemas stand in a schema.
-ONE_SCHEMA = {
-    "items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
-    "unevaluatedProperties", "unevaluatedItems",
-}  # fmt: skip
-LISTED_SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}
-NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 
 def response_grammar(response_format: Any) -> str | None:
@@ -162,7 +157,7 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
     unheld: set[str] = set()
     dropped: set[str] = set()
     try:
-        given = json.loads(encodable(text, "schema"))
+        given = linked(json.loads(encodable(text, "schema")))
         schema = held(given, Conditions(given, one_of), unheld, dropped)
         if unheld:
             names = f"keyword{'s' if len(unheld) > 1 else ''} {', '.join(sorted(unheld))}"
@@ -170,7 +165,11 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
         if not Ends(schema).ends(schema):
             raise ValueError("response_format: no value of finite size fits its schema")
         schema.pop("x-guidance", None)
-        grammar = checked(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE}))
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
+        except ValueError as error:  # a number beyond 64 bits
+            raise ValueError(f"response_format: {unbroken(error)[:160]}") from None
+        grammar = checked(grammar)
     except RecursionError:
         raise ValueError("response_format: its schema is nested too deep") from None
     if dropped:
@@ -181,19 +180,6 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
     return grammar
 
 
-def inner_schemas(schema: Schema, change: Callable[[Any], Any]) -> Schema:
-    """The schema with each schema in it changed; what stands in constants, names and annotations stays."""
-    result = dict(schema)
-    for key, value in schema.items():
-        if key in NAMED_SCHEMAS and isinstance(value, dict):
-            result[key] = {name: change(inner) for name, inner in value.items()}
-        elif key in LISTED_SCHEMAS and isinstance(value, list):
-            result[key] = [change(inner) for inner in value]
-        elif key in ONE_SCHEMA and isinstance(value, dict):
-            result[key] = change(value)
-    return result
-
-
 def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str]) -> Any:
     """A schema as llguidance takes it: conditions are unions, formats that it does not know are gone, null is a type.
 
@@ -201,9 +187,11 @@ def held(schema: Any, conditions: Conditions, unheld: set[str], dropped: set[str
     """
     if not isinstance(schema, dict):
         return schema
-    schema = conditions.plain(schema)
+    schema = conditions.narrowed(conditions.plain(schema))
     unheld |= UNHELD & schema.keys()
-    schema = inner_schemas(schema, lambda inner: held(inner, conditions, unheld, dropped))
+    schema = inner_schemas(held_bounds(schema), lambda inner: held(inner, conditions, unheld, dropped))
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = as_all_read(schema["pattern"])
     match schema.get("format"):
         case str(form) if form not in FORMATS:
             dropped.add(form[:40])
@@ -219,7 +207,7 @@ class Ends:
 
     def __init__(self, root: Schema):
         self.root = root
-        self.targets = {reference: False for reference in references(root)}
+        self.targets = {"#": False} | {f"#/$defs/{name}": False for name in root.get("$defs", {})}
         while found := [
             name for name, known in self.targets.items() if not known and self.ends(pointed(self.root, name))
         ]:
@@ -254,15 +242,3 @@ class Ends:
             rest = [schema.get("items", True)] if least > len(first) else []
             return all(self.ends(inner) for inner in [*first, *rest] if not isinstance(inner, list))
         return True
-
-
-def references(schema: Any) -> Iterator[str]:
-    """Every reference, wherever it stands."""
-    if isinstance(schema, dict):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"]
-        for inner in schema.values():
-            yield from references(inner)
-    elif isinstance(schema, list):
-        for inner in schema:
-            yield from references(inner)

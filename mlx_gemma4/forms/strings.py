@@ -23,6 +23,7 @@ FORMATS = {
 }
 
 SYMBOL = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)  # an escape, a class, or a character
+OTHERS = {"D": r"\P{Nd}", "W": r"[^\p{L}\p{N}_]"}
 ANCHORS = {"^", "$", "\\b", "\\B", "\\A", "\\Z", "\\z"}
 
 
@@ -50,6 +51,11 @@ def whole_pattern(pattern: str) -> str | None:
         body = regex_to_lark("".join(inner), "dw")
         written.append(f"({'' if begins else '(?s:.*)'}({body}){'' if ends else '(?s:.*)'})")
     return "|".join(written) if depth == 0 else None
+
+
+def as_all_read(pattern: str) -> str:
+    """A pattern whose \\D and \\W are no digits and letters of any script: to some readers those are digits too."""
+    return re.sub(r"\\(.)", lambda escape: OTHERS.get(escape[1], escape[0]), pattern, flags=re.DOTALL)
 
 
 def other_than(texts: Collection[str]) -> str:

@@ -233,7 +233,7 @@ def test_a_session_holds_its_turns(planted: Loaded) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"response_format": {"contains": {}}}, "the keyword contains cannot be held"),
+        ({"response_format": {"uniqueItems": True}}, "the keyword uniqueItems cannot be held"),
         ({"response_format": 3}, "response_format is 3"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tool_choice": "f"}, "tool_choice is 'f'"),

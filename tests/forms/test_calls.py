@@ -14,9 +14,9 @@ from mcp_tools import TOOLS, openapi, tool
 from walks import Walker
 
 from mlx_gemma4 import Prompt
-from mlx_gemma4.forms.calls import call_grammar, in_order
+from mlx_gemma4.forms.calls import Compiler, call_grammar, in_order
 from mlx_gemma4.forms.lark import literal
-from mlx_gemma4.forms.strings import whole_pattern
+from mlx_gemma4.forms.strings import letters, whole_pattern
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import check_tools
 from mlx_gemma4.prompt.processor import Processor
@@ -275,6 +275,24 @@ def test_a_bound_may_be_exclusive_as_draft_4_has_it(walker: Walker) -> None:
     bounds = {"minimum": 3, "exclusiveMinimum": True, "maximum": 5, "exclusiveMaximum": True}
     found = calls_of(walker, [tool("f", {"n": INTEGER | bounds, "m": {"enum": [3, 4], **bounds}}, ["n", "m"])], 10)
     assert found and all(call["arguments"] == {"n": 4, "m": 4} for call in found)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "is_within"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "0", False),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, "0.1", True),
+        ({"exclusiveMaximum": -1, "minimum": -1.5}, "-1", False),
+        ({"minimum": 0}, "1423400000000000001", True),
+        ({"minimum": -(2**63), "maximum": 2**64}, "-7", True),
+        ({"minimum": 0, "maximum": 2**64}, "-7", False),
+    ],
+)
+def test_numbers_are_within_their_bounds(bounds: Schema, value: str, is_within: bool) -> None:
+    compiler = Compiler({}, "t0", 1)
+    matcher = LLMatcher(letters(), LLMatcher.grammar_from_lark(f"start: {compiler.number('number', bounds, '')}"))
+    assert (matcher.consume_tokens([*value.encode()]) and matcher.is_accepting()) is is_within
+    assert not compiler.notes
 
 
 def test_what_says_nothing_is_not_noted(caplog: pytest.LogCaptureFixture) -> None:
