@@ -41,7 +41,7 @@ def kind(error: BaseException) -> Kind:
     return Kind.WRONG_REQUEST if wrong else Kind.FAILED
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of a library says, without the number and the file name of the operating system's."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from mlx_gemma4.evaluate.quality import (
     read_exchanges,
     unpack,
 )
-from mlx_gemma4.flags import above_0, check_name, option, switch
+from mlx_gemma4.flags import above_0, adapters_of, check_name, option, switch
 from mlx_gemma4.prompt.messages import json_lines, with_media_from
 from mlx_gemma4.prompt.processor import load_processor
 from mlx_gemma4.terminal import Bar, run
@@ -56,7 +56,9 @@ def evaluate(
     max_tokens: Annotated[int | None, above_0("Of each answer, count the first N tokens.")] = None,
     drafter: flags.DrafterName = "auto",
     write_card: Annotated[bool, switch("Write the figures into the candidates' README.md.", "--write-card")] = False,
-    adapter: flags.Adapter = None,
+    adapter: Annotated[
+        list[str], option("[NAME=]FOLDER", "The candidates'; or by name, repeatable: each of them.")
+    ] = [],  # noqa: B006
     dtype: flags.DType = None,
     kv_bits: flags.KvBits = None,
     version: flags.Version = False,
@@ -64,13 +66,16 @@ def evaluate(
 ) -> None:
     """Compare next-token distributions on the answers of chats; models are read layer by layer, so that any fits.
 
-    The adapter and the drafter are the candidates'.
+    Adapters and the drafter are the candidates'.
     """
-    names, computing, added = candidates or [], computing_type(dtype), find_adapter(adapter)
+    names, computing, added = candidates or [], computing_type(dtype), find_adapter(adapters_of(adapter))
+    each = {f" with {name}": own for name, own in added.items()} if isinstance(added, dict) else {"": added}
     lead()
     group = launched()
     if not names and save_logits is None:
         raise ValueError("there is no candidate; expected one or more, or --save-logits")
+    if write_card and added is not None:
+        raise ValueError("write_card excludes adapter; expected one of them, for a card tells of the model alone")
     if save_logits is not None:
         save_logits = expanded(save_logits)
         check_name(save_logits, "save-logits")
@@ -82,17 +87,22 @@ def evaluate(
     lines = read_lines(BUILT_IN if data is None else expanded(data))
     # All that can be wrong is found before hours of reading.
     reference_of = open_reference(reference, lines, max_tokens, computing, group)
-    subjects = [open_subject(name, drafter, lines, max_tokens, computing, kv_bits, added, group) for name in names]
+    subjects = [
+        replace(open_subject(name, drafter, lines, max_tokens, computing, kv_bits, own, group), name=name + label)
+        for name in names
+        for label, own in each.items()
+    ]
     for subject in subjects:
         check_same(subject, reference_of)
     known = reference_of if isinstance(reference_of, Distributions) else read_reference(reference_of)
     if save_logits is not None and not follows(group):
         known.save(save_logits)
     results: dict[str, Quality] = {}
-    for name in names:
-        results[name] = measure(subjects.pop(0), known)
+    while subjects:
+        subject = subjects.pop(0)
+        own = results[subject.name] = measure(subject, known)
         if write_card and not follows(group):
-            write_quality(expanded(name), card_text(results[name], reference, len(lines)))
+            write_quality(expanded(subject.name), card_text(own, reference, len(lines)))
     if follows(group):
         hear()  # that the first one is done
         return

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 from mlx import nn
 
-from mlx_gemma4.config import read_json
+from mlx_gemma4.config import read_checked
 from mlx_gemma4.errors import CheckpointError, a, shown
 from mlx_gemma4.model.matrix import adapt, total_columns
 from mlx_gemma4.model.model import Model
@@ -162,15 +162,15 @@ def read_adapter(folder: Path, matrices: Mapping[str, Shape]) -> dict[str, Adapt
     matrices: the model's. CheckpointError if the folder holds no adapter, one of a kind that is not supported, or one
     that does not fit these matrices wholly.
     """
-    file = adapter_file(folder)
+    file, config = adapter_file(folder), folder / CONFIG
+    is_peft = file.name == PEFT_WEIGHTS
+    settings = read_checked(config, of_peft if is_peft else of_mlx)
     parts = list_parts(file)
     check_parts(file, parts, matrices)
-    config = folder / CONFIG
     try:
-        plan = (peft_plan if file.name == PEFT_WEIGHTS else mlx_plan)(read_json(config), parts, matrices)
+        plan = (peft_plan if is_peft else mlx_plan)(settings, parts, matrices)
     except CheckpointError as error:
-        text = str(error)
-        raise CheckpointError(text if str(config) in text else f"{config}: {text}") from None
+        raise CheckpointError(f"{config}: {error}") from None
     if missing := sorted(plan.targets - parts.keys()):
         raise CheckpointError(
             f"{file} has nothing for {len(missing)} of the {len(plan.targets)} matrices that {CONFIG} names, first "
@@ -282,10 +282,15 @@ def check_parts(file: Path, parts: Parts, matrices: Mapping[str, Shape]) -> None
 # --- mlx-lm ------------------------------------------------------------------------------------
 
 
-def mlx_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape]) -> Plan:
+def of_mlx(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, of a kind that is supported: of another the tensors, too, would be strange."""
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise CheckpointError(f"fine_tune_type is {shown(kind)}; supported are 'lora' and 'dora'")
+    return config
+
+
+def mlx_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape]) -> Plan:
     settings = config.get("lora_parameters")
     if not isinstance(settings, dict):
         raise CheckpointError(f"lora_parameters is {a(settings)}; expected rank, scale and keys, as mlx-lm writes them")
@@ -307,7 +312,9 @@ def mlx_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape]
         if any(key != layer_part(path) for key in own)
         or ((layer := layer_of(path)) is not None and layer >= first and (own or keys is None))
     }
-    return Plan(kind == "dora", dict.fromkeys(parts, rank), dict.fromkeys(parts, scale), targets)
+    return Plan(
+        config.get("fine_tune_type") == "dora", dict.fromkeys(parts, rank), dict.fromkeys(parts, scale), targets
+    )
 
 
 def layer_of(path: str) -> int | None:
@@ -324,16 +331,20 @@ def layer_part(path: str) -> str | None:
 # --- PEFT --------------------------------------------------------------------------------------
 
 
-def peft_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape]) -> Plan:
+def of_peft(config: dict[str, Any]) -> dict[str, Any]:
+    for key, supported in PEFT_SUPPORTED.items():
+        if config.get(key, supported[0]) not in supported:
+            expected = " or ".join(map(repr, supported))
+            raise CheckpointError(f"{key} is {shown(config[key])}; supported is {expected}")
     for key, value in config.items():
-        if key in PEFT_SUPPORTED:
-            if value not in PEFT_SUPPORTED[key]:
-                expected = " or ".join(map(repr, PEFT_SUPPORTED[key]))
-                raise CheckpointError(f"{key} is {shown(value)}; supported is {expected}")
-        elif key not in PEFT_READ | PEFT_IRRELEVANT and value not in PEFT_OFF:
+        if key not in PEFT_SUPPORTED.keys() | PEFT_READ | PEFT_IRRELEVANT and value not in PEFT_OFF:
             raise CheckpointError(f"{key} is {shown(value)}; supported is LoRA without it, or DoRA")
     if "peft_type" not in config:
         raise CheckpointError("there is no peft_type; expected PEFT's configuration, beside PEFT's weights")
+    return config
+
+
+def peft_plan(config: dict[str, Any], parts: Parts, matrices: Mapping[str, Shape]) -> Plan:
     ranks, scales = {}, {}
     for path, own in parts.items():
         name = next(iter(own.values())).module

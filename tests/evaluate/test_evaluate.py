@@ -10,6 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapters import random_adapter
 from conftest import Run
 from mlx import nn
 from PIL import Image
@@ -34,6 +35,7 @@ from mlx_gemma4.evaluate.quality import (
 )
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.weights.adapter import write_adapter
 from mlx_gemma4.weights.load import DrafterChoice, look_through
 
 Loaded = tuple[Model, Processor]
@@ -132,6 +134,27 @@ def test_what_is_not_kept_counts_as_one_token(
         assert 0 < found["rest"] < 1 - kept / 512
         assert found["top1"] == whole["top1"]
         before = found["kl_mean"]
+
+
+def test_adapters_by_name_are_measured_as_each_is_alone(
+    tiny_folder: Path, relative: Path, data: Path, tmp_path: Path, run: Run
+) -> None:
+    for seed, name in enumerate(("law", "garden")):
+        write_adapter(tmp_path / name, random_adapter(TINY, seed=seed), "lora", 3, 0.4, -1)
+    named = [word for name in ("law", "garden") for word in ("--adapter", f"{name}={tmp_path / name}")]
+    status, out, err = run(tiny_folder, tiny_folder, relative, "--data", data, *named)
+    assert (status, err) == (0, "")
+    alone = {
+        f"{model} with {name}": results(run(tiny_folder, model, "--data", data, "--adapter", tmp_path / name)[1])[0]
+        for model in (tiny_folder, relative)
+        for name in ("law", "garden")
+    }
+    assert results(out) == [own | {"model": name} for name, own in alone.items()]
+    assert len({own["kl_mean"] for own in alone.values()}) == 4
+    status, out, err = run(tiny_folder, tiny_folder, "--adapter", tmp_path / "law", "--adapter", tmp_path / "garden")
+    assert (status, out) == (2, "") and "expected NAME=FOLDER" in err
+    status, out, err = run(tiny_folder, tiny_folder, "--adapter", tmp_path / "law", "--write-card")
+    assert (status, out) == (2, "") and "write_card excludes adapter" in err
 
 
 def test_saved_logits_give_the_same_figures(

@@ -340,6 +340,27 @@ def test_what_peft_has_and_is_not_supported_is_one_line(
     refused(source, peft_folder(tmp_path / "peft", adapter, config, PREFIXES[0], ".{}.weight"), said)
 
 
+@pytest.mark.parametrize(
+    ("write", "config", "tensor", "said"),
+    [
+        (write_peft, {"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.weight", "modules_to_save is ['lm_he"),
+        (write_peft, {"bias": "all"}, f"base_model.model.model.{Q5}.bias", "bias is 'all'"),
+        (write_peft, {"alpha": 8, "peft_type": "LOHA"}, f"base_model.model.{Q5}.hada_w1_a", "peft_type is 'LOHA'"),
+        (write_adapter, {"fine_tune_type": "full"}, f"{Q5}.weight", "fine_tune_type is 'full'"),
+    ],
+)
+def test_of_another_kind_the_kind_is_told_not_its_tensors(
+    source: Path, tmp_path: Path, write: Callable[..., None], config: dict[str, Any], tensor: str, said: str
+) -> None:
+    write(tmp_path, random_adapter(EVEN, ("self_attn.q_proj",)), "lora", 3, 2.0, None if write is write_peft else -1)
+    file = next(tmp_path.glob("*.safetensors"))
+    weights = mx.load(str(file)) | {tensor: mx.zeros((3, 3))}
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights)
+    (tmp_path / CONFIG).write_text(json.dumps(config | json.loads((tmp_path / CONFIG).read_text()) | config))
+    refused(source, tmp_path, said)
+
+
 def test_a_folder_without_an_adapter_or_with_two_is_one_line(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "nowhere", "is no folder")
     refused(source, tmp_path, "has no adapters.safetensors")
