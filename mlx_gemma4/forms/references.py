@@ -83,7 +83,8 @@ class Links:
         for step in fragment.split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
             if isinstance(found, dict):
-                found, around = found.get(step), self.base(found, around)
+                around = self.base(found, around)
+                found = found.get(step)
             else:
                 found = found[int(step)] if isinstance(found, list) and step in map(str, range(len(found))) else None
         if not isinstance(found, (dict, bool)):
