@@ -193,12 +193,12 @@ def tune(
         print(summary(own, adapter_path))
         if peft:
             write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
-    if test:  # before the drafter learns, for which the others would wait
+    if test or train_drafter:
         processes.sum([mx.zeros(1)])  # until the first has written what all read
         begin_with(network, adapter_path / WEIGHTS, scale)
+    if test:
         loss = own.loss_of(rows["test"])
-    if train_drafter and processes.rank == 0:
-        begin_with(network, adapter_path / WEIGHTS, scale)
+    if train_drafter:
         teach_drafter(checkpoint, own, adapter_path / "drafter")
     if test:
         del own, network, checkpoint  # room for the model as it is in use
@@ -297,12 +297,14 @@ def teach_drafter(checkpoint: Checkpoint, own: "Run", folder: Path) -> None:
     model, choice = checkpoint.model, checkpoint.drafter
     drafter = model.drafter
     assert drafter is not None and choice is not None  # open_to_train has looked
-    measured = own.valid or own.train
-    examples = range(min(MEASURED, len(measured.data.passages)))
-    before = room.acceptance(model, drafter, measured.of(examples))
-    room.adapt_drafter(drafter, own.settings.adapter.rank, own.settings.adapter.scale)
-    room.train_drafter(model, drafter, len(own.schedule), own.schedule, own.train.of)
-    after = room.acceptance(model, drafter, measured.of(examples))
+    measured, settings, processes = own.valid or own.train, own.settings, own.processes
+    examples = range(len(measured.data.passages))[:MEASURED][processes.rank :: processes.size]
+    before = room.acceptance(model, drafter, measured.of(examples), processes)
+    room.adapt_drafter(drafter, settings.adapter.rank, settings.adapter.scale, settings.seed)
+    room.train_drafter(model, drafter, len(own.schedule), own.schedule, own.train.of, processes)
+    after = room.acceptance(model, drafter, measured.of(examples), processes)
+    if processes.rank:
+        return
     room.write_drafter(folder, choice.folder, drafter)
     print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")
 
