@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,7 @@ from mlx_gemma4.tune.adapt import attach
 from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Branch, passage, row
 from mlx_gemma4.tune.settings import Adapter
-from mlx_gemma4.tune.step import Processes, update
+from mlx_gemma4.tune.step import Processes, slopes, update
 
 SHAPE = Shape(
     hidden=256, mlp=1024, heads=4, kv_heads=2, head_dim=64, global_head_dim=128, window=256, vocab=32768, periods=1
@@ -79,11 +80,12 @@ def ours(case: Case) -> list[float]:
     optimizer.init(model.trainable_parameters())
     members = [passage("", [Branch(ids, case.length // 2)], ()) for ids in examples(case)]
     rows = [row([member], own.text.sliding_window, lambda part: []) for member in members]
+    states = partial(learnt_states, model, checkpoint=case.grad_checkpoint)
     processes, seconds = Processes(mx.distributed.init()), []
     mx.reset_peak_memory()
     for _ in range(case.steps + UNCOUNTED):
         began = time.perf_counter()
-        update(model, optimizer, rows, lambda row: learnt_states(model, row, case.grad_checkpoint), processes)
+        update(model, optimizer, rows, partial(slopes, model, states=states), processes)
         seconds.append(time.perf_counter() - began)
     return seconds
 

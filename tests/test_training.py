@@ -26,7 +26,7 @@ from mlx_gemma4.tune.data import read_split
 from mlx_gemma4.tune.network import learnt_states, turn, turns_of
 from mlx_gemma4.tune.rows import Passage, branches
 from mlx_gemma4.tune.state import merge, save, trees_of
-from mlx_gemma4.tune.step import Processes, update
+from mlx_gemma4.tune.step import Processes, slopes, update
 from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.films import FRAMES, film_item
@@ -376,7 +376,7 @@ def test_training_learns_and_goes_on_where_it_stopped(
     made = rows(processor, passages(processor, material, 9)[4:5], 512)
 
     def run(model: Model, optimise: optim.MultiOptimizer, steps: int) -> list[float]:
-        told = partial(states, model, False)
+        told = partial(slopes, model, states=partial(states, model, False))
         return [update(model, optimise, made, told, processes).loss for _ in range(steps)]
 
     def start() -> tuple[Model, optim.MultiOptimizer]:

@@ -4,9 +4,11 @@ As the package's `tune --train-drafter` does it, on the demo's own items.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import mlx.core as mx
 import typer
 
 from mlx_gemma4.config import read_config
@@ -15,6 +17,7 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.drafter import acceptance, train_drafter
 from mlx_gemma4.tune.rows import Row
 from mlx_gemma4.tune.state import save, trees_of
+from mlx_gemma4.tune.step import Processes
 from mlx_gemma4.weights.load import parameters
 from training.rows import answers_alone, rows
 from training.start import initialise_drafter
@@ -35,15 +38,15 @@ def main(
     steps: Annotated[int, typer.Option(help="How many, of about four updates each.")] = 600,
     target_state: Annotated[str, typer.Option(help="The target's file.")] = "state",
 ) -> None:
+    processes = Processes(mx.distributed.init())
     model, drafter = Model(read_config(folder)), Drafter(read_drafter_config(folder / "drafter"))
     model.update(trees_of(folder / f"{target_state}.safetensors")[0]["model"])
     model.freeze()
     initialise_drafter(drafter, 0)
     source = make_source(folder, "draft")
-    train_drafter(
-        model, drafter, steps, ([number] for number in range(steps)), lambda numbers: rows_of(source, numbers)
-    )
-    print(f"{100 * acceptance(model, drafter, rows_of(source, range(MEASURED))):.1f} % of first drafts accepted")
+    train_drafter(model, drafter, [[n] for n in range(steps)], partial(rows_of, source), processes)
+    accepted = acceptance(model, drafter, rows_of(source, range(MEASURED)), processes)
+    print(f"{100 * accepted:.1f} % of first drafts accepted")
     save(folder / "drafter-state.safetensors", {"drafter": parameters(drafter)}, {"step": str(steps)})
 
 

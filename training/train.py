@@ -23,7 +23,7 @@ from mlx_gemma4.prompt.processor import Processor, load_processor
 from mlx_gemma4.tune.network import outputs
 from mlx_gemma4.tune.rows import Passage, Row
 from mlx_gemma4.tune.state import merge, save, trees_of
-from mlx_gemma4.tune.step import Processes, update
+from mlx_gemma4.tune.step import Processes, slopes, update
 from mlx_gemma4.weights.load import parameters
 from training.checkpoint import write_files
 from training.items import Item
@@ -191,12 +191,13 @@ def main(
         else map(make_source(folder, name).step, range(start, steps))
     )
 
+    told = partial(slopes, model, states=partial(states, model, quantized))
     began, seen, tokens = time.perf_counter(), 0.0, 0
     for step, made in zip(range(start, steps), batches, strict=True):
         factor = min(1.0, (step + 1) / WARM_UP, (steps - step) / decay if decay else 1.0)
         for one, scale in zip(optimise.optimizers, (PROJECTION_RATE, 1.0), strict=True):
             one.learning_rate = rate * scale * factor
-        now = update(model, optimise, made, partial(states, model, quantized), processes)
+        now = update(model, optimise, made, told, processes)
         seen, tokens = seen + now.loss / 50, tokens + now.tokens
         if (step + 1) % 50 == 0 and processes.rank == 0:
             taken = time.perf_counter() - began

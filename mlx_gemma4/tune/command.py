@@ -114,9 +114,11 @@ def tune(
     train(training, needs)
     if peft and processes.rank == 0:
         write_peft(adapter_path / "peft", read_weights(adapter_path / WEIGHTS), fine_tune_type, rank, scale, model)
-    if test:  # before the drafter learns, for which the others would wait
-        loss = loss_of_test(training, rows["test"])
-    if train_drafter and processes.rank == 0:
+    if test or train_drafter:
+        take_kept(training)
+    if test:
+        loss = training.loss_of(rows["test"])
+    if train_drafter:
         teach_drafter(training, checkpoint)
     if test:
         del training, network, checkpoint  # room for the model as it is in use
@@ -218,13 +220,8 @@ def tell_dropped(sets: Mapping[str, Data], max_seq_length: int) -> None:
     for split, data in sets.items():
         if data.dropped:
             count = data.dropped + len(data.passages)
-            logger.warning(
-                "%d of %d examples of %s are longer than %d tokens, left out",
-                data.dropped,
-                count,
-                split,
-                max_seq_length,
-            )
+            told = "%d of %d examples of %s are longer than %d tokens, left out"
+            logger.warning(told, data.dropped, count, split, max_seq_length)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -266,28 +263,24 @@ def take_kept(training: Run) -> None:
     """The weights in the folder, which are the best: training may have gone on from there."""
     from mlx_gemma4.tune.adapt import begin_with
 
-    begin_with(training.model, training.folder / WEIGHTS, training.settings.adapter.scale)
-
-
-def loss_of_test(training: Run, rows: Rows) -> float:
     training.processes.sum([mx.zeros(1)])  # until the first has written what all read
-    take_kept(training)
-    return training.loss_of(rows)
+    begin_with(training.model, training.folder / WEIGHTS, training.settings.adapter.scale)
 
 
 def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
     from mlx_gemma4.tune import drafter as room
 
-    take_kept(training)
     model, choice, folder = checkpoint.model, checkpoint.drafter, training.folder / "drafter"
-    drafter, adapter = model.drafter, training.settings.adapter
+    drafter, settings = model.drafter, training.settings
     assert drafter is not None and choice is not None  # open_to_train has looked
-    measured = training.valid or training.train
-    examples = range(min(MEASURED, len(measured.data.passages)))
-    before = room.acceptance(model, drafter, measured.of(examples))
-    room.adapt_drafter(drafter, adapter.rank, adapter.scale)
-    room.train_drafter(model, drafter, training.schedule, training.train.of)
-    after = room.acceptance(model, drafter, measured.of(examples))
+    measured, processes = training.valid or training.train, training.processes
+    examples = range(len(measured.data.passages))[:MEASURED][processes.rank :: processes.size]
+    before = room.acceptance(model, drafter, measured.of(examples), processes)
+    room.adapt_drafter(drafter, settings.adapter.rank, settings.adapter.scale, settings.seed)
+    room.train_drafter(model, drafter, training.schedule, training.train.of, processes)
+    after = room.acceptance(model, drafter, measured.of(examples), processes)
+    if processes.rank:
+        return
     room.write_drafter(folder, choice.folder, drafter)
     print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")
 

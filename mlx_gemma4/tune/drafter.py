@@ -4,6 +4,7 @@ distributions, which then goes into its weights."""
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mlx_gemma4.tune.loss import BLOCK
 from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
 from mlx_gemma4.tune.rows import Row
 from mlx_gemma4.tune.run import Schedule
-from mlx_gemma4.tune.step import rate_at
+from mlx_gemma4.tune.step import Processes, rate_at, update
 from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
 
@@ -55,7 +56,7 @@ def followers(row: Row) -> np.ndarray:
 
 
 def rounds(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, mx.array]:
-    """The mean cross entropy of proposals with the model's law; Σ min(p, q) of each first one."""
+    """The cross entropy of each proposal with the model's law; Σ min(p, q) of each first one."""
     places, follows = row.places, followers(row)
     hidden, keys = hidden_states(model, row, checkpoint=False)
     hidden = mx.stop_gradient(hidden[:, mx.array(places)])
@@ -86,50 +87,59 @@ def rounds(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, mx.array
             losses.append(each)
             accepted += [hit] if ahead == 1 else []
     if not losses:
-        return mx.zeros(()), mx.zeros((0,))
-    return mx.concatenate(losses).mean(), mx.concatenate(accepted)
+        return mx.zeros((0,)), mx.zeros((0,))
+    return mx.concatenate(losses), mx.concatenate(accepted)
 
 
-def acceptance(model: Model, drafter: Drafter, rows: Iterable[Row]) -> float:
+def acceptance(model: Model, drafter: Drafter, rows: Iterable[Row], processes: Processes) -> float:
     """How often the first proposal of a round is accepted, at temperature 1."""
-    found: list[np.ndarray] = []
+    found = mx.zeros(2)
     for row in rows:
-        found.append(np.array(rounds(model, drafter, row)[1]))
+        accepted = rounds(model, drafter, row)[1]
+        found = found + mx.stack([accepted.sum(), mx.array(float(accepted.size))])
+        mx.eval(found)
         mx.clear_cache()
-    return float(np.concatenate(found).mean())
+    hits, all_of_them = np.array(processes.sum([found])[0])
+    return float(hits / all_of_them)
 
 
-def adapt_drafter(drafter: Drafter, rank: int, scale: float) -> None:
+def adapt_drafter(drafter: Drafter, rank: int, scale: float, seed: int) -> None:
     drafter.freeze()
+    mx.random.seed(seed)  # all processes begin alike
     linear = (nn.Linear, nn.QuantizedLinear)
     keys = {name for layer in drafter.layers for name, own in layer.named_modules() if isinstance(own, linear)}
     settings = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [*keys, "pre_projection", "post_projection"]}
     linear_to_lora_layers(drafter, -1, settings)
+    mx.eval(drafter.trainable_parameters())
+
+
+def slopes(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, Any]:
+    """What `update` asks of a row; every proposal weighs as much."""
+
+    def total(weights: Any) -> tuple[mx.array, int]:
+        drafter.update(weights)
+        each = rounds(model, drafter, row)[0]
+        return each.sum(), each.size
+
+    weights = drafter.trainable_parameters()
+    (loss, size), found = mx.value_and_grad(total)(weights)
+    drafter.update(weights)
+    if not np.isfinite(loss.item()):
+        raise ValueError(f"{row.where[0]}: the drafter's loss is {loss.item()}; expected another example")
+    return mx.stack([loss, mx.array(max(1.0, size)), mx.array(float(row.tokens))]), found
 
 
 def train_drafter(
-    model: Model, drafter: Drafter, schedule: Schedule,
-    rows_of: Callable[[Sequence[int]], Iterable[Row]],
+    model: Model, drafter: Drafter, schedule: Schedule | Sequence[Sequence[int]],
+    rows_of: Callable[[Sequence[int]], Iterable[Row]], processes: Processes,
 ) -> None:  # fmt: skip
-    """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update."""
+    """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update, of all processes, which
+    share them."""
     optimizer = optim.Adam(RATE, bias_correction=True)
-
-    def total(weights: Any, row: Row) -> mx.array:
-        drafter.update(weights)
-        return rounds(model, drafter, row)[0]
-
     for number, examples in enumerate(schedule):
         optimizer.learning_rate = rate_at(number, len(schedule), RATE, len(schedule) // 10)
-        for row in rows_of(examples):
-            weights = drafter.trainable_parameters()
-            loss, slopes = mx.value_and_grad(total)(weights, row)
-            drafter.update(weights)
-            if not np.isfinite(loss.item()):
-                raise ValueError(f"{row.where[0]}: the drafter's loss is {loss.item()}; expected another example")
-            slopes, _ = optim.clip_grad_norm(slopes, 1.0)
-            optimizer.update(drafter, slopes)
-            mx.eval(drafter.trainable_parameters(), optimizer.state)
-            mx.clear_cache()
+        rows = rows_of(examples[processes.rank :: processes.size])
+        update(drafter, optimizer, rows, partial(slopes, model, drafter), processes)
 
 
 def write_drafter(folder: Path, source: Path, drafter: Drafter) -> None:

@@ -8,7 +8,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -23,7 +25,7 @@ from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Passage, Row, branches, capacity, packed, passages, row
 from mlx_gemma4.tune.settings import Settings
 from mlx_gemma4.tune.state import flat, merge, save, trees_of
-from mlx_gemma4.tune.step import Processes, Seen, measure, rate_at, update
+from mlx_gemma4.tune.step import Processes, Seen, measure, rate_at, slopes, update
 from mlx_gemma4.weights.adapter import CONFIG, WEIGHTS, write_adapter
 from mlx_gemma4.weights.writing import write_text
 
@@ -227,7 +229,7 @@ class Run:
             rate = rate_at(progress.updates, len(self.schedule), settings.learning_rate, settings.warmup)
             began = time.perf_counter()
             self.optimizer.learning_rate = rate
-            seen = update(self.model, self.optimizer, self.train.of(examples), self.states, self.processes)
+            seen = update(self.model, self.optimizer, self.train.of(examples), self.slopes, self.processes)
             speed = seen.tokens / (time.perf_counter() - began)
             before = self.iteration
             progress.updates += 1
@@ -239,8 +241,8 @@ class Run:
                 self.keep()
             yield News(self.iteration, seen.loss, loss, speed, mx.get_peak_memory())
 
-    def states(self, row: Row) -> mx.array:
-        return learnt_states(self.model, row, self.settings.grad_checkpoint)
+    def slopes(self, row: Row) -> tuple[mx.array, Any]:
+        return slopes(self.model, row, partial(learnt_states, self.model, checkpoint=self.settings.grad_checkpoint))
 
     @property
     def iteration(self) -> int:

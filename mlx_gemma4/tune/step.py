@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_gemma4.model.model import Model
@@ -101,20 +102,30 @@ def gradients(model: Model, row: Row, states: Callable[[], mx.array]) -> tuple[m
     return each, found
 
 
+def slopes(model: Model, row: R, states: Callable[[R], mx.array]) -> tuple[mx.array, Any]:
+    """What `update` asks of a row. ValueError that names the example if a loss is no number."""
+    each, found = gradients(model, row, partial(states, row))
+    check_finite(each, row)
+    return counted(each, row), found
+
+
 def update(
-    model: Model, optimizer: optim.Optimizer, rows: Iterable[R], states: Callable[[R], mx.array], processes: Processes
-) -> Seen:
-    """Take a step down the mean of all learnt tokens of all processes' rows. ValueError if it is not finite."""
-    summed = tree_map(mx.zeros_like, model.trainable_parameters())
+    module: nn.Module, optimizer: optim.Optimizer, rows: Iterable[R], slopes: Callable[[R], tuple[mx.array, Any]],
+    processes: Processes,
+) -> Seen:  # fmt: skip
+    """Take a step down the mean loss of all processes' rows. ValueError if it is not finite.
+
+    slopes: of a row, its summed loss, weight and tokens [3], and the gradient of the first by what is trained.
+    """
+    summed = tree_map(mx.zeros_like, module.trainable_parameters())
     counts = mx.zeros(3)
     where: list[str] = []
     for row in rows:
-        each, found = gradients(model, row, partial(states, row))
+        own, found = slopes(row)
         summed = tree_map(mx.add, summed, found)
-        counts = counts + counted(each, row)
+        counts = counts + own
         mx.eval(counts, summed)
         mx.clear_cache()
-        check_finite(each, row)
         where += row.where
     names = [name for name, _ in flat(summed)]
     *values, counts = processes.sum([*(value for _, value in flat(summed)), counts])
@@ -124,8 +135,8 @@ def update(
     if not math.isfinite(norm):
         raise ValueError(f"the gradient of {', '.join(where[:4])} is {norm}; expected a smaller --learning-rate")
     shrink = min(1.0, LARGEST_NORM / norm) if norm else 1.0
-    optimizer.update(model, tree_unflatten([(name, own * shrink) for name, own in zip(names, values, strict=True)]))
-    mx.eval(model.trainable_parameters(), optimizer.state)
+    optimizer.update(module, tree_unflatten([(name, own * shrink) for name, own in zip(names, values, strict=True)]))
+    mx.eval(module.trainable_parameters(), optimizer.state)
     return seen
 
 
