@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from mlx_gemma4.errors import CheckpointError, one_line, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 WHOLE = "sliding_attention on every machine"  # of a model on several: its last sliding layer
-KV_BITS = (None, 4, 8)  # that entries of full layers can be kept in
+KV_BITS = (4, 8)  # that entries of full layers can be kept in
 
 # Values that would change the maths and are not implemented: anything else is refused, an absent key is fine.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -193,7 +194,7 @@ def read_checked(path: Path, parse: Callable[[dict[str, Any]], Parsed]) -> Parse
 
 def with_kv_bits(text: TextConfig, kv_bits: int | None) -> TextConfig:
     """The decoder with full layers that keep their entries in so many bits; ValueError for bits that there are not."""
-    if kv_bits not in KV_BITS or isinstance(kv_bits, bool):
+    if kv_bits is not None and not (isinstance(kv_bits, Integral) and kv_bits in KV_BITS):
         raise ValueError(f"kv_bits is {shown(kv_bits)}; expected 8, 4 or None")
     full = replace(text.attention[FULL], kv_bits=kv_bits)
     return replace(text, attention=text.attention | {FULL: full})

@@ -94,6 +94,11 @@ def shown(value: object) -> str:
     return clipped(SHORT.repr(value), LONGEST_SHOWN)
 
 
+def check_flag(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {shown(value)}; expected True or False")
+
+
 def a(value: object) -> str:
     """A value's type for a message: a list."""
     return "None" if value is None else article(type(value).__name__)

@@ -33,8 +33,10 @@ def run(command: Callable[..., int | None]) -> int:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
     warnings.showwarning = on_warning
-    if sys.stderr is None:  # closed by whoever started this
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    # closed by whoever started this:
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
     news = News()
@@ -44,8 +46,7 @@ def run(command: Callable[..., int | None]) -> int:
     logger.setLevel(logging.INFO)
     try:
         status: int = app(standalone_mode=False) or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a closed pipe is seen, and not when Python ends
+        sys.stdout.flush()  # here, where a closed pipe is seen, and not when Python ends
         return status
     except BrokenPipeError:
         return closed_pipe()

@@ -6,6 +6,7 @@ import pty
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -113,6 +114,25 @@ def test_the_package_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "mlx_gemma4"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert {f"mlx_gemma4.{name}" for name in [*COMMANDS, "chat"]} <= set(done.stdout.split())
+
+
+def test_the_package_knows_its_version_and_no_words() -> None:
+    rest = [sys.executable, "-m", "mlx_gemma4"]
+    done = subprocess.run([*rest, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"mlx_gemma4 {mlx_gemma4.__version__}\n")
+    done = subprocess.run([*rest, "chat"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: 'chat' is none of these; expected python -m mlx_gemma4.COMMAND\n",
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(closed: str) -> None:
+    line = f"{shlex.join(words('generate', '-m', 'demo', '-p', 'What is 3 + 4?', '--temp', '0'))} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "" if " >&-" in f" {closed}" else "3 + 4 = 7.\n")
+    assert "Traceback" not in done.stderr
 
 
 def test_short_options_are_those_of_model_and_prompt() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import TOP, Sampling
-from mlx_gemma4.errors import a, shown
+from mlx_gemma4.errors import a, check_flag, shown
 from mlx_gemma4.prompt.messages import request_messages
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, is_whole
@@ -61,8 +61,7 @@ class Options:
             raise ValueError(
                 f"tool_choice is {shown(self.tool_choice)}; expected auto, none, required or a tool's name"
             )
-        if not isinstance(self.parallel_tool_calls, bool):
-            raise ValueError(f"parallel_tool_calls is {shown(self.parallel_tool_calls)}; expected True or False")
+        check_flag(self.parallel_tool_calls, "parallel_tool_calls")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise ValueError(f"adapter is {shown(self.adapter)}; expected None, or an adapter's name")
         if self.response_format is not None:

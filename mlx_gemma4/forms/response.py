@@ -41,7 +41,7 @@ def response_grammar(response_format: Any) -> str | None:
     """The grammar of an answer; None if any text will do. ValueError if it is wrong or cannot be held."""
     if response_format is None:
         return None
-    if response_format == "json":
+    if isinstance(response_format, str) and response_format == "json":
         return schema_grammar({"type": ["object", "array"]})
     if not isinstance(response_format, Mapping):
         raise ValueError(f"response_format is {shown(response_format)}; expected {FORMS}")

@@ -2,6 +2,7 @@
 
 import struct
 from io import SEEK_END, SEEK_SET, BytesIO
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ SLOWEST, FASTEST = 1000, 1_000_000  # Hz, of what is taken
 LONGEST_SECONDS = 3 * 3600  # 270,000 soft tokens, where the longest context is 262,144
 UNKNOWN = 0xFFFFFFFF  # the size that a WAV of unknown size is said to have
 BLOCK = 1 << 18  # samples of all channels decoded at a time
+ENDLESS = (1 << 27).to_bytes(4, "big")  # frames of an MP3: 40 days
 MOST_CHANNELS_FIRST = 8  # up to so many short rows are taken for channels (7.1 sound has 8)
 
 
@@ -136,12 +138,19 @@ def decode(file: BinaryIO, name: str, rate: int) -> Mono:
     with media_errors(name):
         try:
             # libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to
-            with unheard(1, 2), soundfile.SoundFile(Steady(with_length(file))) as sound:
-                mono = Mono(name, sound.samplerate, rate)
-                # by blocks, since a FLAC written to a pipe does not know its length
-                while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
-                    mono.add(block)  # [m, channels]
-                return mono
+            mono = None
+            for part in parts(file):
+                with unheard(1, 2), soundfile.SoundFile(Steady(part)) as sound:
+                    mono = mono or Mono(name, sound.samplerate, rate)
+                    if sound.samplerate != mono.own_rate:
+                        raise MediaError(
+                            f"{name} changes its sampling rate, from {mono.own_rate} to {sound.samplerate} Hz"
+                        )
+                    # by blocks, since a FLAC written to a pipe does not know its length
+                    while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
+                        mono.add(block)  # [m, channels]
+            assert mono is not None
+            return mono
         except soundfile.LibsndfileError as error:
             file.seek(0)
             return decode_with_pyav(file, name, rate, error)
@@ -167,6 +176,84 @@ class Steady:
 
     def readinto(self, buffer: memoryview) -> int:
         return self.file.readinto(buffer)  # type: ignore[attr-defined]
+
+
+def parts(file: BinaryIO) -> list[BinaryIO]:
+    """A file so that libsndfile reads all of it: streams of Ogg and MP3s that stand one behind the other apart."""
+    starts = streams_of_ogg(file) or mp3s(file)
+    if len(starts) < 2:
+        return [with_count(with_length(file))]
+    file.seek(0)
+    data = file.read()
+    return [with_count(BytesIO(data[start:end])) for start, end in pairwise([*starts, len(data)])]
+
+
+def streams_of_ogg(file: BinaryIO) -> list[int]:
+    """Where chained streams begin, as in recordings of radio (RFC 3533, 4 and 6)."""
+    starts: list[int] = []
+    place, opening = 0, False
+    while True:
+        file.seek(place)
+        head = file.read(27 + 255)
+        if len(head) < 27 or not head.startswith(b"OggS"):
+            return starts
+        if head[5] & 2 and not opening:
+            starts.append(place)
+        opening = bool(head[5] & 2)
+        place += 27 + head[26] + sum(head[27 : 27 + head[26]])
+
+
+def mp3s(file: BinaryIO) -> list[int]:
+    """Where MP3s begin, each but the last of which says how many bytes it has."""
+    starts: list[int] = []
+    place = 0
+    while found := first_frame(file, place):
+        starts.append(place)
+        start, frame = found
+        tag = frame[4 + aside(frame) :]
+        if tag[:4] not in (b"Xing", b"Info") or tag[7] & 3 != 3:
+            break
+        place = start + int.from_bytes(tag[12:16], "big")
+        file.seek(place)
+        place += 128 if file.read(3) == b"TAG" else 0
+    return starts
+
+
+def first_frame(file: BinaryIO, place: int) -> tuple[int, bytes] | None:
+    """Where the frame of an MP3 that begins at `place` stands, behind its ID3, and its first 64 bytes; or None."""
+    file.seek(place)
+    head = file.read(10)
+    if head[:3] == b"ID3" and len(head) == 10:
+        place += 10 + sum((byte & 127) << 7 * i for i, byte in enumerate(reversed(head[6:])))
+    file.seek(place)
+    frame = file.read(64)
+    is_layer_3 = len(frame) == 64 and frame[0] == 0xFF and frame[1] & 0xE6 == 0xE2
+    if not is_layer_3 or frame[1] & 0x18 == 8 or frame[2] & 12 == 12 or frame[2] >> 4 in (0, 15):
+        return None
+    return place, frame
+
+
+def aside(frame: bytes) -> int:
+    """Bytes between an MP3 frame's header and where its count of frames would be: checksum and side information."""
+    mono, mpeg1, checked = frame[3] >> 6 == 3, frame[1] & 8 == 8, frame[1] & 1 == 0
+    return {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[mpeg1, mono] + 2 * checked
+
+
+def with_count(file: BinaryIO) -> BinaryIO:
+    """An MP3 that does not count its frames with a count that no sound reaches: libsndfile guesses one by the size of
+    the first frame, and of a bit rate that varies it may read a fifth."""
+    found = first_frame(file, 0)
+    if found is None or found[1][4 + aside(found[1]) :][:4] in (b"Xing", b"Info"):
+        file.seek(0)
+        return file
+    start, frame = found
+    version = frame[1] >> 3 & 3  # 3: MPEG 1, 2: MPEG 2, 0: MPEG 2.5
+    rate = (44100, 48000, 32000)[frame[2] >> 2 & 3] // (1 if version == 3 else 2 if version == 2 else 4)
+    size = 144 * 128_000 // rate if version == 3 else 72 * 80_000 // rate  # bytes, by the ninth bit rate
+    head = bytes([0xFF, frame[1] | 1, 0x90 | frame[2] & 12, frame[3]])  # no checksum, no padding
+    silent = (head + bytes(aside(head)) + b"Xing\0\0\0\1" + ENDLESS).ljust(size, b"\0")
+    file.seek(0)
+    return BytesIO(file.read(start) + silent + file.read())
 
 
 def with_length(file: BinaryIO) -> BinaryIO:

@@ -53,6 +53,12 @@ MATRICES = {
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
 }
+TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    -90: Image.Transpose.ROTATE_270,
+    180: Image.Transpose.ROTATE_180,
+    -180: Image.Transpose.ROTATE_180,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +377,10 @@ def square(image: Image.Image, aspect: Fraction | None, name: str) -> Image.Imag
 
 def display_turn(frame: "VideoFrame") -> Image.Transpose | None:
     """What makes a frame upright, by its display matrix; the nearest of the eight that keep pixels pixels."""
-    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # there is also what PyAV 18.1 has no name for: EXIF, the view of a stereoscopic film
+        return TURNS.get(frame.rotation)
     if matrix is None:
         return None
     a, b, _, c, d, *_ = struct.unpack("=9i", matrix)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from mlx_gemma4.config import ModelConfig, read_bytes_of, read_json
-from mlx_gemma4.errors import CheckpointError, TooLongError, a, one_line, shown
+from mlx_gemma4.errors import CheckpointError, TooLongError, a, check_flag, one_line, shown
 from mlx_gemma4.media.source import unheard
 from mlx_gemma4.prompt.messages import Part, check_messages, check_tools, media_parts, taken_up, without_sources
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, check_length
@@ -184,10 +184,11 @@ class Processor:
         continue_final_message: bool = False,
     ) -> Written:
         """The prompt's text; no media are read yet. Takes and raises what a call of the processor does."""
+        check_flag(thinking, "thinking")
+        check_flag(preserve_thinking, "preserve_thinking")
+        check_flag(continue_final_message, "continue_final_message")
         checked, functions = check_messages(messages), check_tools(tools)
         begun = taken_up(checked) if continue_final_message else None
-        if not isinstance(thinking, bool):
-            raise ValueError(f"thinking is {shown(thinking)}; expected True or False")
         turns = template_turns(checked, self.joins_turns)
         media = media_parts(turns)
         for part in media:

@@ -120,7 +120,7 @@ def check_prompt(prompt: Prompt, config: ModelConfig) -> None:
 
 def check_run(run: SoftTokens, where: str, prompt: Prompt, config: ModelConfig) -> None:
     """ValueError for a run of soft tokens that the embedders cannot take, or that stands where it has no place."""
-    if run.kind not in ("image", "video", "audio"):
+    if not isinstance(run.kind, str) or run.kind not in ("image", "video", "audio"):
         raise ValueError(f"{where} has the kind {shown(run.kind)}; expected image, video or audio")
     owner = config.audio if run.kind == "audio" else config.vision
     token = config.special_tokens.get(f"{run.kind}_token_id")

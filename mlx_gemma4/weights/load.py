@@ -349,7 +349,7 @@ def choose(config: ModelConfig, found: Mapping[str, Checkpoint], group: mx.distr
 
 def check_split(split: str | None) -> None:
     """ValueError if it is none."""
-    if split not in (None, *SPLITS):
+    if split is not None and not (isinstance(split, str) and split in SPLITS):
         raise ValueError(f"split is {shown(split)}; expected {' or '.join(SPLITS)}")
 
 
@@ -438,6 +438,8 @@ def load(
     """
     asked = computing_type(dtype)
     check_split(split)
+    if group is not None and not isinstance(group, mx.distributed.Group):
+        raise ValueError(f"group is {shown(group)}; expected mx.distributed.init()")
     if group is not None and group.size() > 1:
         watch(group)
     checkpoint = find_checkpoint(path_or_hub_id, drafter, asked, kv_bits, adapter, group, split)

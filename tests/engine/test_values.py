@@ -6,6 +6,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -98,6 +99,23 @@ def test_an_odd_argument_is_refused_by_its_name(demo: Loaded, name: str) -> None
         refused(lambda arguments=arguments: generate(*demo, **arguments), name)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("name", ["thinking", "preserve_thinking", "continue_final_message", "parallel_tool_calls"])
+@pytest.mark.parametrize("value", ["False", "", 0, 1, None, [], np.array([1, 2]), np.True_, mx.array(1)], ids=repr)
+def test_a_flag_is_true_or_false(demo: Loaded, name: str, value: Any) -> None:
+    refused(lambda: generate(*demo, "hi", **{name: value}), f"{name} is")  # type: ignore[arg-type]
+    refused(lambda: generate(*demo, Prompt([2, 3]), **{name: value}), name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["kv_bits", "split", "group", "dtype", "adapter", "drafter"])
+@pytest.mark.parametrize("value", [3, 1.5, [8], np.array([1, 2]), mx.array(3), True], ids=type)
+def test_load_names_an_odd_argument(name: str, value: Any) -> None:
+    refused(lambda: load(DEMO, **{name: value}), f"{name} is")
+
+
+def test_an_array_is_no_form(demo: Loaded) -> None:
+    refused(lambda: generate(*demo, "hi", response_format=np.array([1, 2])), "response_format is")
+
+
 @pytest.mark.parametrize("name", ["images", "audios", "videos", "system", "tools"])
 def test_media_system_and_tools_have_their_types(demo: Loaded, name: str) -> None:
     given = [5, {"a": 1}, b"x", np.zeros((2, 2))] + ([[1]] if name == "system" else ["photo.jpg"])
@@ -188,6 +206,7 @@ def test_media_that_the_model_cannot_take_are_refused(demo: Loaded) -> None:
         (changed(image, kind="video"), "token_ids"),
         (changed(image, kind="audio"), "values"),
         (changed(image, kind=["image"]), "kind"),
+        (changed(image, kind=np.array([1, 2])), "kind"),
         (Prompt(image.token_ids, (run, run)), "media[1] starts at"),
     ]
     for prompt, name in wrong:

@@ -132,6 +132,35 @@ def test_a_length_that_the_header_does_not_know_does_no_harm() -> None:
     assert np.array_equal(read_audio(bytes(data), 16000), read_audio(saved(sine(16000), 16000, "FLAC"), 16000))
 
 
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_an_mp3_that_does_not_count_its_frames_is_read_to_its_end(rate: int, channels: int) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (2 * rate, channels))
+    loud_first = np.concatenate([noise, np.zeros((6 * rate, channels))])
+    for samples in (loud_first, loud_first[::-1]):  # the guess of libsndfile's is too short, and too long
+        file = BytesIO()
+        soundfile.write(file, samples, rate, format="MP3", bitrate_mode="VARIABLE", compression_level=0.3)
+        data = file.getvalue()
+        uncounted = data[data.index(data[:2], 40) :]  # without the first frame, which counts
+        assert b"Xing" in data[:200] and b"Xing" not in uncounted
+        for head in (b"", b"ID3\3\0\0\0\0\0\x0a" + bytes(10)):
+            assert abs(len(read_audio(head + uncounted, rate)) - 8 * rate) < 0.3 * rate
+
+
+@pytest.mark.parametrize(("format", "subtype"), [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS")])
+def test_sounds_that_were_put_together_are_read_to_the_end_of_the_last(format: str, subtype: str | None) -> None:
+    low, high = (saved(sine(48000, pitch), 48000, format, subtype) for pitch in (440, 880))
+    samples = read_audio(low + low + high, SAMPLING_RATE)
+    assert abs(len(samples) - 1.5 * SAMPLING_RATE) < 0.2 * SAMPLING_RATE
+    assert abs(pitch(samples[:8000]) - 440) < 5 and abs(pitch(samples[-8000:]) - 880) < 5
+    tagged = low + b"TAG" + bytes(125)  # ID3v1
+    assert len(read_audio(tagged + high if format == "MP3" else low + high, SAMPLING_RATE)) > 0.9 * SAMPLING_RATE
+    slow = saved(sine(16000), 16000, format, subtype)
+    if subtype != "OPUS":  # which is always of 48000
+        with pytest.raises(MediaError, match=r"changes its sampling rate, from 48000 to 16000 Hz$"):
+            read_audio(low + slow, SAMPLING_RATE)
+
+
 def test_without_pyav_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"\0\0\0\x18ftypM4A \0\0\0\0M4A mp42" + bytes(76)
     monkeypatch.setitem(sys.modules, "av", None)

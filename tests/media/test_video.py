@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from mlx_gemma4.errors import MediaError
 from mlx_gemma4.media.video import (
@@ -132,6 +132,27 @@ def test_a_display_matrix_turns_and_mirrors(
     shown = shown if turn is None else shown.transpose(Image.Transpose(turn))
     assert frame.size == shown.size
     assert np.abs(np.asarray(frame, np.float32) - np.asarray(shown, np.float32)).mean() < 10
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_frames_with_what_pyav_has_no_name_for_are_shown_upright(orientation: int) -> None:
+    av = pytest.importorskip("av")
+    exif, frame, file = Image.Exif(), BytesIO(), BytesIO()
+    exif[ExifTags.Base.Orientation] = orientation
+    ramp(1)[0].save(frame, "JPEG", exif=exif, quality=95)
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for index in range(3):
+            packet = av.Packet(frame.getvalue())
+            packet.pts = packet.dts = index
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 10), True
+            container.mux(packet)
+    video = read(file.getvalue(), None, 3)
+    assert np.allclose(video.seconds, [0, 0.1, 0.2])
+    shown = ImageOps.exif_transpose(Image.open(frame)).convert("RGB")
+    assert video.frames[0].size == shown.size
+    assert np.abs(np.asarray(video.frames[0], np.float32) - np.asarray(shown, np.float32)).mean() < 10
 
 
 @pytest.mark.parametrize(("aspect", "size"), [("16/11", (93, 48)), ("8/9", (64, 54)), ("1", (64, 48))])
