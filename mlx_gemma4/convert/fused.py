@@ -56,6 +56,9 @@ def with_adapter(source: Source, adapter: Path, model: Source) -> Source:
         if path.endswith(".weight") and len(tensor.shape) == 2 and path != f"{EMBEDDING}.weight"
     }
     parts = {path: tensor.read() for path, tensor in read_adapter(adapter, matrices).items()}
+    for path, value in parts.items():
+        if not mx.isfinite(value).all().item():
+            raise CheckpointError(f"{path} in {adapter} is not finite; expected an adapter of sound numbers")
     fused: dict[str, Rows] = dict(source.tensors)
     for path in sorted({path.rpartition(".")[0] for path in parts}):
         factors = parts[f"{path}.lora_a"], parts[f"{path}.lora_b"], parts.get(f"{path}.gain")

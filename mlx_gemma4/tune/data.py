@@ -25,6 +25,7 @@ SPEAKERS = {
     "tool": "tool", "tool_response": "tool", "function_response": "tool",
 }  # fmt: skip
 SPLITS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}  # and how datasets name them
+SAVED = ("dataset_dict.json", "state.json")  # in what `save_to_disk` wrote of several splits, of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +43,8 @@ class Example:
 def read_split(data: str, split: str) -> list[Example] | None:
     """The examples of `train`, `valid` or `test`; None if there are none of this name.
 
-    data: a folder of JSON lines (`train.jsonl`), or what the library `datasets` reads: a folder of parquet files or a
-    hub id. ValueError that names file and line if one is wrong, or if the file has none.
+    data: a folder of JSON lines (`train.jsonl`), or what the library `datasets` reads: a folder of parquet files, one
+    that `save_to_disk` wrote, or a hub id. ValueError that names file and line if one is wrong, or if there are none.
     """
     folder = expanded(data)
     if not folder.is_dir():
@@ -55,9 +56,10 @@ def read_split(data: str, split: str) -> list[Example] | None:
     else:
         file = folder / f"{split}.jsonl"
         tables = sorted(folder.glob("*.parquet")) + sorted(folder.glob("data/*.parquet"))
-        if tables and any(folder.glob("*.jsonl")):
+        has_lines, is_saved = any(folder.glob("*.jsonl")), any((folder / name).is_file() for name in SAVED)
+        if tables and has_lines:
             raise ValueError(f"{folder} has JSON lines and {tables[0].name}; expected one of both formats")
-        if tables:
+        if tables or (is_saved and not has_lines):
             found = hub_rows(str(folder), split)
         else:
             found = ((f"{file}, line {n}", row) for n, row in json_lines(file)) if file.is_file() else None
@@ -71,14 +73,17 @@ def read_split(data: str, split: str) -> list[Example] | None:
 
 def hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]] | None:
     try:
-        from datasets import load_dataset  # here: it is a large library, and JSON lines need none
+        # here: it is a large library, and JSON lines need none
+        from datasets import Dataset, load_dataset, load_from_disk
         from datasets.exceptions import DatasetsError
     except ImportError:
         raise ValueError(f"{source} needs the library datasets; expected it, or a folder with train.jsonl") from None
     try:
-        found = load_dataset(source)
-    except (DatasetsError, ValueError) as error:
+        is_saved = any(Path(source, name).is_file() for name in SAVED)
+        found = load_from_disk(source) if is_saved else load_dataset(source)
+    except (DatasetsError, ValueError, KeyError) as error:  # a key that its own files lack
         raise ValueError(f"{source} cannot be read as a dataset: {one_line(error)}") from None
+    found = {"train": found} if isinstance(found, Dataset) else found
     name = next((name for name in SPLITS[split] if name in found), None)
     if name is None:
         return None

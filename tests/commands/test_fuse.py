@@ -150,6 +150,15 @@ def test_a_lattice_that_is_not_adapted_is_kept(run: Run, place: Path, options: l
     assert {path.rpartition(".")[0] for path in changed} == {"language_model.layers.5.mlp.up_proj"}
 
 
+def test_an_adapter_that_is_not_finite_is_refused_before_anything_is_written(run: Run, place: Path) -> None:
+    adapter = random_adapter(EVEN, ("mlp.up_proj",), layers=1)
+    adapter["language_model.layers.5.mlp.up_proj.lora_b"] *= mx.nan
+    write_adapter(Path("one"), adapter, "lora", 3, 1.0, 1)
+    status, out, err = run("--model", place / "base", "--adapter-path", "one", "--save-path", "fused")
+    assert (status, out) == (2, "") and not Path("fused").exists()
+    assert "language_model.layers.5.mlp.up_proj.lora_b in one is not finite" in err
+
+
 def test_an_adapter_of_what_the_model_has_not_is_refused(run: Run, place: Path) -> None:
     """Though its source has it."""
     shutil.copytree(place / "base", "text")

@@ -16,7 +16,7 @@ from mlx_gemma4.errors import FetchError
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import SoftTokens
-from mlx_gemma4.tune.data import Example, parse, read_split
+from mlx_gemma4.tune.data import SPLITS, Example, parse, read_split
 from mlx_gemma4.tune.network import hidden_states
 from mlx_gemma4.tune.rows import Branch, branches, packed, passage, passages, row
 from mlx_gemma4.weights.load import open_checkpoint, read_values
@@ -336,6 +336,24 @@ def test_media_in_parquet_files_stay_files(tiny: tuple[Model, Processor], tmp_pa
     (example,) = read_split(str(tmp_path), "train") or []
     _, media = branches(tiny[1], example)
     assert [part[part["type"]] for part in media] == [picture.getvalue(), sound.getvalue()]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one, two = (datasets.Dataset.from_dict({"text": [text]}) for text in ("a", "b"))
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "validation": two}).save_to_disk(tmp_path / "both")
+    found = {(name, split): read_split(str(tmp_path / name), split) for name in ("one", "both") for split in SPLITS}
+    said = {key: own and [example.text for example in own] for key, own in found.items()}
+    assert said == {
+        ("one", "train"): ["a"], ("one", "valid"): None, ("one", "test"): None,
+        ("both", "train"): ["a"], ("both", "valid"): ["b"], ("both", "test"): None,
+    }  # fmt: skip
+    (tmp_path / "both" / "train" / "data-00000-of-00001.arrow").write_bytes(b"none")
+    (tmp_path / "one" / "state.json").write_text("{}")
+    for name in ("one", "both"):
+        with pytest.raises(ValueError, match="cannot be read as a dataset"):
+            read_split(str(tmp_path / name), "train")
 
 
 def test_parquet_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
