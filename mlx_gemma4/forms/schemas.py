@@ -118,7 +118,9 @@ def held_bounds(schema: Schema) -> Schema:
             if is_number(limit := schema.get(key)) and sign * limit < -LARGEST:
                 result[key] = -sign * LARGEST
         limit = result.get(exclusive)
-        if is_number(limit) and sign * limit >= 0 and limit == int(limit) and schema.get("type") != "integer":
+        if not is_number(limit) or schema.get("type") == "integer":
+            continue
+        if 0 <= sign * limit <= LARGEST and limit == int(limit):
             nearest = result.pop(exclusive) + sign * max(1e-9, math.ulp(limit))
             other = result.get(bound)
             result[bound] = sign * max(sign * nearest, sign * other) if is_number(other) else nearest

@@ -234,6 +234,14 @@ def test_a_panic_of_llguidance_is_one_line() -> None:
         response_grammar({"pattern": {"k": "é" * 80, "kk": "x" + "é" * 80}})
 
 
+@pytest.mark.parametrize(
+    "bound", [{"exclusiveMinimum": 10**400}, {"exclusiveMaximum": -(10**400)}, {"multipleOf": 10**400}]
+)
+def test_a_number_beyond_64_bits_is_one_line(bound: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="^response_format: .{,170}$"):
+        response_grammar({"type": "number"} | bound)
+
+
 def test_recursion_that_may_stop_is_taken() -> None:
     for inner in ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, {"type": "array", "items": {"$ref": "#"}}):
         assert response_grammar({"type": "object", "properties": {"a": inner}, "required": ["a"]})
