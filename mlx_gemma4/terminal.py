@@ -34,7 +34,6 @@ def run(command: Callable[..., int | None]) -> int:
     app.command()(command)
     warnings.showwarning = on_warning
     # closed by whoever started this:
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):

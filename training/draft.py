@@ -35,7 +35,7 @@ def rows_of(source: Source, numbers: Sequence[int]) -> Iterator[Row]:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Of the target's run.")],
-    steps: Annotated[int, typer.Option(help="How many, of about four updates each.")] = 600,
+    steps: Annotated[int, typer.Option(help="How many, each of about four rows.")] = 1200,
     target_state: Annotated[str, typer.Option(help="The target's file.")] = "state",
 ) -> None:
     processes = Processes(mx.distributed.init())

@@ -28,7 +28,7 @@ from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
 
 PROPOSALS = 3  # learnt in a row: each further one starts from what the drafter itself has made
-RATE = 1e-3
+RATE = 2e-3
 BITS, GROUP = 8, 64  # of matrices that were quantized and have learnt: a 4-bit step is larger than what they learnt
 
 

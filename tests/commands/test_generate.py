@@ -452,7 +452,11 @@ def test_an_answer_is_held_to_a_schema(tiny_folder: Path, tmp_path: Path, run: R
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ('{"contains": {}}', "the keyword contains cannot be held"), (None, "cannot be read")],
+    [
+        ("{", "is not JSON"),
+        ('{"uniqueItems": true}', "the keyword uniqueItems cannot be held"),
+        (None, "cannot be read"),
+    ],
 )
 def test_a_wrong_schema_is_refused(tmp_path: Path, run: Run, text: str | None, message: str) -> None:
     schema = tmp_path / "schema.json"

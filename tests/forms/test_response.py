@@ -238,7 +238,7 @@ def test_a_panic_of_llguidance_is_one_line() -> None:
     "bound", [{"exclusiveMinimum": 10**400}, {"exclusiveMaximum": -(10**400)}, {"multipleOf": 10**400}]
 )
 def test_a_number_beyond_64_bits_is_one_line(bound: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="^response_format: .{,170}$"):
+    with pytest.raises(ValueError, match=r"^response_format: .{,170}$"):
         response_grammar({"type": "number"} | bound)
 
 
