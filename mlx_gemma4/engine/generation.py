@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import InitVar, dataclass, replace
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any
 
 import mlx.core as mx
@@ -171,7 +171,18 @@ def generation_events(
     """
     check_process()
     asked = Asked(model, processor, prompt, options, prepared)
-    return led_events(model, prompt, options, run(model, processor, asked, store))
+    return of_one_thread(led_events(model, prompt, options, run(model, processor, asked, store)))
+
+
+def of_one_thread(events: Events) -> Events:
+    """RuntimeError where another thread asks for the next: MLX computes in streams of each thread's own."""
+    thread = get_ident()
+    for event in events:
+        yield event
+        if get_ident() != thread:
+            raise RuntimeError(
+                "a stream is read on by another thread; expected the one that began it, or Engine's streams"
+            )
 
 
 @dataclass(eq=False)

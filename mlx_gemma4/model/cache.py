@@ -33,9 +33,9 @@ Entry = mx.array | Packed  # [B, heads, S, dims]
 # Positions that a round may write, the newest token's and its drafts': what a ring has beyond its window, so that
 # rejected ones do not hide committed ones.
 ROUND = 8
-# Evaluated: a trace would make it anew for each layer, and all that comes of it, two kernels a layer.
-FIRST = mx.arange(ROUND)
-mx.eval(FIRST)
+# Values and no operation: a trace would make it anew for each layer, and all that comes of it, two kernels a layer; to
+# evaluate one here would begin a thread of MLX's, and no fork of this process could load a model.
+FIRST = mx.array([*range(ROUND)])
 # Slots of full layers come in steps of an eighth, at least this many, so that replies share few traces. Empty ones are
 # read too: 512 are 0.13 % of what a round of the 12B at 4 bits reads.
 STEP = 512

@@ -25,11 +25,11 @@ CHUNK = 512
 loaded_in: int | None = None
 
 
-def remember_process() -> None:
-    """This process loads a model."""
+def claim_process() -> None:
+    """This process loads a model, and MLX computes in it. RuntimeError as of `check_process`."""
     global loaded_in
-    if loaded_in is None:
-        loaded_in = os.getpid()
+    check_process()
+    loaded_in = os.getpid()
 
 
 def check_process() -> None:
@@ -43,6 +43,7 @@ class Model(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        claim_process()
         self.config = config
         self.drafter: Drafter | None = None
         self.group: mx.distributed.Group | None = None  # of machines that share it

@@ -20,7 +20,7 @@ from mlx_gemma4.model.cache import array_shapes
 from mlx_gemma4.model.drafter import Drafter, DrafterConfig, check_fit, read_drafter_config
 from mlx_gemma4.model.float16 import float16_is_safe
 from mlx_gemma4.model.matrix import settle_gains
-from mlx_gemma4.model.model import Model, check_process, remember_process
+from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.split import SPLITS, LayerShare, Share, join_machines
 from mlx_gemma4.planner import Footprint, check_memory, footprint, memory_limit
 from mlx_gemma4.prompt.processor import Processor, load_processor
@@ -377,8 +377,6 @@ def read_values(checkpoint: Checkpoint) -> Iterator[int]:
 
     The model has the checkpoint's names and order, as what is trained has; it is not yet ready to run.
     """
-    check_process()
-    remember_process()
     model, tensors = checkpoint.model, checkpoint.tensors
     for path in sorted(parameters(model), key=lambda path: (tensors[path].file, tensors[path].offset)):
         model.load_weights([(path, load_value(tensors[path], checkpoint.config))], strict=False)
