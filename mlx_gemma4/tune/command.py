@@ -274,7 +274,7 @@ def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
     drafter, settings = model.drafter, training.settings
     assert drafter is not None and choice is not None  # open_to_train has looked
     measured, processes = training.valid or training.train, training.processes
-    examples = range(len(measured.data.passages))[:MEASURED][processes.rank :: processes.size]
+    examples = processes.share(range(len(measured.data.passages))[:MEASURED])
     before = room.acceptance(model, drafter, measured.of(examples), processes)
     room.adapt_drafter(drafter, settings.adapter.rank, settings.adapter.scale, settings.seed)
     room.train_drafter(model, drafter, training.schedule, training.train.of, processes)

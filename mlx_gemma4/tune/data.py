@@ -52,7 +52,7 @@ def read_split(data: str, split: str) -> list[Example] | None:
             raise ValueError(f"{data!r} is a file; expected a folder with train.jsonl, for --data")
         if data.count("/") != 1 or data.startswith((".", "/", "~")):
             raise ValueError(f"{data!r} is no folder; expected one with train.jsonl, or a dataset's hub id, for --data")
-        found = hub_rows(data, split)
+        found = hub_rows(data, split, is_saved=False)
     else:
         file = folder / f"{split}.jsonl"
         tables = sorted(folder.glob("*.parquet")) + sorted(folder.glob("data/*.parquet"))
@@ -60,7 +60,7 @@ def read_split(data: str, split: str) -> list[Example] | None:
         if tables and has_lines:
             raise ValueError(f"{folder} has JSON lines and {tables[0].name}; expected one of both formats")
         if tables or (is_saved and not has_lines):
-            found = hub_rows(str(folder), split)
+            found = hub_rows(str(folder), split, is_saved)
         else:
             found = ((f"{file}, line {n}", row) for n, row in json_lines(file)) if file.is_file() else None
     if found is None:
@@ -71,7 +71,7 @@ def read_split(data: str, split: str) -> list[Example] | None:
     return examples
 
 
-def hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]] | None:
+def hub_rows(source: str, split: str, is_saved: bool) -> Iterator[tuple[str, Any]] | None:
     try:
         # here: it is a large library, and JSON lines need none
         from datasets import Dataset, load_dataset, load_from_disk
@@ -79,7 +79,6 @@ def hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]] | None:
     except ImportError:
         raise ValueError(f"{source} needs the library datasets; expected it, or a folder with train.jsonl") from None
     try:
-        is_saved = any(Path(source, name).is_file() for name in SAVED)
         found = load_from_disk(source) if is_saved else load_dataset(source)
     except (DatasetsError, ValueError, KeyError) as error:  # a key that its own files lack
         raise ValueError(f"{source} cannot be read as a dataset: {one_line(error)}") from None

@@ -138,8 +138,7 @@ def train_drafter(
     optimizer = optim.Adam(RATE, bias_correction=True)
     for number, examples in enumerate(schedule):
         optimizer.learning_rate = rate_at(number, len(schedule), RATE, len(schedule) // 10)
-        rows = rows_of(examples[processes.rank :: processes.size])
-        update(drafter, optimizer, rows, partial(slopes, model, drafter), processes)
+        update(drafter, optimizer, rows_of(processes.share(examples)), partial(slopes, model, drafter), processes)
 
 
 def write_drafter(folder: Path, source: Path, drafter: Drafter) -> None:

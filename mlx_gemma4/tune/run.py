@@ -225,7 +225,7 @@ class Run:
         if progress.updates == 0 and self.valid is not None and progress.first is None:
             progress.first = self.validate(0)
         while progress.updates < len(self.schedule) and not self.is_tired:
-            examples = self.schedule[progress.updates][self.processes.rank :: self.processes.size]
+            examples = self.processes.share(self.schedule[progress.updates])
             rate = rate_at(progress.updates, len(self.schedule), settings.learning_rate, settings.warmup)
             began = time.perf_counter()
             self.optimizer.learning_rate = rate
@@ -273,7 +273,7 @@ class Run:
 
     def loss_of(self, rows: Rows, count: int | None = None) -> float:
         """Of the first `count` examples, or all; each process takes its share of them."""
-        examples = range(len(rows.data.passages))[:count][self.processes.rank :: self.processes.size]
+        examples = self.processes.share(range(len(rows.data.passages))[:count])
         return measure(self.model, rows.of(examples), self.processes).loss
 
     def record(self, seen: Seen, valid_loss: float | None, rate: float, speed: float) -> None:

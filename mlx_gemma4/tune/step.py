@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from mlx_gemma4.tune.state import flat
 LARGEST_NORM = 1.0  # of an update's gradient
 PATIENCE = 900  # seconds that another process may take longer than this one
 R = TypeVar("R", bound=Row)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Processes:
 
     def __init__(self, group: mx.distributed.Group):
         self.group, self.rank, self.size = group, group.rank(), group.size()
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Those that are this process's."""
+        return items[self.rank :: self.size]
 
     def sum(self, arrays: list[mx.array]) -> list[mx.array]:
         """Of all processes, float32. Apart from what computes them: sums inside of a step may wait for each other for
