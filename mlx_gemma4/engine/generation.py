@@ -177,12 +177,13 @@ def generation_events(
 def of_one_thread(events: Events) -> Events:
     """RuntimeError where another thread asks for the next: MLX computes in streams of each thread's own."""
     thread = get_ident()
-    for event in events:
-        yield event
-        if get_ident() != thread:
-            raise RuntimeError(
-                "a stream is read on by another thread; expected the one that began it, or Engine's streams"
-            )
+    with closing(events):
+        for event in events:
+            yield event
+            if get_ident() != thread:
+                raise RuntimeError(
+                    "a stream is read on by another thread; expected the one that began it, or Engine's streams"
+                )
 
 
 @dataclass(eq=False)
