@@ -134,23 +134,25 @@ def full_scale(samples: np.ndarray) -> np.ndarray:
 def decode(file: BinaryIO, name: str, rate: int) -> Mono:
     with media_errors(name):
         try:
-            # libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to
-            mono = None
-            for part in readable_parts(file):
-                with unheard(1, 2), soundfile.SoundFile(Steady(part)) as sound:
-                    mono = mono or Mono(name, sound.samplerate, rate)
-                    if sound.samplerate != mono.own_rate:
-                        raise MediaError(
-                            f"{name} changes its sampling rate, from {mono.own_rate} to {sound.samplerate} Hz"
-                        )
-                    # by blocks, since a FLAC written to a pipe does not know its length
-                    while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
-                        mono.add(block)  # [m, channels]
-            assert mono is not None
-            return mono
+            return decode_with_libsndfile(file, name, rate)
         except soundfile.LibsndfileError as error:
             file.seek(0)
             return decode_with_pyav(file, name, rate, error)
+
+
+def decode_with_libsndfile(file: BinaryIO, name: str, rate: int) -> Mono:
+    mono: Mono | None = None
+    for part in readable_parts(file):
+        # libsndfile prints to standard output and its mpg123 to standard error, with no way to ask them not to
+        with unheard(1, 2), soundfile.SoundFile(Steady(part)) as sound:
+            mono = mono or Mono(name, sound.samplerate, rate)
+            if sound.samplerate != mono.own_rate:
+                raise MediaError(f"{name} changes its sampling rate, from {mono.own_rate} to {sound.samplerate} Hz")
+            # by blocks, since a FLAC written to a pipe does not know its length
+            while len(block := sound.read(max(BLOCK // sound.channels, 1), dtype="float32", always_2d=True)):
+                mono.add(block)  # [m, channels]
+    assert mono is not None  # there is one part or more
+    return mono
 
 
 class Steady:
