@@ -126,7 +126,11 @@ def checked(grammar: str) -> str:
         reason = f"the keywords {unheld[1].replace(chr(34), '')} cannot be held"
     elif reason.startswith("oneOf constraints"):
         raise OverlapError("response_format: the members of its oneOf may overlap; expected anyOf")
-    raise ValueError(f"response_format: {unbroken(reason)[:160]}")
+    raise not_taken(reason)
+
+
+def not_taken(reason: object) -> ValueError:
+    return ValueError(f"response_format: {unbroken(reason)[:160]}")
 
 
 # --- JSON schemas ------------------------------------------------------------------------------
@@ -168,8 +172,8 @@ def plain_schema_grammar(text: str, one_of: bool) -> str:
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
         except ValueError as error:  # a number beyond 64 bits
-            raise ValueError(f"response_format: {unbroken(error)[:160]}") from None
-        grammar = checked(grammar)
+            raise not_taken(error) from None
+        checked(grammar)
     except RecursionError:
         raise ValueError("response_format: its schema is nested too deep") from None
     if dropped:

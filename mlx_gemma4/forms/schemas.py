@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard
 
-from mlx_gemma4.errors import LONGEST_SHOWN, clipped, shown
+from mlx_gemma4.errors import shown
 
 Schema = dict[str, Any]
 
@@ -166,5 +166,4 @@ def check_shapes(schema: Schema) -> None:
     for key, value in schema.items():
         fits, expected = SHAPES.get(key, (None, ""))
         if fits is not None and not fits(value):
-            given = clipped(shown(value), LONGEST_SHOWN)
-            raise ValueError(f"response_format has {given} for {key} in its schema; expected {expected}")
+            raise ValueError(f"response_format has {shown(value)} for {key} in its schema; expected {expected}")
