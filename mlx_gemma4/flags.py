@@ -80,6 +80,7 @@ Adapters = Annotated[
     option("[NAME=]FOLDER", "One for all; or by name, repeatable: a request's model, or /adapter in a chat, chooses."),
 ]
 StoreFolder = Annotated[Path | None, option("FOLDER", "Keep what has been read of prompts in a folder too.")]
+MaxBatch = Annotated[int, above_0("Replies that are written at once, at most.")]
 System = Annotated[str | None, option("TEXT", "Instructions for the whole conversation.")]
 Thinking = Annotated[bool, switch("Let the model think before it answers.", "--thinking")]
 ImageBudget = Annotated[int | None, whole("Tokens an image: 70, 140, 280, 560 or 1120.")]

@@ -27,7 +27,7 @@ from mlx_gemma4.engine.completion import asked, completion, failure
 from mlx_gemma4.engine.engine import AHEAD, Engine, check_max_batch
 from mlx_gemma4.engine.request import adapter_named
 from mlx_gemma4.errors import a, one_line, shown
-from mlx_gemma4.flags import above_0, adapters_of
+from mlx_gemma4.flags import adapters_of
 from mlx_gemma4.planner import check_memory
 from mlx_gemma4.prompt.messages import with_media_from
 from mlx_gemma4.prompt.processor import load_processor
@@ -45,7 +45,7 @@ def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Requests, in OpenAI's batch format.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, a line each, as they come.")],
     model: flags.ModelName = DEFAULT_MODEL,
-    max_batch: Annotated[int, above_0("Replies that are written at once, at most.")] = 8,
+    max_batch: flags.MaxBatch = 8,
     drafter: flags.DrafterName = "auto",
     store: flags.StoreFolder = None,
     adapter: flags.Adapters = [],  # noqa: B006

@@ -41,9 +41,9 @@ def serve(
     allow_origin: Annotated[list[str], option("ORIGIN", "Pages elsewhere that may ask, or *; repeatable.")] = [],  # noqa: B006
     allow_files: Annotated[Path | None, option("FOLDER", "Requests may name files of this folder.")] = None,
     allow_urls: Annotated[bool, switch("Requests may name http:// and https:// URLs.", "--allow-urls")] = False,
-    max_batch: Annotated[int, above_0("Replies written at once, at most.")] = 8,
+    max_batch: flags.MaxBatch = 8,
     max_queue: Annotated[int, whole("Replies that wait, at most.")] = 64,
-    store: Annotated[Path | None, option("FOLDER", "Keep what has been read on disk too, for the next time.")] = None,
+    store: flags.StoreFolder = None,
     store_bytes: Annotated[int | None, above_0("Memory for what has been read, at most.")] = None,
     thinking: Annotated[bool, switch("Think where a request does not say.", "--thinking")] = False,
     unload_after: Annotated[float | None, number("Give the memory back when nobody asks.", metavar="SECONDS")] = None,
