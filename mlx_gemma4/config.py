@@ -130,6 +130,17 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{shown(str(path))} names a user who is not known here; expected a path") from None
 
 
+def bytes_of(path: str | Path, what: str) -> bytes:
+    """What is in a file that a user names; ValueError that begins with `what` if it cannot be read."""
+    file = expanded(path)
+    try:
+        if file.is_char_device():  # it may never end
+            raise ValueError(f"{what} cannot be read: it is a device; expected a file")
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read: {one_line(error)}") from None
+
+
 def read_bytes_of(path: Path) -> bytes:
     """A file's content; CheckpointError if there is no such file, or it is closed to us."""
     try:

@@ -25,7 +25,7 @@ from mcp.types import METHOD_NOT_FOUND, CallToolResult, ContentBlock, TextResour
 from mcp.types import Tool as Listed
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
-from mlx_gemma4.config import expanded
+from mlx_gemma4.config import bytes_of
 from mlx_gemma4.errors import a, one_line, with_name
 
 if sys.version_info < (3, 11):
@@ -58,11 +58,9 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> list[Config]:
     where, found = "mcp", source
     if isinstance(source, (str, Path)):
         where = f"mcp {str(source)!r}"
-        file = expanded(source)
+        data = bytes_of(source, where)
         try:
-            found = json.loads(file.read_bytes())
-        except OSError as error:
-            raise ValueError(f"{where} cannot be read: {one_line(error)}") from None
+            found = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {one_line(error)}") from None
     servers = found.get("mcpServers") if isinstance(found, Mapping) else None

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
-from mlx_gemma4.config import expanded
+from mlx_gemma4.config import bytes_of, expanded
 from mlx_gemma4.errors import one_line, shown
 
 FILE = "SKILL.md"
@@ -50,9 +50,10 @@ def read_skill(file: Path) -> Skill:
 
 def split(file: Path) -> tuple[str, str]:
     """The front matter and the rest."""
+    data = bytes_of(file, repr(str(file)))
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{str(file)!r} cannot be read: {one_line(error)}") from None
     before, *rest = text.split("---\n", 2)
     return (rest[0], rest[1].strip()) if len(rest) == 2 and not before.strip() else ("", text.strip())

@@ -14,9 +14,9 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4 import __version__, flags
-from mlx_gemma4.config import FULL, computing_type, expanded, with_kv_bits
+from mlx_gemma4.config import FULL, bytes_of, computing_type, expanded, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, nbytes_at
-from mlx_gemma4.errors import one_line, shown
+from mlx_gemma4.errors import shown
 from mlx_gemma4.flags import above_0, option, switch
 from mlx_gemma4.model.split import SPLITS
 from mlx_gemma4.planner import Footprint, Prediction, longest, memory_limit, predict
@@ -201,12 +201,10 @@ def fit_machines(headers: Headers, rooms: Sequence[int], tokens: int) -> int:
 
 def read_hosts(file: Path) -> list[str]:
     """The machines of a hostfile of mlx.launch, as ssh knows them."""
-    file = expanded(file)
+    data = bytes_of(file, str(file))
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(data)
         names = [str(host["ssh"]) for host in (found["hosts"] if isinstance(found, dict) else found)]
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f'{file} is no hostfile of mlx.launch; expected [{{"ssh": NAME, "ips": […]}}, …]') from None
     twice = [name for place, name in enumerate(names) if name in names[:place]]

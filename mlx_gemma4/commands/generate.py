@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlx_gemma4 import flags
-from mlx_gemma4.config import computing_type, expanded
+from mlx_gemma4.config import bytes_of, computing_type, expanded
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.engine.generation import Reading, follow, generation_events
@@ -132,11 +132,9 @@ def read_prompt(prompt: str) -> str:
 
 
 def read_schema(path: Path) -> Any:
-    file = expanded(path)
+    data = bytes_of(path, f"the schema {str(path)!r}")
     try:
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"the schema {str(path)!r} cannot be read: {one_line(error)}") from None
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the schema {str(path)!r} is not JSON: {one_line(error)}") from None
 

@@ -42,9 +42,10 @@ def mp3s(file: BinaryIO) -> list[int]:
         starts.append(place)
         start, frame = found
         tag = frame[4 + aside(frame) :]
-        if tag[:4] not in (b"Xing", b"Info") or tag[7] & 3 != 3:
+        size = int.from_bytes(tag[12:16], "big")
+        if tag[:4] not in (b"Xing", b"Info") or tag[7] & 3 != 3 or size < len(frame):
             break
-        place = start + int.from_bytes(tag[12:16], "big")
+        place = start + size
         file.seek(place)
         place += 128 if file.read(3) == b"TAG" else 0
     return starts

@@ -28,7 +28,7 @@ OTHER_SOURCES = {
     "audio": "a tuple (samples, sampling rate)",
     "video": 'a list of images with "fps" beside it',
 }
-MOST_BYTES = 4 << 30  # of what has no length: a pipe, a server's answer, a device that never ends
+MOST_BYTES = 4 << 30  # of what has no length: a pipe, a server's answer
 SHOWN_CHARACTERS = 200  # of a path or URL in a message
 SHOWN_OF_DATA_URL = 40  # its type and a few characters
 
@@ -84,6 +84,8 @@ def local_path(source: str | Path, what: str) -> Path | None:
         raise unreadable(name, error) from None
     if path.is_dir():
         raise MediaError(f"{name} is a folder; expected a file")
+    if path.is_char_device():  # it may never end
+        raise MediaError(f"{name} is a device; expected a file")
     if size == 0 and path.is_file():  # the size of a pipe says nothing
         raise MediaError(f"{name} is empty (0 bytes)")
     return path

@@ -14,7 +14,7 @@ from typing import Annotated
 import uvicorn
 
 from mlx_gemma4 import flags
-from mlx_gemma4.config import expanded
+from mlx_gemma4.config import bytes_of, expanded
 from mlx_gemma4.entry import leave
 from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.flags import above_0, adapters_of, number, option, switch, whole
@@ -95,9 +95,10 @@ def share_heaps() -> None:
 
 
 def read_keys(path: Path) -> list[str]:
+    data = bytes_of(path, f"the keys {str(path)!r}")
     try:
-        lines = expanded(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise ValueError(f"the keys {str(path)!r} cannot be read: {one_line(error)}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:

@@ -147,6 +147,14 @@ def test_an_mp3_that_does_not_count_its_frames_is_read_to_its_end(rate: int, cha
             assert abs(len(read_audio(head + uncounted, rate)) - 8 * rate) < 0.3 * rate
 
 
+def test_an_mp3_that_says_that_it_has_no_bytes_is_read_to_its_end() -> None:
+    data = bytearray(saved(sine(16000), 16000, "MP3"))
+    size = data.index(b"Info" if b"Info" in data[:200] else b"Xing") + 12
+    for said in (0, 1, 63):
+        data[size : size + 4] = said.to_bytes(4, "big")
+        assert abs(len(read_audio(bytes(data), 16000)) - 8000) < 1600
+
+
 @pytest.mark.parametrize(("format", "subtype"), [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS")])
 def test_sounds_that_were_put_together_are_read_to_the_end_of_the_last(format: str, subtype: str | None) -> None:
     low, high = (saved(sine(48000, pitch), 48000, format, subtype) for pitch in (440, 880))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_gemma4.errors import FetchError, MediaError
 from mlx_gemma4.media import source
-from mlx_gemma4.media.source import describe, local_path, needs_extra, read_source
+from mlx_gemma4.media.source import describe, local_path, needs_extra, open_source, read_source
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -131,6 +131,12 @@ def test_what_is_too_large_is_not_read_to_its_end(server: str, monkeypatch: pyte
     for path in ("a.bin", "agent"):  # of a known length, and not
         with pytest.raises(MediaError, match=r" has more than 0 MB; expected less$"):
             read_source(f"{server}/{path}", "video")
+
+
+def test_a_device_is_refused_before_it_is_read() -> None:
+    for what in ("image", "audio", "video"):
+        with pytest.raises(MediaError, match=r"'/dev/zero' is a device; expected a file$"):
+            open_source("/dev/zero", what)
 
 
 def test_a_loop_of_redirects_is_said_in_a_whole_sentence(server: str) -> None:

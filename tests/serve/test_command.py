@@ -97,7 +97,7 @@ def test_nothing_is_computed_when_nobody_asks() -> None:
         (["--max-queue", "-1"], "max_queue is -1; expected"),
         (["--unload-after", "0"], "unload_after is 0.0; expected seconds, above 0"),
         (["--api-key", ""], "--api-key is empty"),
-        (["--api-key-file", "/dev/null"], "holds no keys; expected one a line"),
+        (["--api-key-file", "/dev/null"], "the keys '/dev/null' cannot be read: it is a device; expected a file"),
         (["--allow-files", "/dev/null"], "--allow-files is '/dev/null'; expected a folder"),
         (["--model", "/nowhere"], "is no folder"),
     ],
