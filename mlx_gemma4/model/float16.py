@@ -26,6 +26,7 @@ from mlx_gemma4.model.split import LayerShare, Share
 
 LIMIT = 2.0**15  # half of what float16 holds: bounds are of exact numbers, and rounded ones are a little larger
 LOWEST = 2.0**-8  # what a usual product may be lowered to, so that much smaller ones have all their bits
+CODES, SUMMED = {"mxfp4": 6.0, "nvfp4": 6.0, "mxfp8": 448.0}, 32  # the largest; of how many at most
 SMALLEST_SHARE = 2.0**-6  # of what an MLP's row is divided by, its usual size: eps is then right to 1 / 4096
 
 
@@ -80,14 +81,15 @@ def make_float16_safe(
     # one power of two for both final norms: what they give goes to heads, projections and, joined, the drafter
     weight = wide(target.norm.weight)
     head = table if target.is_tied else target.lm_head
-    bounds = [largest(weight) * width**0.5, largest_row(head, weight) * width**0.5]
+    bounds = [largest(weight) * width**0.5, largest_sum(head, weight) * width**0.5]
     if drafter is not None:
         own = wide(drafter.norm.weight)
         root = own.shape[0] ** 0.5
         hidden = norm_of(row_norms(drafter.post_projection, own)) * root
         joined = math.hypot(embedding, max(bounds[0], hidden))
         first = largest_row(drafter.pre_projection) * joined
-        bounds += [largest(own) * root, largest_row(drafter.embed_tokens, own) * root, hidden, joined, first]
+        sums = [largest_sum(matrix, own) * root for matrix in (drafter.embed_tokens, drafter.post_projection)]
+        bounds += [largest(own) * root, *sums, joined, largest_sum(drafter.pre_projection) * joined]
     shrink = min(power(max(bounds)), 1.0)
     settle_last(target.norm, shrink, target.unit)
     target.grow = 1 / shrink
@@ -151,7 +153,7 @@ def settle_attention(layer: Layer, unit: float, output: float) -> None:
     own = layer.self_attn
     weight = wide(layer.input_layernorm.weight)
     matrices = [own[name] for name in ("q_proj", "k_proj", "v_proj") if name in own]
-    bound = max(largest(weight), *(largest_row(matrix, weight) for matrix in matrices)) * len(weight) ** 0.5
+    bound = max(largest(weight), *(largest_sum(matrix, weight) for matrix in matrices)) * len(weight) ** 0.5
     shrink = power(bound)
     layer.input_layernorm.weight = scaled(weight, shrink)
     layer.input_layernorm.eps *= unit**2
@@ -180,11 +182,13 @@ def settle_mlp(layer: Layer, unit: float, is_shared: bool) -> None:
     mlp, weight = layer.mlp, wide(layer.pre_feedforward_layernorm.weight)
     root, inner = len(weight) ** 0.5, total_columns(mlp.down_proj)
     gate, up = row_norms(mlp.gate_proj, weight), row_norms(mlp.up_proj, weight)
-    shrink = power(max(largest(weight), norm_of(gate), norm_of(up)) * root)
+    codes = max(map(largest_codes, (mlp.gate_proj, mlp.up_proj))) * largest(weight)
+    shrink = power(max(largest(weight), norm_of(gate), norm_of(up), codes) * root)
     layer.pre_feedforward_layernorm.weight = scaled(weight, shrink)
     layer.pre_feedforward_layernorm.eps *= unit**2
 
-    factor = power(inner * max(1.0, largest_value(mlp.down_proj)))  # what products are times
+    # what products are times
+    factor = power(inner * max(1.0, largest_value(mlp.down_proj), largest_code(mlp.down_proj)))
     lift = power((2 * inner) ** 0.5)  # so that small ones are not rounded away before they meet
     one, other = usual(gate) * shrink, usual(up) * shrink  # a normed vector's products have their rows' norms, usually
     size = (one**2 + other**2) / 2
@@ -262,6 +266,22 @@ def median(norms: mx.array) -> float:
 
 def largest_row(module: nn.Module, columns: mx.array | None = None) -> float:
     return norm_of(row_norms(module, columns))
+
+
+def largest_sum(module: nn.Module, columns: mx.array | None = None) -> float:
+    """As `largest_row`, also of what is summed on the way."""
+    return max(largest_row(module, columns), largest_codes(module) * (1.0 if columns is None else largest(columns)))
+
+
+def largest_codes(module: nn.Module) -> float:
+    """The length of a group's codes at most. o_proj has room for them: of values of length √512 they make 57,344."""
+    return largest_code(module) * SUMMED**0.5
+
+
+def largest_code(module: nn.Module) -> float:
+    """Where a CPU sums what codes give before it takes that times their scale; else 0."""
+    is_packed = isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    return CODES.get(module.mode, 0.0) if is_packed else 0.0
 
 
 def row_norms(module: nn.Module, columns: mx.array | None = None) -> mx.array:

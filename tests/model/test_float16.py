@@ -189,12 +189,15 @@ def test_a_wide_model_with_one_large_neuron_is_nearer_than_bfloat16(tmp_path: Pa
     assert error(found, exact) <= error(half, exact)
 
 
-def test_quantized_weights_stay_as_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "group_size", "bits"), [("affine", 32, 4), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
+)
+def test_quantized_weights_stay_as_near(tmp_path: Path, mode: str, group_size: int, bits: int) -> None:
     folder = write_checkpoint(tmp_path, TINY)
 
     def edit(model: Model) -> None:
         every(GATE_UP, 1e3, 5)(model)
-        nn.quantize(model, 32, 4)
+        nn.quantize(model, group_size, bits, mode=mode)
 
     exact, half, found = (own["text"] for own in all_logits(folder, TINY, ["text"], edit))
     assert error(found, exact) <= error(half, exact)
