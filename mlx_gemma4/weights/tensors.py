@@ -60,9 +60,10 @@ def nbytes(shape: Shape, dtype: mx.Dtype) -> int:
 
 def block_ranges(tensor: Rows) -> Iterator[tuple[int, int]]:
     """(start, stop) of the blocks that a tensor is read by."""
-    step = max(1, BLOCK_BYTES * tensor.shape[0] // max(1, nbytes(tensor.shape, tensor.dtype)))
-    for start in range(0, tensor.shape[0], step):
-        yield start, min(start + step, tensor.shape[0])
+    rows = prod(tensor.shape[:1])  # of a single number 1
+    step = max(1, BLOCK_BYTES * rows // max(1, nbytes(tensor.shape, tensor.dtype)))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def have_same_values(one: Rows, other: Rows) -> bool:

@@ -237,6 +237,12 @@ def test_float16_stands_in_for_an_emulated_bfloat16(
     assert len(caplog.records) == 1 and "up_proj.scales" in caplog.records[0].message
 
 
+@pytest.mark.usefixtures("emulating")
+def test_a_single_number_without_a_place_is_left_out(copied: Path) -> None:
+    write(copied, weights_of(copied) | {"model.vision_tower.input_max": mx.array(1.5, mx.bfloat16)})
+    assert open_checkpoint(copied, None).config.dtype == mx.float16
+
+
 @pytest.mark.parametrize(("name", "expected"), [
     ("applegpu_g13g", True), ("applegpu_g13d", True), ("applegpu_g14s", True), ("applegpu_g15s", False),
     ("applegpu_g16g", False), ("applegpu_g17s", False), ("x86_64", False), ("sm_90", False),
