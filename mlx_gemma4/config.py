@@ -322,8 +322,8 @@ def parse_attention(raw: dict[str, Any], kind: str) -> AttentionConfig:
         raise CheckpointError(f"num_attention_heads is {queries}; expected a multiple of {heads} key/value heads")
     check_product("num_attention_heads times head_dim", queries, head_dim)
     rotated = amount({"partial_rotary_factor": 1.0} | rope, "partial_rotary_factor")
-    if rotated > 1:
-        raise CheckpointError(f"partial_rotary_factor is {rotated}; expected at most 1")
+    if not 2 <= rotated * head_dim <= head_dim:
+        raise CheckpointError(f"partial_rotary_factor is {rotated}; expected at most 1, and 2 of {head_dim} to turn")
     return AttentionConfig(
         head_dim=head_dim,
         num_key_value_heads=heads,

@@ -273,3 +273,11 @@ def test_a_sampling_default_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_home_folder_of_nobody_is_named(path: str | Path) -> None:
     with pytest.raises(ValueError, match=r"^'~nobody-of-this-name/x' names a user who is not known here"):
         expanded(path)
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.001])
+def test_a_part_of_a_head_that_cannot_turn_is_refused(factor: float) -> None:
+    raw = config(TINY)
+    raw["text_config"]["rope_parameters"]["full_attention"]["partial_rotary_factor"] = factor
+    with pytest.raises(CheckpointError, match=rf"^partial_rotary_factor is {factor}; expected at most 1"):
+        parse_config(raw, PLAIN)
