@@ -181,7 +181,7 @@ def open_source(
         if f"{module}.scales" in expected:
             scales, biases = tensors[f"{module}.scales"], tensors.get(f"{module}.biases")
             own = quantization_of(module, quantization)
-            rows[path] = PackedTensor(tensor.name, dtype, own, tensor, scales, biases if own.mode == "affine" else None)
+            rows[path] = PackedTensor(tensor.name, own, tensor, scales, biases if own.mode == "affine" else None)
         elif not path.endswith((".scales", ".biases")):
             rows[path] = tensor
     return Source(folder, raw, config, rows, stored, names, dtype)

@@ -19,14 +19,17 @@ HEADER_BYTES = 2**17  # kept free at a shard's beginning, for what it holds is k
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A quantized tensor, whose rows are read as what they stand for."""
+    """A quantized tensor, whose rows are read as what they stand for, float32: whoever writes them rounds them once."""
 
     name: str
-    dtype: mx.Dtype  # of the rows
     quantization: Quantization
     weight: Tensor
     scales: Tensor
     biases: Tensor | None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return mx.float32
 
     @property
     def shape(self) -> Shape:
@@ -39,7 +42,7 @@ class PackedTensor:
         if biases is not None:  # in float32, or scale · q and the sum are both rounded
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = self.weight.rows(start, stop)
-        return mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode).astype(self.dtype)
+        return mx.dequantize(weight, scales, biases, own.group_size, own.bits, own.mode).astype(mx.float32)
 
 
 class ShardWriter:

@@ -20,6 +20,7 @@ from stored import stored_model
 from toy_checkpoint import Shape, tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, load
+from mlx_gemma4.config import COMPUTING
 from mlx_gemma4.convert import shards as shards_module
 from mlx_gemma4.convert import upload
 from mlx_gemma4.convert.command import main
@@ -344,6 +345,17 @@ def test_dequantized_weights_are_rounded_once(lattice_source: Path, run: Run) ->
     scale, bias = (qat[f"{module}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
     exact = np.array(mx.dequantize(qat[f"{module}.weight"], scale, bias, 32, 4))
     assert np.array_equal(np.array(back[f"{module}.weight"].astype(mx.float32)), round_bfloat16(exact))
+
+
+@pytest.mark.parametrize("name", ["float32", "float16"])
+def test_dequantized_weights_are_as_exact_as_the_type_that_is_asked_for(source: Path, run: Run, name: str) -> None:
+    assert run("--hf-path", source, "--mlx-path", "four", "--dtype", "bfloat16")[0] == 0
+    assert run("--hf-path", "four", "--mlx-path", "back", "--dequantize", "--dtype", name)[0] == 0
+    module = "language_model.model.layers.0.mlp.up_proj"
+    four, back = (weights_of(Path(folder)) for folder in ("four", "back"))
+    scale, bias = (four[f"{module}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+    found, exact = back[f"{module}.weight"], mx.dequantize(four[f"{module}.weight"], scale, bias, 64, 4)
+    assert found.dtype == COMPUTING[name] and mx.array_equal(found, exact.astype(found.dtype))
 
 
 # --- GGUF --------------------------------------------------------------------------------------
