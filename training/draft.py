@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import typer
 
 from mlx_gemma4.config import read_config
@@ -44,7 +45,8 @@ def main(
     model.freeze()
     initialise_drafter(drafter, 0)
     source = make_source(folder, "draft")
-    train_drafter(model, drafter, [[n] for n in range(steps)], partial(rows_of, source), processes)
+    optimizer = optim.Adam(2e-3, bias_correction=True)
+    train_drafter(model, drafter, optimizer, [[n] for n in range(steps)], partial(rows_of, source), processes)
     accepted = acceptance(model, drafter, rows_of(source, range(MEASURED)), processes)
     print(f"{100 * accepted:.1f} % of first drafts accepted")
     save(folder / "drafter-state.safetensors", {"drafter": parameters(drafter)}, {"step": str(steps)})

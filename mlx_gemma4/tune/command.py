@@ -268,20 +268,23 @@ def take_kept(training: Run) -> None:
 
 
 def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
+    from mlx.optimizers import Muon
+
     from mlx_gemma4.tune import drafter as room
 
     model, choice, folder = checkpoint.model, checkpoint.drafter, training.folder / "drafter"
-    drafter, settings = model.drafter, training.settings
+    drafter = model.drafter
     assert drafter is not None and choice is not None  # open_to_train has looked
     measured, processes = training.valid or training.train, training.processes
     examples = processes.share(range(len(measured.data.passages))[:MEASURED])
     before = room.acceptance(model, drafter, measured.of(examples), processes)
-    room.adapt_drafter(drafter, settings.adapter.rank, settings.adapter.scale, settings.seed)
-    room.train_drafter(model, drafter, training.schedule, training.train.of, processes)
+    quantized = room.unfreeze_matrices(drafter)
+    optimizer = Muon(room.RATE, weight_decay=0.0)
+    room.train_drafter(model, drafter, optimizer, training.schedule, training.train.of, processes)
     after = room.acceptance(model, drafter, measured.of(examples), processes)
     if processes.rank:
         return
-    room.write_drafter(folder, choice.folder, drafter)
+    room.write_drafter(folder, choice.folder, drafter, quantized)
     print(f"{folder}: {100 * before:.1f} % of first drafts accepted before, {100 * after:.1f} % after")
 
 

@@ -1,9 +1,8 @@
-"""The drafter learns to say what the tuned model says: an adapter of it, on that model's own hidden states and
-distributions, which then goes into its weights."""
+"""The drafter learns to say what the tuned model says, on that model's own hidden states and distributions."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_gemma4.entry import if_stopped
 from mlx_gemma4.model.drafter import Drafter
+from mlx_gemma4.model.matrix import blocks
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.tune.loss import BLOCK
 from mlx_gemma4.tune.network import Keys, Turns, after_attention, attend, hidden_states, queries, turns_of
@@ -28,8 +26,8 @@ from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
 
 PROPOSALS = 3  # learnt in a row: each further one starts from what the drafter itself has made
-RATE = 2e-3
-BITS, GROUP = 8, 64  # of matrices that were quantized and have learnt: a 4-bit step is larger than what they learnt
+RATE = 1e-2  # of Muon, whose steps do not hang on a matrix's size; Adam needs twice as many
+BITS, GROUP = 8, 64  # of matrices that were quantized: a 4-bit step is larger than what they learnt
 
 
 def propose(
@@ -103,14 +101,17 @@ def acceptance(model: Model, drafter: Drafter, rows: Iterable[Row], processes: P
     return float(hits / all_of_them)
 
 
-def adapt_drafter(drafter: Drafter, rank: int, scale: float, seed: int) -> None:
+def unfreeze_matrices(drafter: Drafter) -> list[str]:
+    """Its layers and projections learn, in float32: smaller steps would be lost. Names of those that were quantized."""
     drafter.freeze()
-    mx.random.seed(seed)  # all processes begin alike
     linear = (nn.Linear, nn.QuantizedLinear)
-    keys = {name for layer in drafter.layers for name, own in layer.named_modules() if isinstance(own, linear)}
-    settings = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [*keys, "pre_projection", "post_projection"]}
-    linear_to_lora_layers(drafter, -1, settings)
-    mx.eval(drafter.trainable_parameters())
+    matrices = [(name, part) for name, part in drafter.named_modules() if isinstance(part, linear)]
+    for name, part in matrices:
+        plain = nn.Linear(1, 1, bias=False)
+        plain.weight = mx.concatenate([*blocks(part)])
+        drafter.update_modules(tree_unflatten([(name, plain)]))
+    mx.eval(drafter.parameters())
+    return [name for name, part in matrices if isinstance(part, nn.QuantizedLinear)]
 
 
 def slopes(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, Any]:
@@ -130,31 +131,24 @@ def slopes(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, Any]:
 
 
 def train_drafter(
-    model: Model, drafter: Drafter, schedule: Schedule | Sequence[Sequence[int]],
+    model: Model, drafter: Drafter, optimizer: optim.Optimizer, schedule: Schedule | Sequence[Sequence[int]],
     rows_of: Callable[[Sequence[int]], Iterable[Row]], processes: Processes,
 ) -> None:  # fmt: skip
-    """Of a drafter that is adapted, on the tuned model. schedule: the examples of each update, of all processes, which
-    share them."""
-    optimizer = optim.Adam(RATE, bias_correction=True)
+    """What of it is not frozen, on the tuned model. schedule: the examples of each update, of all processes, which
+    share them; the optimizer's learning rate is the highest."""
+    peak = float(optimizer.learning_rate)
     for number, examples in enumerate(schedule):
-        optimizer.learning_rate = rate_at(number, len(schedule), RATE, len(schedule) // 10)
+        optimizer.learning_rate = rate_at(number, len(schedule), peak, len(schedule) // 10)
         update(drafter, optimizer, rows_of(processes.share(examples)), partial(slopes, model, drafter), processes)
 
 
-def write_drafter(folder: Path, source: Path, drafter: Drafter) -> None:
-    """A drafter's folder with what was learnt in the weights; matrices that were quantized are so at 8 bits. It is
-    there whole or as it was: half of one would be no model's drafter."""
+def write_drafter(folder: Path, source: Path, drafter: Drafter, quantized: Collection[str]) -> None:
+    """A drafter's folder, in its computing type; matrices with these names are quantized to 8 bits. It is there whole
+    or as it was: half of one would be no model's drafter."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    own: dict[str, Any] = {}
-    fused: list[tuple[str, nn.Module]] = []
-    for name, part in drafter.named_modules():
-        if isinstance(part, LoRALinear):
-            plain = part.fuse(dequantize=True)
-            if isinstance(part.linear, nn.QuantizedLinear):
-                plain = nn.QuantizedLinear.from_linear(plain, GROUP, BITS)
-                own[name] = {"group_size": GROUP, "bits": BITS, "mode": "affine"}
-            fused.append((name, plain))
-    drafter.update_modules(tree_unflatten(fused))
+    own = {name: {"group_size": GROUP, "bits": BITS, "mode": "affine"} for name in quantized}
+    drafter.set_dtype(drafter.norm.weight.dtype)
+    nn.quantize(drafter, GROUP, BITS, class_predicate=lambda name, _: name in own)
     quantization = config.get("quantization") or config.get("quantization_config")
     if own:  # a partner in full precision was quantized as it was loaded
         default = {"group_size": DRAFTER_GROUP_SIZE, "bits": DRAFTER_BITS, "mode": "affine"}

@@ -24,6 +24,8 @@ from mlx_gemma4 import Prompt, Sampling, generate, load
 from mlx_gemma4.config import read_config
 from mlx_gemma4.convert.command import main as convert
 from mlx_gemma4.model.decoder import Decoder
+from mlx_gemma4.model.drafter import Drafter
+from mlx_gemma4.model.matrix import blocks
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
@@ -37,7 +39,7 @@ from mlx_gemma4.weights.tensors import conversion_name
 pytest.importorskip("mlx_lm")
 from mlx_gemma4.tune import command
 from mlx_gemma4.tune.adapt import attach
-from mlx_gemma4.tune.drafter import followers, propose, write_drafter
+from mlx_gemma4.tune.drafter import followers, propose, unfreeze_matrices, write_drafter
 from mlx_gemma4.tune.run import Data, Rows, Schedule
 from mlx_gemma4.tune.settings import Adapter, Settings
 from mlx_gemma4.tune.step import gradients, rate_at
@@ -565,7 +567,7 @@ def test_a_drafter_is_there_whole_or_as_it_was(
     def write() -> None:
         model, _ = load(planted_folder)
         assert model.drafter is not None
-        write_drafter(tmp_path / "drafter", source, model.drafter)
+        write_drafter(tmp_path / "drafter", source, model.drafter, ())
 
     def stopped(*given: Any) -> None:
         raise KeyboardInterrupt
@@ -593,6 +595,32 @@ def test_a_drafter_is_there_whole_or_as_it_was(
     write()
     assert files() != before and files().keys() == before.keys()
     assert [file.name for file in tmp_path.iterdir()] == ["drafter"]
+
+
+def test_matrices_of_a_drafter_that_was_quantized_learn_in_float32_and_are_written_at_8_bits(
+    wide_folder: Path, tmp_path: Path
+) -> None:
+    def read(folder: Path) -> Drafter:
+        checkpoint = open_checkpoint(wide_folder, find_drafter(wide_folder, wide_folder, folder), mx.bfloat16)
+        for _ in read_values(checkpoint):
+            pass
+        assert checkpoint.model.drafter is not None
+        return checkpoint.model.drafter
+
+    drafter = read(wide_folder / "drafter")
+    nn.quantize(drafter, 64, 4, class_predicate=lambda name, part: isinstance(part, nn.Linear))
+    quantized = unfreeze_matrices(drafter)
+    taught = dict(flat(drafter.trainable_parameters()))
+    assert taught.keys() == {f"{name}.weight" for name in quantized} and "pre_projection" in quantized
+    assert {array.dtype for array in taught.values()} == {mx.float32}
+    write_drafter(tmp_path / "drafter", wide_folder / "drafter", drafter, quantized)
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())["quantization"]
+    assert [config[name]["bits"] for name in quantized] == [8] * len(quantized)
+    for name, part in read(tmp_path / "drafter").named_modules():
+        if name in quantized:
+            assert part.bits == 8 and part.scales.dtype == mx.bfloat16
+            off = mx.abs(mx.concatenate([*blocks(part)]) - taught[f"{name}.weight"])
+            assert off.max() < 0.02 * mx.abs(taught[f"{name}.weight"]).max()
 
 
 def test_the_drafter_in_training_is_the_drafter_in_use(planted_folder: Path) -> None:
