@@ -409,7 +409,7 @@ class Compiler:
         properties, required = properties_of(schema), required_of(schema)
         patterns = self.patterns_of(schema, place)
         rest = more if isinstance(more, dict) else more is not False
-        named = {name: [properties[name]] if name in properties else [] for name in properties.keys() | required}
+        named = {name: [properties[name]] if name in properties else [] for name in (*properties, *sorted(required))}
         for name, schemas in named.items():
             schemas += [inner for pattern, inner in patterns.items() if matches(pattern, name)]
         declared = (isinstance(given, dict) or bool(patterns)) and all(named.values())

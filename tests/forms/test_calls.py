@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 from llguidance import LLMatcher
@@ -104,6 +104,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda key: "▁" not in key), VALUES, max_size=4))
+@example(dict.fromkeys(("aa", "AA", "aA", "Aa"), 1))
 @settings(max_examples=60, deadline=None)
 def test_a_call_of_constants_is_the_templates_own(walker: Walker, values: Schema) -> None:
     """So a kept prompt is found again when the call comes back in it."""
