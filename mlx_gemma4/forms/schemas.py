@@ -78,7 +78,7 @@ def with_null(schema: Schema) -> Schema:
     if "const" in schema:
         schema["enum"] = [schema.pop("const"), None]
     for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
+        if isinstance(schema.get(key), list) and NULL not in schema[key]:
             schema[key] = [*schema[key], NULL]
     if isinstance(schema.get("allOf"), list):
         schema["allOf"] = [{"anyOf": [member, NULL]} for member in schema["allOf"]]

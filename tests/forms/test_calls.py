@@ -195,6 +195,29 @@ def test_what_a_schema_says_is_held(walker: Walker, schema: Schema) -> None:
     arguments(walker, schema)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "boolean", "nullable": True},
+        {"$ref": "#/$defs/A"},
+        {"allOf": [{"$ref": "#/$defs/A"}, {"description": "Whether it is."}]},
+        {"oneOf": [{"type": "null"}, {"const": True}], "nullable": True},
+    ],
+)
+def test_what_is_nullable_may_be_null(walker: Walker, caplog: pytest.LogCaptureFixture, schema: Schema) -> None:
+    definitions = {"A": {"type": "boolean", "nullable": True}}
+    own = tool("f", {"a": schema}, ["a"], **{"$defs": definitions})
+    found = [call["arguments"]["a"] for call in calls_of(walker, [own], 25)]
+    assert None in found and True in found and not caplog.messages
+
+
+@pytest.mark.parametrize("kind", [{"type": ["object", "null"]}, {"type": "object", "nullable": True}])
+def test_the_arguments_themselves_are_never_null(walker: Walker, kind: Schema) -> None:
+    function = {"name": "f", "description": "", "parameters": kind | {"properties": {"a": {"type": "boolean"}}}}
+    found = calls_of(walker, [{"type": "function", "function": function}], 20)
+    assert found and {call["name"] for call in found} == {"f"}
+
+
 def test_optional_arguments_come_and_stay_away(walker: Walker) -> None:
     found = arguments(walker, {"type": "object", "properties": {key: {"enum": [1, 2]} for key in "abc"}}, 150)
     assert {"".join(own) for own in found} == {"", "a", "b", "c", "ab", "ac", "bc", "abc"}
