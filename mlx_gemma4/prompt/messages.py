@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, takewhile
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -410,20 +409,25 @@ def from_folder(source: Any, folder: Path) -> Any:
     return str(folder / source)
 
 
+def with_answers(messages: list[Message]) -> list[tuple[Message, list[Message]]]:
+    """Each of checked messages that is no tool's, and the tool messages behind it."""
+    found: list[tuple[Message, list[Message]]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            found[-1][1].append(message)
+        else:
+            found.append((message, []))
+    return found
+
+
 def media_parts(messages: list[Message]) -> list[Part]:
     """The media of checked messages in the order in which the template writes their placeholders.
 
     It writes tool messages with the call that they answer, before the content of the calling message.
     """
-    found: list[Part] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "tool":
-            continue
-        answers = takewhile(lambda other: other["role"] == "tool", messages[index + 1 :])
-        for shown_message in chain(answers, [message]):
-            if not isinstance(shown_message["content"], str):
-                found += [part for part in shown_message["content"] if part["type"] != "text"]
-    return found
+    written = [own for message, answers in with_answers(messages) for own in (*answers, message)]
+    contents = [message["content"] for message in written if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part["type"] != "text"]
 
 
 def without_sources(messages: list[Message]) -> list[Message]:
