@@ -292,14 +292,20 @@ class Compiler:
         if not isinstance(value, str):
             return True
         least, most = bounds_of("Length", schema)
-        in_bounds = least <= len(value) and (most is None or len(value) <= most)
+        if len(value) < least or (most is not None and len(value) > most):
+            return False
+        pattern = self.pattern(schema, place)
+        return pattern is None or matches(pattern, value)
+
+    def pattern(self, schema: Schema, place: str) -> str | None:
+        """What a whole string matches; None if there is nothing that is held."""
         given = schema.get("pattern")
-        if not in_bounds or not isinstance(given, str):
-            return in_bounds
+        if not isinstance(given, str):
+            return None
         pattern = held_pattern(given)
         if pattern is None:
             self.note("the pattern", place)
-        return pattern is None or matches(pattern, value)
+        return pattern
 
     def written(self, value: Any) -> Node:
         """A value as the template writes it."""
@@ -347,14 +353,9 @@ class Compiler:
                 empty = False
             case str(given):
                 self.note(f"the format {given[:40]}", place)
-        match schema.get("pattern"):
-            case str(given):
-                pattern = held_pattern(given)
-                if pattern is None:
-                    self.note("the pattern", place)
-                else:
-                    patterns.append(pattern)
-                    empty = empty and matches(pattern, "")
+        if (pattern := self.pattern(schema, place)) is not None:
+            patterns.append(pattern)
+            empty = empty and matches(pattern, "")
         least = max(least, 1)
         patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
         too_long = most is not None and most < least
