@@ -31,7 +31,7 @@ from mlx_gemma4.forms.lark import (
     literal,
     row,
 )
-from mlx_gemma4.forms.schemas import ANY_NAME, LARGEST, Schema, held_bounds, is_number, modern, values_of
+from mlx_gemma4.forms.schemas import ANY_NAME, LARGEST, Schema, held_bounds, is_number, modern, values_of, with_null
 from mlx_gemma4.forms.strings import FORMATS, matches, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
@@ -137,10 +137,8 @@ class Compiler:
         self.alternatives = 0  # around what is read: of several, one that nothing fits is left out
 
     def rules_of_call(self, name: str, close: int) -> str:
-        schema = as_schema(self.root)
-        if types_of(schema) == ["any"]:
-            schema = {"type": "object"} | schema
-        self.rules[self.prefix] = row(literal(f"call:{name}"), self.value(schema, ""), f"<[{close}]>")
+        arguments = self.value({"type": "object", "allOf": [self.root]}, "")
+        self.rules[self.prefix] = row(literal(f"call:{name}"), arguments, f"<[{close}]>")
         printer = Printer(self.rules, self.anything())
         lines = printer.lines(self.prefix)
         self.notes += [f"{key}, which has no end" for key in printer.freed]
@@ -172,13 +170,11 @@ class Compiler:
         return self.named[key]
 
     def parts(self, schema: Schema, place: str) -> Node:
-        if schema.get("nullable") is True:
-            return choice(self.value(without(schema, "nullable"), place), '"null"')
         schema = self.merged(schema, place)
         for union in ("anyOf", "oneOf"):
             if isinstance(schema.get(union), list):
                 rest = without(schema, union)
-                members = [self.member(rest, as_schema(own), place) for own in schema[union]]
+                members = [self.both(rest, as_schema(member), place) for member in schema[union]]
                 if union == "oneOf" and not self.apart(members, place):
                     self.note("oneOf, of whose members several may fit,", place)
                 return self.alternative(members, place)
@@ -223,11 +219,6 @@ class Compiler:
                         self.note(f"{key}, of one part alone,", place)
                 schema = self.both(schema, member, place)
         return schema
-
-    def member(self, rest: Schema, own: Schema, place: str) -> Schema:
-        """One of a union, with what stands beside the union."""
-        joined = self.both(rest, own, place)
-        return joined | {"nullable": own["nullable"]} if "nullable" in own else joined
 
     def both(self, one: Schema, other: Schema, place: str) -> Schema:
         """A schema for what fits both."""
@@ -301,14 +292,20 @@ class Compiler:
         if not isinstance(value, str):
             return True
         least, most = bounds_of("Length", schema)
-        in_bounds = least <= len(value) and (most is None or len(value) <= most)
+        if len(value) < least or (most is not None and len(value) > most):
+            return False
+        pattern = self.pattern(schema, place)
+        return pattern is None or matches(pattern, value)
+
+    def pattern(self, schema: Schema, place: str) -> str | None:
+        """What a whole string matches; None if there is nothing that is held."""
         given = schema.get("pattern")
-        if not in_bounds or not isinstance(given, str):
-            return in_bounds
+        if not isinstance(given, str):
+            return None
         pattern = held_pattern(given)
         if pattern is None:
             self.note("the pattern", place)
-        return pattern is None or matches(pattern, value)
+        return pattern
 
     def written(self, value: Any) -> Node:
         """A value as the template writes it."""
@@ -356,14 +353,9 @@ class Compiler:
                 empty = False
             case str(given):
                 self.note(f"the format {given[:40]}", place)
-        match schema.get("pattern"):
-            case str(given):
-                pattern = held_pattern(given)
-                if pattern is None:
-                    self.note("the pattern", place)
-                else:
-                    patterns.append(pattern)
-                    empty = empty and matches(pattern, "")
+        if (pattern := self.pattern(schema, place)) is not None:
+            patterns.append(pattern)
+            empty = empty and matches(pattern, "")
         least = max(least, 1)
         patterns.append(f"(?s:.{{{least},{'' if most is None else most}}})")
         too_long = most is not None and most < least
@@ -409,7 +401,7 @@ class Compiler:
         properties, required = properties_of(schema), required_of(schema)
         patterns = self.patterns_of(schema, place)
         rest = more if isinstance(more, dict) else more is not False
-        named = {name: [properties[name]] if name in properties else [] for name in properties.keys() | required}
+        named = {name: [properties[name]] if name in properties else [] for name in (*properties, *sorted(required))}
         for name, schemas in named.items():
             schemas += [inner for pattern, inner in patterns.items() if matches(pattern, name)]
         declared = (isinstance(given, dict) or bool(patterns)) and all(named.values())
@@ -490,7 +482,14 @@ def held_pattern(given: str) -> str | None:
 
 
 def as_schema(given: Any) -> Schema:
-    return modern(given) if isinstance(given, dict) else IMPOSSIBLE if given is False else {}
+    """As the draft 2020-12 has it, null one of its types if it is nullable."""
+    if not isinstance(given, dict):
+        return IMPOSSIBLE if given is False else {}
+    schema = modern(given)
+    if schema.pop("nullable", False) is not True:
+        return schema
+    kinds = types_of(schema)
+    return with_null(schema if kinds == ["any"] else {"type": kinds} | schema)
 
 
 def properties_of(schema: Schema) -> Schema:
@@ -583,7 +582,6 @@ JOINS: dict[str, tuple[type | tuple[type, ...], Callable[[Any, Any], Any]]] = {
     "allOf": (list, add),
     "enum": (list, lambda one, other: [value for value in one if value in other]),
     "prefixItems": (list, lambda one, other: list(map(together, one, other))),
-    "nullable": (object, lambda one, other: False),
     **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"), ((int, float), max)),
     **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"), ((int, float), min)),
 }

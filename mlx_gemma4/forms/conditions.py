@@ -37,6 +37,7 @@ UNEVALUATED = {"unevaluatedProperties": "additionalProperties", "unevaluatedItem
 NAMED = ("properties", "patternProperties")
 UNIONS = ("anyOf", "oneOf", "if", "dependentSchemas")  # in which what is evaluated hangs on the value
 KINDS = ("string", "number", "boolean", "null", "array", "object")
+NO_ARRAY = {"type": [kind for kind in KINDS if kind != "array"]}
 # Of a bound: the type of what has it, the bound that what is beyond it keeps to, and how far that is off.
 BEYOND = {
     "minimum": ("number", "exclusiveMaximum", 0),
@@ -330,9 +331,8 @@ class Conditions:
         for key in ("minProperties", "maxProperties"):
             schema.pop(key, None)
         if not is_closed:
-            found = [{"required": [name]} for name in free]
             other = {"properties": dict.fromkeys(free, False), "minProperties": 1}
-            return [] if needed else [one_of_these([*found, other])]
+            return [] if needed else [one_of_these([*({"required": [name]} for name in free), other])]
         parts = []
         lack, room = max(least - len(needed), 0), len(free) if most is None else most - len(needed)
         if lack > len(free) or room < 0 or comb(len(free), lack) > MANY or comb(len(free), max(room, 0)) > MANY:
@@ -368,7 +368,7 @@ class Conditions:
         for places in (own for count in counts for own in combinations(range(reach), count)):
             first = [given if place in places else other for place in range(max(places, default=-1) + 1)]
             lists.append(self.listed(first, other) | {"minItems": len(first)})
-        return [one_of_these([{"type": [kind for kind in KINDS if kind != "array"]}, *lists])]
+        return [one_of_these([NO_ARRAY, *lists])]
 
     def unique(self, schema: Schema) -> list[Any]:
         """Entries that differ, where there are few: each order of them."""
@@ -383,7 +383,7 @@ class Conditions:
             raise UnheldError
         orders = (order for count in counts for order in permutations(values, count))
         lists = [self.listed([{"const": value} for value in order]) | of_length(len(order)) for order in orders]
-        return [one_of_these([{"type": [kind for kind in KINDS if kind != "array"]}, *lists])]
+        return [one_of_these([NO_ARRAY, *lists])]
 
 
 def a_schema(given: Any) -> Any:
@@ -455,12 +455,7 @@ def other_values(values: Sequence[Any]) -> Any:
         found += [{"const": value} for value in (False, True) if not any(own is value for own in values)]
     numbers = sorted({value for value in values if is_number(value)})
     if numbers:
-        found += [
-            {"type": "number", "exclusiveMaximum": numbers[0]},
-            {"type": "number", "exclusiveMinimum": numbers[-1]},
-        ]
-        between = [
-            {"type": "number", "exclusiveMinimum": one, "exclusiveMaximum": two} for one, two in pairwise(numbers)
-        ]
-        found += between
+        gaps = [{"exclusiveMinimum": one, "exclusiveMaximum": two} for one, two in pairwise(numbers)]
+        gaps = [{"exclusiveMaximum": numbers[0]}, {"exclusiveMinimum": numbers[-1]}, *gaps]
+        found += [{"type": "number"} | gap for gap in gaps]
     return one_of_these(found)

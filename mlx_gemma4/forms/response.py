@@ -17,7 +17,7 @@ from mlx_gemma4.forms.schemas import Schema, held_bounds, inner_schemas, with_nu
 from mlx_gemma4.forms.strings import FORMATS as PATTERNS
 from mlx_gemma4.forms.strings import as_all_read
 from mlx_gemma4.prompt.messages import check_json
-from mlx_gemma4.prompt.tools import pointed
+from mlx_gemma4.prompt.tools import TYPE_OF, pointed
 
 logger = logging.getLogger("mlx_gemma4")
 
@@ -57,12 +57,9 @@ def response_grammar(response_format: Any) -> str | None:
             return checked(LLMatcher.grammar_from_regex(text_of(form, "regex")))
         case "lark":
             return lark_grammar(text_of(form, "grammar"))
-        case str() as kind if kind not in TYPES:
+        case str() as kind if kind not in TYPE_OF.values():
             raise ValueError(f"response_format has the type {shown(kind)}; expected {FORMS}")
     return schema_grammar(form)
-
-
-TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
 
 
 def wrapped_schema(form: Schema) -> Any:
@@ -224,7 +221,7 @@ class Ends:
             return False
         for key, together in (("allOf", all), ("anyOf", any), ("oneOf", any)):
             members = schema.get(key)
-            if isinstance(members, list) and members and not together(self.ends(member) for member in members):
+            if members and not together(self.ends(member) for member in members):
                 return False
         if "const" in schema or "enum" in schema or "type" not in schema:
             return True
@@ -232,17 +229,14 @@ class Ends:
         return any(self.type_ends(kind, schema) for kind in types)
 
     def type_ends(self, kind: Any, schema: Schema) -> bool:
-        if kind == "object" and isinstance(schema.get("required"), list):
-            properties = schema.get("properties")
-            known = properties if isinstance(properties, dict) else {}
-            named = schema.get("patternProperties")
-            others = [schema.get("additionalProperties", True), *(named.values() if isinstance(named, dict) else ())]
+        if kind == "object" and "required" in schema:
+            properties = schema.get("properties", {})
+            others = [schema.get("additionalProperties", True), *schema.get("patternProperties", {}).values()]
             other = any(map(self.ends, others))  # which of them a name is of llguidance knows
-            return all(self.ends(known.get(name, other)) for name in schema["required"] if isinstance(name, str))
+            return all(self.ends(properties.get(name, other)) for name in schema["required"])
         least = schema.get("minItems")
         if kind == "array" and isinstance(least, (int, float)) and least > 0:
-            first = schema.get("prefixItems")
-            first = first[: int(least)] if isinstance(first, list) else []
+            first = schema.get("prefixItems", [])[: int(least)]
             rest = [schema.get("items", True)] if least > len(first) else []
             return all(self.ends(inner) for inner in [*first, *rest] if not isinstance(inner, list))
         return True

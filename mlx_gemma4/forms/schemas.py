@@ -52,8 +52,8 @@ def without_unevaluated(schema: Schema) -> Schema:
 
 def drop_what_says_nothing(schema: Schema) -> None:
     """Take out keywords that allow all, and write others as llguidance knows them."""
-    for key, nothing in (("uniqueItems", False), ("not", False)):
-        if key in schema and schema[key] is nothing:
+    for key in ("uniqueItems", "not"):
+        if schema.get(key) is False:
             del schema[key]
     for key, other in (("minContains", "contains"), ("maxContains", "contains"), ("then", "if"), ("else", "if")):
         if other not in schema:
@@ -78,7 +78,7 @@ def with_null(schema: Schema) -> Schema:
     if "const" in schema:
         schema["enum"] = [schema.pop("const"), None]
     for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
+        if isinstance(schema.get(key), list) and NULL not in schema[key]:
             schema[key] = [*schema[key], NULL]
     if isinstance(schema.get("allOf"), list):
         schema["allOf"] = [{"anyOf": [member, NULL]} for member in schema["allOf"]]

@@ -187,18 +187,17 @@ def decode_with_pyav(file: BinaryIO, name: str, rate: int, refused: soundfile.Li
     options = {"protocol_whitelist": "none"}  # a playlist must not make FFmpeg open other files or URLs
     to_float = av.AudioResampler(format="flt")  # packed: of planes PyAV 18.1 reads one too many from 8 channels on
     mono = None
-    with media_errors(name):
-        try:
-            with av.open(file, "r", options=options, metadata_errors="ignore") as container:
-                if not container.streams.audio:
-                    raise MediaError(f"{name} has no sound track")
-                for frame in container.decode(audio=0):
-                    mono = mono or Mono(name, frame.sample_rate, rate)
-                    for block in to_float.resample(frame):
-                        mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels))  # [1, m * channels]
-        except av.FFmpegError as error:
-            known = "WAV, FLAC, OGG, MP3, or what FFmpeg reads"
-            raise MediaError(f"{name} cannot be read: {error.strerror}; expected {known}") from None
+    try:
+        with av.open(file, "r", options=options, metadata_errors="ignore") as container:
+            if not container.streams.audio:
+                raise MediaError(f"{name} has no sound track")
+            for frame in container.decode(audio=0):
+                mono = mono or Mono(name, frame.sample_rate, rate)
+                for block in to_float.resample(frame):
+                    mono.add(block.to_ndarray().reshape(-1, block.layout.nb_channels))  # [1, m * channels]
+    except av.FFmpegError as error:
+        known = "WAV, FLAC, OGG, MP3, or what FFmpeg reads"
+        raise MediaError(f"{name} cannot be read: {error.strerror}; expected {known}") from None
     if mono is None:
         raise MediaError(f"{name} has no samples")
     return mono

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, takewhile
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -112,10 +111,8 @@ def check_message(message: Any, where: str) -> Message:
         checked["result"] = check_json(content, f"{where}.content")
     elif content is not None or not extras:  # OpenAI writes None beside tool_calls
         checked["content"] = check_content(content, role, where)
-    for key in ("name", "tool_call_id"):
-        if role == "tool" and message.get(key) is not None:
-            checked[key] = check_string(message[key], f"{where}.{key}")
-    return checked | extras
+    named = strings_of(message, ("name", "tool_call_id"), where) if role == "tool" else {}
+    return checked | named | extras
 
 
 def as_now(message: Any, where: str) -> Any:
@@ -258,19 +255,14 @@ def check_tool_call(call: Any, where: str) -> Message:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{place} is {a(arguments)}; expected a dict or a JSON object")
-    checked: Message = {"function": {"name": name, "arguments": check_json(arguments, place)}}
-    if call.get("id") is not None:
-        checked["id"] = check_string(call["id"], f"{where}.id")
-    return checked
+    return {"function": {"name": name, "arguments": check_json(arguments, place)}} | strings_of(call, ("id",), where)
 
 
 def check_tool_response(response: Any, where: str) -> Message:
     if not isinstance(response, dict) or "response" not in response:
         raise ValueError(f'{where} is {shown(response)}; expected {{"name": …, "response": …}}')
-    checked = {"response": check_json(response["response"], f"{where}.response")}
-    if response.get("name") is not None:
-        checked["name"] = check_string(response["name"], f"{where}.name")
-    return checked
+    checked = check_json(response["response"], f"{where}.response")
+    return {"response": checked} | strings_of(response, ("name",), where)
 
 
 def taken_up(messages: list[Message]) -> Message:
@@ -313,11 +305,10 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if isinstance(function, dict):
-            function = with_parameters(function, where)
-        else:
+        if not isinstance(function, dict):
             expected = '{"type": "function", "function": {"name": …, "description": …, "parameters": {…}}}'
             raise ValueError(f"{where} is {a(tool)}; expected {expected}")
+        function = with_parameters(function, where)
         check_name(function, where)
         description = function.get("description")
         described = {"description": "" if description is None else check_string(description, f"{where}.description")}
@@ -345,6 +336,11 @@ def check_string(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} is {a(value)}; expected a string")
     return value
+
+
+def strings_of(holder: dict[str, Any], keys: Sequence[str], where: str) -> dict[str, str]:
+    """What stands under those of the keys that there are."""
+    return {key: check_string(holder[key], f"{where}.{key}") for key in keys if holder.get(key) is not None}
 
 
 def check_json(value: Any, where: str, depth: int = 1) -> Any:
@@ -410,20 +406,25 @@ def from_folder(source: Any, folder: Path) -> Any:
     return str(folder / source)
 
 
+def with_answers(messages: list[Message]) -> list[tuple[Message, list[Message]]]:
+    """Each of checked messages that is no tool's, and the tool messages behind it."""
+    found: list[tuple[Message, list[Message]]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            found[-1][1].append(message)
+        else:
+            found.append((message, []))
+    return found
+
+
 def media_parts(messages: list[Message]) -> list[Part]:
     """The media of checked messages in the order in which the template writes their placeholders.
 
     It writes tool messages with the call that they answer, before the content of the calling message.
     """
-    found: list[Part] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "tool":
-            continue
-        answers = takewhile(lambda other: other["role"] == "tool", messages[index + 1 :])
-        for shown_message in chain(answers, [message]):
-            if not isinstance(shown_message["content"], str):
-                found += [part for part in shown_message["content"] if part["type"] != "text"]
-    return found
+    written = [own for message, answers in with_answers(messages) for own in (*answers, message)]
+    contents = [message["content"] for message in written if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part["type"] != "text"]
 
 
 def without_sources(messages: list[Message]) -> list[Message]:

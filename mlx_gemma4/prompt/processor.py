@@ -399,13 +399,10 @@ def media_runs(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Run]:
         if size is None or not all(key in config.special_tokens for key in keys):
             continue
         begin, token, end = (config.special_tokens[key] for key in keys)
-        texts = {key: tokenizer.id_to_token(config.special_tokens[key]) for key in keys}
-        for key, text in texts.items():
-            if text is None:
-                raise CheckpointError(
-                    f"config.json's {key} is {config.special_tokens[key]}; tokenizer.json has no such id"
-                )
-        runs[kind] = Run(begin, token, end, placeholder=str(texts[keys[1]]), size=size)
+        for key, index in zip(keys, (begin, token, end), strict=True):
+            if tokenizer.id_to_token(index) is None:
+                raise CheckpointError(f"config.json's {key} is {index}; tokenizer.json has no such id")
+        runs[kind] = Run(begin, token, end, placeholder=str(tokenizer.id_to_token(token)), size=size)
     return runs
 
 

@@ -23,7 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_gemma4.errors import unbroken
-from mlx_gemma4.prompt.messages import Message
+from mlx_gemma4.prompt.messages import Message, with_answers
 from mlx_gemma4.reply.reply import (
     CHANNEL_CLOSE,
     CHANNEL_OPEN,
@@ -221,12 +221,7 @@ def template_turns(messages: list[Message], joined_turns: bool = True) -> list[M
     responses stays one: its text is what the model said to these. joined_turns: whether the template joins them.
     """
     turns: list[Message] = []
-    for index, message in enumerate(messages):
-        if message["role"] == "tool":
-            continue
-        later = range(index + 1, len(messages))
-        end = next((number for number in later if messages[number]["role"] != "tool"), len(messages))
-        answers = messages[index + 1 : end]
+    for message, answers in with_answers(messages):
         if "tool_calls" not in message or "tool_responses" in message:
             turns += [message, *answers]
             continue

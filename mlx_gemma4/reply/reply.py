@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from mlx_gemma4.reply.opening import CallPart, OpenCall, whole_part
 from mlx_gemma4.reply.stop import StopTexts
-from mlx_gemma4.reply.toolcall import QUOTE, QUOTE_TOKEN, Schema, parse_tool_call, read_tool_calls, spelled
+from mlx_gemma4.reply.toolcall import QUOTE, QUOTE_TOKEN, Call, Schema, parse_tool_call, read_tool_calls, spelled
 
 CHANNEL_OPEN, CHANNEL_CLOSE = "<|channel>", "<channel|>"
 TURN_OPEN, TURN_CLOSE = "<|turn>", "<turn|>"
@@ -105,31 +105,21 @@ def collect(pieces: Iterable[Piece]) -> Reply:
 
     Raises ValueError if the last one does not say how the reply finished.
     """
-    text: list[str] = []
-    thinking: list[str] = []
-    token_ids: list[int] = []
-    notes: list[str] = []
-    logprobs: list[dict[str, Any]] | None = None
-    piece = None
-    for piece in pieces:
-        text.append(piece.text)
-        thinking.append(piece.thinking)
-        token_ids.extend(piece.token_ids)
-        notes.extend(piece.notes)
-        if piece.logprobs is not None:
-            logprobs = [*(logprobs or []), *piece.logprobs]
-    if piece is None or piece.finish_reason is None or piece.stats is None:
-        raise ValueError(f"the last piece needs a finish_reason and stats; got {piece}")
+    given = list(pieces)
+    last = given[-1] if given else None
+    if last is None or last.finish_reason is None or last.stats is None:
+        raise ValueError(f"the last piece needs a finish_reason and stats; got {last}")
+    logprobs = [piece.logprobs for piece in given if piece.logprobs is not None]
     return Reply(
-        text="".join(text),
-        thinking=whole_thought(thinking),
-        tool_calls=piece.tool_calls or [],
-        token_ids=token_ids,
-        finish_reason=piece.finish_reason,
-        stats=piece.stats,
-        notes=notes,
-        logprobs=logprobs,
-        stop=piece.stop,
+        text="".join(piece.text for piece in given),
+        thinking=whole_thought(piece.thinking for piece in given),
+        tool_calls=last.tool_calls or [],
+        token_ids=[token for piece in given for token in piece.token_ids],
+        finish_reason=last.finish_reason,
+        stats=last.stats,
+        notes=[note for piece in given for note in piece.notes],
+        logprobs=[entry for entries in logprobs for entry in entries] if logprobs else None,
+        stop=last.stop,
     )
 
 
@@ -218,7 +208,7 @@ class _Doubt:
 
     as_thought: list[str] = field(default_factory=list)  # all of it
     as_reply: list[str] = field(default_factory=list)  # without the calls
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -241,7 +231,7 @@ class ReplyParser:
         stop: Sequence[str] = (),
         calls_end_thoughts: bool = False,
     ) -> None:
-        self.tool_calls: list[dict[str, Any]] = []  # {"name": str, "arguments": dict}
+        self.tool_calls: list[Call] = []
         self.thinking_tokens = 0
         self._parts: list[CallPart] = []
         self._begun = 0  # calls of which parts were given, those included that turned out to be none
@@ -389,11 +379,9 @@ class ReplyParser:
             return
         self._first_line += text
         name, line_break, rest = (self._first_line_in_prompt + self._first_line).partition("\n")
-        if line_break and name in ("", THOUGHT_CHANNEL):
-            self._add_thought(rest)
-            self._first_line = None
-        elif line_break or not THOUGHT_CHANNEL.startswith(name):  # no name but the thought's first line
-            self._add_thought(self._first_line)
+        if line_break or not THOUGHT_CHANNEL.startswith(name):
+            is_name = line_break and name in ("", THOUGHT_CHANNEL)  # else it is the thought's first line
+            self._add_thought(rest if is_name else self._first_line)
             self._first_line = None
 
     def _add_thought(self, text: str) -> None:
@@ -445,12 +433,11 @@ class ReplyParser:
             self._step(symbol)
 
     def _end_call(self, call: list[int | str], end: int | str) -> None:
-        closed = end == self._controls.tool_call_close
-        text = self._written(call)
+        text, closed = self._written(call), end == self._controls.tool_call_close
         try:
-            self._leave_call(text, TOOL_CALL_CLOSE if closed else "", self._read(text), "")
+            self._leave_call(text, "", self._read(text))
         except ValueError as error:
-            self._leave_call(text, TOOL_CALL_CLOSE if closed else "", None, str(error))
+            self._leave_call(text, TOOL_CALL_CLOSE if closed else "", [], str(error))
         if not closed:
             self._step(end)
 
@@ -462,35 +449,33 @@ class ReplyParser:
         try:
             if text.rstrip().endswith("{"):
                 raise ValueError("nothing is said of its arguments")
-            calls = self._read(text, ended=not cut)
+            self._leave_call(text, "", self._read(text, ended=not cut))
         except ValueError:
-            self._leave_call(text, "", None, "the reply ends inside it")
+            self._leave_call(text, "", [], "the reply ends inside it")
             if self._doubt is None:
                 self._cut = self._text.pop()
-        else:
-            self._leave_call(text, "", calls, "")
 
-    def _read(self, text: str, ended: bool = True) -> list[dict[str, Any]]:
+    def _read(self, text: str, ended: bool = True) -> list[Call]:
         return read_tool_calls(text, self._schemas, ended, quotes=(QUOTE_TOKEN, QUOTE))
 
-    def _leave_call(self, text: str, close: str, calls: list[dict[str, Any]] | None, reason: str) -> None:
-        """Keep the calls, or if there are none, the text."""
-        kept = TOOL_CALL_OPEN + spelled(text) + close
-        notes = [f"a tool call is kept as text: {reason}"] if calls is None else []
+    def _leave_call(self, text: str, close: str, calls: list[Call], reason: str = "") -> None:
+        """Keep the calls, or if there are none, the text, and say why."""
+        kept = "" if calls else TOOL_CALL_OPEN + spelled(text) + close
+        notes = [] if calls else [f"a tool call is kept as text: {reason}"]
         if self._doubt is not None:
             self._doubt.as_thought.append(spelled(text))
-            self._doubt.as_reply.append(kept if calls is None else "")
-            self._doubt.calls += calls or []
+            self._doubt.as_reply.append(kept)
+            self._doubt.calls += calls
             self._doubt.notes += notes
             self.think()
             return
-        opened = self._open
-        for n, call in enumerate(calls or (), self._begun):
-            self._parts += opened.finish(call) if opened is not None and opened.index == n else [whole_part(n, call)]
-        self._begun += int(opened is not None and opened.name is not None) if calls is None else len(calls)
+        assert self._open is not None  # no thought is around it
+        for n, call in enumerate(calls):
+            self._parts += [whole_part(self._begun + n, call)] if n else self._open.finish(call)
+        self._begun += len(calls) if calls else int(self._open.name is not None)
         self._enter(_State.ANSWER)
-        self.tool_calls += calls or []
-        self._text.append(kept if calls is None else "")
+        self.tool_calls += calls
+        self._text.append(kept)
         self._notes += notes
 
     def _written(self, call: list[int | str]) -> str:

@@ -23,6 +23,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,13 +193,14 @@ class Reader:
     def value(self, depth: int) -> Any:
         self.skip_space()
         opening = self.text[self.position : self.position + 1]
-        if opening in ("{", "["):
-            if depth == MAX_DEPTH:
-                raise self.error(f"at most {MAX_DEPTH} levels")
-            return (
-                self.mapping(depth + 1) if opening == "{" else [self.value(depth + 1) for _ in self.entries("[", "]")]
-            )
-        return self.scalar()
+        if opening not in ("{", "["):
+            return self.scalar()
+        self.check_depth(depth)
+        return self.mapping(depth + 1) if opening == "{" else [self.value(depth + 1) for _ in self.entries("[", "]")]
+
+    def check_depth(self, depth: int) -> None:
+        if depth == MAX_DEPTH:
+            raise self.error(f"at most {MAX_DEPTH} levels")
 
     def scalar(self) -> Any:
         """A string between `<|"|>`; all else is as in JSON, Python's repr of a finite float included."""
@@ -322,7 +324,7 @@ class LooseReader(Reader):
 
     def pairs(self, depth: int, schema: Schema) -> dict[str, Any]:
         result: dict[str, Any] = {}
-        known = schema.get("properties") or {}
+        known = schema.get("properties", {})
         place = Place.in_mapping(known, self.quote)
         for _ in self.until_closed(place):
             key = self.key()
@@ -332,9 +334,8 @@ class LooseReader(Reader):
         return result
 
     def items(self, depth: int, schema: Schema) -> list[Any]:
-        item = schema.get("items")
-        own = item if isinstance(item, dict) else {}
-        return [self.loose_value(depth, own, self.entry) for _ in self.until_closed(self.entry)]
+        item = schema.get("items", {})
+        return [self.loose_value(depth, item, self.entry) for _ in self.until_closed(self.entry)]
 
     def until_closed(self, place: Place) -> Iterator[None]:
         """Before each entry of what is open."""
@@ -364,20 +365,16 @@ class LooseReader(Reader):
     def loose_value(self, depth: int, schema: Schema, place: Place) -> Any:
         self.skip_blanks()
         text, start = self.text, self.position
-        try:  # what is right stays as it is, if the call goes on behind it
-            if (opening := text[start : start + 1]) not in ("{", "["):
-                value = self.scalar()
-                if place.goes_on.match(text, self.position):
-                    return value
-        except ValueError:
-            pass
-        self.position = start
-        if opening and opening in "{[":
-            if depth == MAX_DEPTH:
-                raise self.error(f"at most {MAX_DEPTH} levels")
+        if (opening := text[start : start + 1]) in ("{", "["):
+            self.check_depth(depth)
             self.position += 1
             self.open.append(CLOSING[opening])
             return self.pairs(depth + 1, schema) if opening == "{" else self.items(depth + 1, schema)
+        with suppress(ValueError):  # what is right stays as it is, if the call goes on behind it
+            value = self.scalar()
+            if place.goes_on.match(text, self.position):
+                return value
+        self.position = start
         for mark in (self.quote, '"', "'"):
             if text.startswith(mark, start):
                 self.position += len(mark)
@@ -480,12 +477,10 @@ def read_literal(text: str, schema: Schema) -> Any:
         return UNREAD
     if text in PYTHON:
         return PYTHON[text]
-    if DECIMAL.fullmatch(text) is None:
-        return UNREAD
-    try:
-        return number(text)
-    except ValueError:
-        return UNREAD
+    with suppress(ValueError):  # too large
+        if DECIMAL.fullmatch(text):
+            return number(text)
+    return UNREAD
 
 
 def allows(schema: Schema, kind: str) -> bool:

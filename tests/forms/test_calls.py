@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 from llguidance import LLMatcher
@@ -104,6 +104,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda key: "▁" not in key), VALUES, max_size=4))
+@example(dict.fromkeys(("aa", "AA", "aA", "Aa"), 1))
 @settings(max_examples=60, deadline=None)
 def test_a_call_of_constants_is_the_templates_own(walker: Walker, values: Schema) -> None:
     """So a kept prompt is found again when the call comes back in it."""
@@ -192,6 +193,29 @@ RECURSIVE = {
 )
 def test_what_a_schema_says_is_held(walker: Walker, schema: Schema) -> None:
     arguments(walker, schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "boolean", "nullable": True},
+        {"$ref": "#/$defs/A"},
+        {"allOf": [{"$ref": "#/$defs/A"}, {"description": "Whether it is."}]},
+        {"oneOf": [{"type": "null"}, {"const": True}], "nullable": True},
+    ],
+)
+def test_what_is_nullable_may_be_null(walker: Walker, caplog: pytest.LogCaptureFixture, schema: Schema) -> None:
+    definitions = {"A": {"type": "boolean", "nullable": True}}
+    own = tool("f", {"a": schema}, ["a"], **{"$defs": definitions})
+    found = [call["arguments"]["a"] for call in calls_of(walker, [own], 25)]
+    assert None in found and True in found and not caplog.messages
+
+
+@pytest.mark.parametrize("kind", [{"type": ["object", "null"]}, {"type": "object", "nullable": True}])
+def test_the_arguments_themselves_are_never_null(walker: Walker, kind: Schema) -> None:
+    function = {"name": "f", "description": "", "parameters": kind | {"properties": {"a": {"type": "boolean"}}}}
+    found = calls_of(walker, [{"type": "function", "function": function}], 20)
+    assert found and {call["name"] for call in found} == {"f"}
 
 
 def test_optional_arguments_come_and_stay_away(walker: Walker) -> None:
