@@ -273,3 +273,8 @@ def test_a_sampling_default_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_home_folder_of_nobody_is_named(path: str | Path) -> None:
     with pytest.raises(ValueError, match=r"^'~nobody-of-this-name/x' names a user who is not known here"):
         expanded(path)
+
+
+def test_a_path_with_a_nul_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^'x\\x00y' has a NUL in it; expected a path$"):
+        expanded("x\0y")
