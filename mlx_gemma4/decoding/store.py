@@ -185,6 +185,8 @@ class PromptStore:
                 raise ValueError(f"{name} is {shown(value)}; expected a whole number of bytes above 0, or None")
         if folder is not None and not isinstance(folder, (str, Path)):
             raise ValueError(f"folder is {shown(folder)}; expected a folder's path, or None")
+        if folder is None and disk_bytes is not None:
+            raise ValueError(f"disk_bytes is {disk_bytes} without a folder; expected a folder too, or no disk_bytes")
         self.max_bytes = max_bytes
         self.room: int | None = None  # what the planner leaves
         self.disk = None if folder is None else Disk(expanded(folder), disk_bytes)
