@@ -24,7 +24,7 @@ from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
-from mlx_gemma4.weights.writing import beside, write_private
+from mlx_gemma4.weights.writing import beside, part_of, write_private
 
 MESSAGES, ABOUT, MEDIA_FOLDER, STORE_FOLDER = "messages.json", "session.json", "media", "store"
 FORMAT = 1
@@ -208,8 +208,8 @@ class Session:
             messages = [with_parts(message, saved_part, folder / MEDIA_FOLDER) for message in self.messages]
             weights = {"weights": fingerprint_of(self.model).hex(), "split": self.model.split}
             about = {"format": FORMAT, **weights, "settings": asdict(self.settings)}
-            # both are there before either takes the place of an older one
-            with beside(folder / MESSAGES) as part_of_messages, beside(folder / ABOUT) as part_of_about:
+            # both are there before either takes the place of an older one, the messages first
+            with beside(folder / ABOUT) as part_of_about, beside(folder / MESSAGES) as part_of_messages:
                 write_private(part_of_about, json_bytes(ABOUT, about))
                 write_private(part_of_messages, json_bytes(MESSAGES, messages))
         except OSError as error:
@@ -325,14 +325,14 @@ def read_saved(folder: str | Path) -> Saved:
 
 
 def read_part(folder: Path, name: str) -> Any:
+    file = folder / name
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        whole = file if file.exists() else part_of(file)  # which a kill may have left of the first saving
+        return json.loads(whole.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{str(folder)!r} holds no session: {name}: {one_line(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{str(folder / name)!r} is damaged: {one_line(error)}; expected what Session.save writes"
-        ) from None
+        raise ValueError(f"{str(file)!r} is damaged: {one_line(error)}; expected what Session.save writes") from None
 
 
 def json_bytes(name: str, value: Any) -> bytes:

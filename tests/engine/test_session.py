@@ -245,6 +245,40 @@ for turn in range(100):
 """
 
 
+KILLED = """
+import os
+import signal
+from pathlib import Path
+from mlx_gemma4 import Session, load
+session = Session(*load({model!r}), system="be brief")
+renamed = []
+
+def replace(self, target):
+    if len(renamed) == {renames}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    renamed.append(os.replace(self, target))
+
+Path.replace = replace
+session.save({folder!r})
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_what_a_kill_has_left_of_a_first_saving_is_found(
+    tiny: Loaded, tiny_folder: Path, tmp_path: Path, renames: int
+) -> None:
+    """Of the two files neither or one has its name."""
+    folder = tmp_path / "saved"
+    code = KILLED.format(model=str(tiny_folder), folder=str(folder), renames=renames)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert len([name for name in (ABOUT, MESSAGES) if (folder / name).exists()]) == renames
+    session = Session.load(folder, *tiny)
+    assert session.messages == [{"role": "system", "content": "be brief"}]
+    session.save(folder)
+    assert {file.name for file in folder.iterdir()} >= {ABOUT, MESSAGES}
+    assert Session.load(folder, *tiny).messages == session.messages
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 def test_a_process_killed_while_it_saves_leaves_a_whole_session(
     tiny: Loaded, tiny_folder: Path, tmp_path: Path, turns: int
