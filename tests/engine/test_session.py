@@ -16,7 +16,7 @@ from conversing import Loaded
 from PIL import Image
 from rounds import GREEDY
 
-from mlx_gemma4 import PromptStore, Session, generate
+from mlx_gemma4 import PromptStore, Session, generate, load
 from mlx_gemma4.engine.reading import fingerprint_of
 from mlx_gemma4.engine.session import ABOUT, MESSAGES, STORE_FOLDER, is_session
 from mlx_gemma4.weights.writing import part_of
@@ -232,6 +232,16 @@ def test_a_session_of_another_model_is_refused(tiny: Loaded, other: Loaded, tmp_
     with pytest.raises(ValueError, match="other weights"):
         Session.load(tmp_path, *other)
     assert fingerprint_of(tiny[0]) != fingerprint_of(other[0])
+
+
+def test_a_session_goes_on_in_another_computing_type(tiny: Loaded, tiny_folder: Path, tmp_path: Path) -> None:
+    """Read anew once: what was read in one type is not found in another."""
+    session = Session(*tiny)
+    say(session, "one")
+    session.save(tmp_path)
+    loaded = Session.load(tmp_path, *load(tiny_folder, dtype="bfloat16"))
+    assert loaded.messages == session.messages
+    assert [say(loaded, text).stats.cached_tokens > 0 for text in ("two", "three")] == [False, True]
 
 
 SAVER = """
