@@ -342,9 +342,10 @@ class PromptStore:
     @property
     def nbytes(self) -> int:
         """Bytes held in memory; what a request has in its hands counts with its caches, not here."""
-        lines = [*self.lines, *(held.line for held in self.held)]
-        pages = {id(page): page for line in lines for page in line.pages.values()}
-        return sum(line.nbytes for line in self.lines) + sum(page.nbytes for page in pages.values())
+        with self.lock:
+            lines = [*self.lines, *(held.line for held in self.held)]
+            pages = {id(page): page for line in lines for page in line.pages.values()}
+            return sum(line.nbytes for line in self.lines) + sum(page.nbytes for page in pages.values())
 
     @property
     def ceiling(self) -> int | None:
