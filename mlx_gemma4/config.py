@@ -123,7 +123,10 @@ def computing_type(name: str | None) -> mx.Dtype | None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path whose `~` or `~user` is the folder that it stands for. ValueError if there is no such user."""
+    """A path whose `~` or `~user` is the folder that it stands for. ValueError if there is no such user, or no such
+    path can be."""
+    if "\0" in str(path):
+        raise ValueError(f"{shown(str(path))} has a NUL in it; expected a path")
     try:
         return Path(path).expanduser()
     except RuntimeError:

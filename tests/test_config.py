@@ -281,3 +281,8 @@ def test_a_part_of_a_head_that_cannot_turn_is_refused(factor: float) -> None:
     raw["text_config"]["rope_parameters"]["full_attention"]["partial_rotary_factor"] = factor
     with pytest.raises(CheckpointError, match=rf"^partial_rotary_factor is {factor}; expected at most 1"):
         parse_config(raw, PLAIN)
+
+
+def test_a_path_with_a_nul_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^'x\\x00y' has a NUL in it; expected a path$"):
+        expanded("x\0y")

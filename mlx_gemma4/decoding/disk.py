@@ -84,7 +84,7 @@ class Disk:
     def __init__(self, folder: Path, most: int | None):
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.make()
             os.chmod(folder, 0o700)
         except OSError as error:
             raise ValueError(
@@ -97,6 +97,9 @@ class Disk:
         for file in self.files(PART):
             if now - age_and_size(file)[0] > OLD_PART:
                 discard(file)
+
+    def make(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def files(self, suffix: str = SUFFIX) -> list[Path]:
         try:
@@ -185,6 +188,7 @@ class Disk:
         data = assembled({"kind": kind, "before": before.hex(), "units": units, "first": page.first}, page)
         part = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")  # a process's own
         try:
+            self.make()  # deleted meanwhile
             if not self.make_room(len(data)):
                 logger.warning(
                     "the store's folder %s has no room for more: %d bytes may lie there, and a tenth of the disk stays "

@@ -185,6 +185,8 @@ class PromptStore:
                 raise ValueError(f"{name} is {shown(value)}; expected a whole number of bytes above 0, or None")
         if folder is not None and not isinstance(folder, (str, Path)):
             raise ValueError(f"folder is {shown(folder)}; expected a folder's path, or None")
+        if folder is None and disk_bytes is not None:
+            raise ValueError(f"disk_bytes is {disk_bytes} without a folder; expected a folder too, or no disk_bytes")
         self.max_bytes = max_bytes
         self.room: int | None = None  # what the planner leaves
         self.disk = None if folder is None else Disk(expanded(folder), disk_bytes)
@@ -340,9 +342,10 @@ class PromptStore:
     @property
     def nbytes(self) -> int:
         """Bytes held in memory; what a request has in its hands counts with its caches, not here."""
-        lines = [*self.lines, *(held.line for held in self.held)]
-        pages = {id(page): page for line in lines for page in line.pages.values()}
-        return sum(line.nbytes for line in self.lines) + sum(page.nbytes for page in pages.values())
+        with self.lock:
+            lines = [*self.lines, *(held.line for held in self.held)]
+            pages = {id(page): page for line in lines for page in line.pages.values()}
+            return sum(line.nbytes for line in self.lines) + sum(page.nbytes for page in pages.values())
 
     @property
     def ceiling(self) -> int | None:

@@ -24,7 +24,7 @@ from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
-from mlx_gemma4.weights.writing import beside, write_private
+from mlx_gemma4.weights.writing import beside, part_of, write_private
 
 MESSAGES, ABOUT, MEDIA_FOLDER, STORE_FOLDER = "messages.json", "session.json", "media", "store"
 FORMAT = 1
@@ -206,10 +206,11 @@ class Session:
             for made in (folder, folder / MEDIA_FOLDER):
                 make_private(made)
             messages = [with_parts(message, saved_part, folder / MEDIA_FOLDER) for message in self.messages]
-            weights = {"weights": fingerprint_of(self.model).hex(), "split": self.model.split}
-            about = {"format": FORMAT, **weights, "settings": asdict(self.settings)}
-            # both are there before either takes the place of an older one
-            with beside(folder / MESSAGES) as part_of_messages, beside(folder / ABOUT) as part_of_about:
+            own = self.model
+            kept = {"weights": fingerprint_of(own).hex(), "dtype": str(own.language_model.dtype), "split": own.split}
+            about = {"format": FORMAT, **kept, "settings": asdict(self.settings)}
+            # both are there before either takes the place of an older one, the messages first
+            with beside(folder / ABOUT) as part_of_about, beside(folder / MESSAGES) as part_of_messages:
                 write_private(part_of_about, json_bytes(ABOUT, about))
                 write_private(part_of_messages, json_bytes(MESSAGES, messages))
         except OSError as error:
@@ -268,16 +269,16 @@ class Saved:
 
     folder: Path
     weights: str
+    dtype: Any  # in which these were read; None: not said
     settings: Settings
     messages: list[dict[str, Any]]
     split: str | None  # how machines shared the model, of which the weights are a part
 
     def check_model(self, model: Model) -> None:
-        if self.weights != fingerprint_of(model).hex():
-            raise ValueError(
-                f"{str(self.folder)!r} holds a session with other weights, or another computing type; expected "
-                "those it began with"
-            )
+        # in another computing type the same weights are other numbers; what was read is not found then
+        is_same = self.dtype in (None, str(model.language_model.dtype))
+        if is_same and self.weights != fingerprint_of(model).hex():
+            raise ValueError(f"{str(self.folder)!r} holds a session with other weights; expected those it began with")
         if (name := self.settings.adapter) is not None and name not in model.config.adapters:
             there = ", ".join(model.config.adapters) or "it to be loaded by name"
             raise ValueError(f"{str(self.folder)!r} holds a session with the adapter {shown(name)}; expected {there}")
@@ -321,18 +322,18 @@ def read_saved(folder: str | Path) -> Saved:
         check_messages(loaded)
     if (split := about.get("split")) not in (None, *SPLITS):
         raise ValueError(f"{str(folder / ABOUT)!r} has split {shown(split)}; expected what Session.save writes")
-    return Saved(folder, about["weights"], settings, loaded, split)
+    return Saved(folder, about["weights"], about.get("dtype"), settings, loaded, split)
 
 
 def read_part(folder: Path, name: str) -> Any:
+    file = folder / name
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        whole = file if file.exists() else part_of(file)  # which a kill may have left of the first saving
+        return json.loads(whole.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{str(folder)!r} holds no session: {name}: {one_line(error)}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{str(folder / name)!r} is damaged: {one_line(error)}; expected what Session.save writes"
-        ) from None
+        raise ValueError(f"{str(file)!r} is damaged: {one_line(error)}; expected what Session.save writes") from None
 
 
 def json_bytes(name: str, value: Any) -> bytes:

@@ -134,7 +134,9 @@ class App:
         """What can be read."""
         kind, _, name = path.partition("/")
         if path == "metrics":
-            await answer(send, 200, self.metrics.text(), CONTENT_TYPE_LATEST)
+            # a thread's: the store may be in the hands of one that writes it to a disk
+            text = await asyncio.to_thread(self.metrics.text)
+            await answer(send, 200, text, CONTENT_TYPE_LATEST)
         elif path == "ready":
             ready = self.resident.is_ready and not self.is_closing
             await answer(send, 200 if ready else 503, as_bytes({"ready": ready}))

@@ -69,9 +69,15 @@ def test_a_new_store_has_only_what_the_folder_has(paged: Loaded, kept: Path) -> 
     shutil.rmtree(kept)
     store = PromptStore(folder=kept)
     assert stored_logits(paged, store, Prompt(IDS))[1] == 0
+
+
+def test_a_folder_that_is_deleted_is_made_anew(paged: Loaded, kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = PromptStore(folder=kept)
     shutil.rmtree(kept)  # at any time
-    assert stored_logits(paged, store, Prompt(IDS))[1] == 299
+    assert stored_logits(paged, store, Prompt(IDS))[1] == 0
     store.save()
+    assert stored_logits(paged, PromptStore(folder=kept), Prompt(IDS))[1] == 299
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700 and not caplog.records
 
 
 def test_nobody_else_may_read_it(kept: Path) -> None:
@@ -210,6 +216,13 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path, what: str) -> None:
     file.write_text("")
     with pytest.raises(ValueError, match="expected a folder to write to"):
         PromptStore(folder=file if what == "file" else file / "folder")
+
+
+def test_a_bound_of_a_folder_that_is_not_given_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^disk_bytes is 5 without a folder; expected a folder too, or no disk_bytes$"
+    ):
+        PromptStore(disk_bytes=5)
 
 
 @pytest.mark.parametrize("name", ["max_bytes", "disk_bytes"])

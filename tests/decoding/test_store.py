@@ -1,6 +1,7 @@
 """What has been read is found again, by content alone, within bounds; and never anything else."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import mlx.core as mx
@@ -251,3 +252,12 @@ def test_where_prompts_part_is_one_line_of_the_log(paged: Loaded, caplog: pytest
         stored_logits(paged, store, Prompt([*ids[:60], *words(1, 40)]))
     assert len(caplog.records) == 1
     assert "60 of 100 tokens are not read again; what was read goes on after token 60" in caplog.text
+
+
+def test_its_size_is_not_read_while_it_changes() -> None:
+    store = PromptStore()
+    with ThreadPoolExecutor(1) as pool:
+        with store.lock:
+            size = pool.submit(lambda: store.nbytes)
+            assert not wait([size], timeout=0.1).done
+        assert size.result() == 0

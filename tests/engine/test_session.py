@@ -16,7 +16,7 @@ from conversing import Loaded
 from PIL import Image
 from rounds import GREEDY
 
-from mlx_gemma4 import PromptStore, Session, generate
+from mlx_gemma4 import PromptStore, Session, generate, load
 from mlx_gemma4.engine.reading import fingerprint_of
 from mlx_gemma4.engine.session import ABOUT, MESSAGES, STORE_FOLDER, is_session
 from mlx_gemma4.weights.writing import part_of
@@ -234,6 +234,16 @@ def test_a_session_of_another_model_is_refused(tiny: Loaded, other: Loaded, tmp_
     assert fingerprint_of(tiny[0]) != fingerprint_of(other[0])
 
 
+def test_a_session_goes_on_in_another_computing_type(tiny: Loaded, tiny_folder: Path, tmp_path: Path) -> None:
+    """Read anew once: what was read in one type is not found in another."""
+    session = Session(*tiny)
+    say(session, "one")
+    session.save(tmp_path)
+    loaded = Session.load(tmp_path, *load(tiny_folder, dtype="bfloat16"))
+    assert loaded.messages == session.messages
+    assert [say(loaded, text).stats.cached_tokens > 0 for text in ("two", "three")] == [False, True]
+
+
 SAVER = """
 import sys
 from mlx_gemma4 import Sampling, Session, load
@@ -243,6 +253,40 @@ for turn in range(100):
     print(turn, flush=True)
     session.save({folder!r})
 """
+
+
+KILLED = """
+import os
+import signal
+from pathlib import Path
+from mlx_gemma4 import Session, load
+session = Session(*load({model!r}), system="be brief")
+renamed = []
+
+def replace(self, target):
+    if len(renamed) == {renames}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    renamed.append(os.replace(self, target))
+
+Path.replace = replace
+session.save({folder!r})
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_what_a_kill_has_left_of_a_first_saving_is_found(
+    tiny: Loaded, tiny_folder: Path, tmp_path: Path, renames: int
+) -> None:
+    """Of the two files neither or one has its name."""
+    folder = tmp_path / "saved"
+    code = KILLED.format(model=str(tiny_folder), folder=str(folder), renames=renames)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert len([name for name in (ABOUT, MESSAGES) if (folder / name).exists()]) == renames
+    session = Session.load(folder, *tiny)
+    assert session.messages == [{"role": "system", "content": "be brief"}]
+    session.save(folder)
+    assert {file.name for file in folder.iterdir()} >= {ABOUT, MESSAGES}
+    assert Session.load(folder, *tiny).messages == session.messages
 
 
 @pytest.mark.parametrize("turns", [1, 3])
