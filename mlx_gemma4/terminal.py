@@ -36,7 +36,7 @@ def run(command: Callable[..., int | None]) -> int:
     # closed by whoever started this:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is sys.__stderr__:
+    if isinstance(sys.stderr, TextIOWrapper) and sys.stderr is sys.__stderr__:
         unbuffered = FileIO(sys.stderr.fileno(), "w", closefd=False)  # what is lost is not kept to be tried again
         sys.stderr = Lossy(unbuffered, sys.stderr.encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, TextIOWrapper):
