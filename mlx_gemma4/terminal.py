@@ -8,8 +8,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from io import TextIOWrapper
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO, TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
 import typer
@@ -36,6 +36,9 @@ def run(command: Callable[..., int | None]) -> int:
     # closed by whoever started this:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stderr, TextIOWrapper) and sys.stderr is sys.__stderr__:
+        unbuffered = FileIO(sys.stderr.fileno(), "w", closefd=False)  # what is lost is not kept to be tried again
+        sys.stderr = Lossy(unbuffered, sys.stderr.encoding, "backslashreplace", line_buffering=True)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks is no reason to stop
     news = News()
@@ -76,6 +79,19 @@ def closed_pipe() -> int:
     for stream in (1, 2):
         os.dup2(nowhere, stream)  # Python writes out what is left when it ends
     return CLOSED_PIPE
+
+
+class Lossy(TextIOWrapper):
+    """A stream on which what a full disk or a reader that is gone does not take is lost: the answer goes elsewhere."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 class News(logging.Handler):
@@ -120,7 +136,7 @@ def on_warning(
 
 
 def is_screen(stream: TextIO) -> bool:
-    """Whether text can be dim there."""
+    """Whether text can be dim there, and lines drawn anew."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -147,7 +163,7 @@ class Bar:
         self.close()
 
     def show(self, done: int, total: int) -> None:
-        if self.shown is None and done < total and sys.stderr.isatty():
+        if self.shown is None and done < total and is_screen(sys.stderr):
             from rich.console import Console
             from rich.progress import Progress
 

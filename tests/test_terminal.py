@@ -32,12 +32,12 @@ def words(name: str, *rest: str) -> list[str]:
     return [sys.executable, "-m", f"mlx_gemma4.{name}", *rest]
 
 
-def in_terminal(columns: int, rest: list[str]) -> tuple[pyte.Screen, bytes, int]:
+def in_terminal(columns: int, rest: list[str], kind: str = "xterm") -> tuple[pyte.Screen, bytes, int]:
     """A session in a terminal for both streams: the screen at its end, what was written, the exit status."""
     master, slave = pty.openpty()
     ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-    running = subprocess.Popen(rest, stdout=slave, stderr=slave, stdin=slave, env=environment | {"TERM": "xterm"})
+    running = subprocess.Popen(rest, stdout=slave, stderr=slave, stdin=slave, env=environment | {"TERM": kind})
     os.close(slave)
     screen, written = pyte.Screen(columns, 60), b""
     stream = pyte.ByteStream(screen)
@@ -76,6 +76,13 @@ def test_a_thought_is_dim_and_the_answer_is_not() -> None:
     assert status == 0
     _, dim, rest = written.partition(b"\x1b[2m")
     assert dim and rest.rfind(b"\x1b[22m") < rest.rfind(b"3 + 4 = 7.")
+
+
+def test_a_terminal_that_draws_no_line_anew_shows_no_bar() -> None:
+    question = words("generate", "--model", "demo", "--prompt", "What is 3 + 4?", "--temp", "0")
+    _, written, status = in_terminal(200, question, "dumb")
+    assert status == 0
+    assert written.decode().splitlines()[:2] == [f"drafter: {DEMO / 'drafter'}", "3 + 4 = 7."]
 
 
 def test_a_thought_in_a_file_has_no_escapes() -> None:
@@ -133,6 +140,16 @@ def test_streams_may_be_closed(closed: str) -> None:
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "" if " >&-" in f" {closed}" else "3 + 4 = 7.\n")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("errors", ["2>/dev/full", "2> >(true)"])
+def test_what_standard_error_does_not_take_costs_no_answer(errors: str) -> None:
+    line = (
+        f"{shlex.join(words('generate', '-m', 'demo', '-p', 'What is 3 + 4?', '--temp', '0', '--thinking'))} {errors}"
+    )
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "3 + 4 = 7.\n")
 
 
 def test_short_options_are_those_of_model_and_prompt() -> None:

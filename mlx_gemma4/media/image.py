@@ -10,7 +10,7 @@ from ctypes import CDLL
 from io import SEEK_END
 from numbers import Integral
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -19,6 +19,7 @@ from PIL import (
     ImageCms,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
+    PngImagePlugin,
     TiffImagePlugin,
     UnidentifiedImageError,
     _imaging,
@@ -58,6 +59,8 @@ UPRIGHT = {  # by EXIF's orientation
 }
 SIDEWAYS = {UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}  # rows become columns
 LAST_FIRST = {UPRIGHT[orientation] for orientation in (3, 4, 6, 7)}  # the first row comes last
+
+GREYS = {"L;2": 3, "L;4": 15}  # by Pillow's name for the form: white
 
 one_at_a_time = threading.Lock()  # reading an image: its memory is bounded, and warnings are the whole process's
 
@@ -123,6 +126,8 @@ def open_image(file: BinaryIO, name: str) -> Image.Image:
     image = Image.open(file, formats=FORMATS)
     check_size(image, name)
     check_backed(image, file.seek(0, SEEK_END), name)
+    if isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info:
+        image.info["transparency"] = as_decoded(image.info["transparency"], image.tile[0].args)
     if image.format == "JPEG2000" and image.mode != "I;16" and (bits := channel_bits(file)) > 8:
         got = f"{name} is JPEG 2000 of {bits} bits a channel"  # Pillow 13.0 rounds its white up to 256, which is 0
         raise MediaError(f"{got}, of which Pillow reads white as black; expected 8 bits, grey, or another format")
@@ -138,6 +143,13 @@ def open_image(file: BinaryIO, name: str) -> Image.Image:
     elif (needed := decoding_bytes(image, pixels)) > MOST_BYTES:
         raise MediaError(f"{kind}; expected at most {MOST_BYTES * pixels // needed} in all of this kind, {SEEN}")
     return image
+
+
+def as_decoded(transparent: Any, form: Any) -> Any:
+    """PNG's transparent grey or colour in 8 bits where Pillow decodes to 8: it leaves the file's own number there."""
+    if form in GREYS:
+        return transparent * 255 // GREYS[form]
+    return tuple(value >> 8 for value in transparent) if form == "RGB;16B" else transparent
 
 
 def decoding_bytes(image: Image.Image, pixels: int) -> int:
@@ -245,7 +257,11 @@ def is_deep(image: Image.Image) -> bool:
 def to_rgb(image: Image.Image, white: int) -> Image.Image:
     """`white`: of deep grey."""
     if is_deep(image):
-        image = Image.fromarray(to_8_bits(np.asarray(image), white))
+        grey = np.asarray(image)
+        shades = to_8_bits(grey, white)
+        if "transparency" in image.info:
+            shades[grey == image.info["transparency"]] = 255
+        image = Image.fromarray(shades)
     elif image.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(lab, rgb, "LAB", "RGB")

@@ -38,7 +38,7 @@ TYPE_OF = {
 }  # fmt: skip
 # A schema without a type is of the type that its keywords are for.
 SIGNS = {
-    "object": ("properties", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
+    "object": ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
     "string": ("pattern", "minLength", "maxLength", "format"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
@@ -302,8 +302,12 @@ def is_null(schema: Mapping[str, Any]) -> bool:
 
 
 def combined(schema: Schema, other: Mapping[str, Any]) -> Schema:
-    """Both at once: the first counts where they differ, but properties and what is required are those of both."""
+    """Both at once: the first counts where they differ, but descriptions, properties and what is required are those of
+    both."""
     result = {**other, **schema}
+    texts = [part.get("description") for part in (schema, other)]
+    if all(isinstance(text, str) for text in texts):
+        result["description"] = " ".join(filter(None, dict.fromkeys(texts)))
     if isinstance(schema.get("properties"), dict) and isinstance(other.get("properties"), dict):
         result["properties"] = {**other["properties"], **schema["properties"]}
     if isinstance(schema.get("required"), list) and isinstance(other.get("required"), list):
@@ -322,7 +326,7 @@ def said(schema: Schema) -> str:
         text = " or ".join(as_json(value) for value in schema["enum"])
     elif types == ["array"] and "items" in schema:
         text = f"array of {said(schema['items'])}"
-    elif types == ["object"] and schema.get("properties"):
+    elif types == ["object"] and (schema.get("properties") or schema.get("required")):
         text = f"object with {', '.join(said_properties(schema))}"
     if schema.get("nullable"):
         text += " or null"
@@ -334,3 +338,4 @@ def said_properties(schema: Schema) -> Iterator[str]:
     required = schema.get("required", [])
     for name, inner in schema["properties"].items():
         yield f"{name}{'' if name in required else ' (optional)'}: {said(inner)}"
+    yield from (name for name in required if name not in schema["properties"])

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import struct
 import sys
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -150,6 +152,33 @@ def test_a_transparent_colour_of_a_palette_is_white(format: str) -> None:
     assert list(read_image(saved(image, format)).get_flattened_data()) == [(10, 20, 30), (40, 50, 60)]
     image.info["transparency"] = 0
     assert list(read_image(saved(image, format)).get_flattened_data()) == [(255, 255, 255), (40, 50, 60)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour_type", "pixels", "transparent", "expected"),
+    [
+        (1, 0, b"\x80", [1], [255, 0]),
+        (2, 0, b"\x60", [1], [255, 170]),
+        (4, 0, b"\x23", [2], [255, 51]),
+        (8, 0, b"\x02\x34", [2], [255, 52]),
+        (16, 0, b"\x03\xe8\x75\x30", [1000], [255, 117]),
+        (16, 2, b"\x03\xe8\x03\xe8\x03\xe8\xe8\xe8\xe8\xe8\xe8\xe8", [1000] * 3, [255, 232]),
+    ],
+)
+def test_a_transparent_grey_or_colour_of_any_depth_is_white(
+    bits: int, colour_type: int, pixels: bytes, transparent: list[int], expected: list[int]
+) -> None:
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour_type, 0, 0, 0)),
+        (b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+        (b"IDAT", zlib.compress(b"\0" + pixels)),
+        (b"IEND", b""),
+    ]
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    ]
+    image = read_image(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    assert np.asarray(image)[0].tolist() == [[value] * 3 for value in expected]
 
 
 def test_opaque_alpha_changes_nothing() -> None:

@@ -80,6 +80,12 @@ STRING, INTEGER, NULLABLE = 'type:<|"|>STRING<|"|>', 'type:<|"|>INTEGER<|"|>', "
         ({"$ref": "#/$defs/Node"},
          'properties:{next:{description:<|"|>Again as Node around it.<|"|>,nullable:true,properties:{},'
          'type:<|"|>OBJECT<|"|>}},type:<|"|>OBJECT<|"|>'),
+        ({"allOf": [{"description": "Left.", "$ref": "#/$defs/Node"}, {"description": "A node."}],
+          "properties": {"next": {"$ref": "#/$defs/Node", "description": "The next."}}},
+         said("Left. A node.", 'properties:{next:{description:<|"|>The next. Again as Node around it.<|"|>,'
+              'properties:{},type:<|"|>OBJECT<|"|>}},type:<|"|>OBJECT<|"|>')),
+        ({"properties": {"x": {"type": "integer"}}, "oneOf": [{"required": ["x"]}, {"required": ["y", "z"]}]},
+         said("One of: object with x; object with y, z.", f'properties:{{x:{{{INTEGER}}}}},type:<|"|>OBJECT<|"|>')),
     ],
 )  # fmt: skip
 def test_a_schema_reaches_the_model_with_its_meaning(schema: Any, text: str) -> None:
