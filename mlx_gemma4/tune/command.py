@@ -279,7 +279,7 @@ def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
     examples = processes.share(range(len(measured.data.passages))[:MEASURED])
     before = room.acceptance(model, drafter, measured.of(examples), processes)
     quantized = room.unfreeze_matrices(drafter)
-    optimizer = Muon(room.RATE, weight_decay=0.0)
+    optimizer = Muon(room.rate_of(training.schedule.needed), weight_decay=0.0)
     room.train_drafter(model, drafter, optimizer, training.schedule, training.train.of, processes)
     after = room.acceptance(model, drafter, measured.of(examples), processes)
     if processes.rank:

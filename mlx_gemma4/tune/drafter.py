@@ -26,7 +26,7 @@ from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
 
 PROPOSALS = 3  # learnt in a row: each further one starts from what the drafter itself has made
-RATE = 1e-2  # of Muon, whose steps do not hang on a matrix's size; Adam needs twice as many
+LOWEST, HIGHEST, MANY = 1e-3, 1e-2, 12_800  # of Muon, whose steps do not hang on a matrix's size; examples
 BITS, GROUP = 8, 64  # of matrices that were quantized: a 4-bit step is larger than what they learnt
 
 
@@ -128,6 +128,11 @@ def slopes(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, Any]:
     if not np.isfinite(loss.item()):
         raise ValueError(f"{row.where[0]}: the drafter's loss is {loss.item()}; expected another example")
     return mx.stack([loss, mx.array(max(1.0, size)), mx.array(float(row.tokens))]), found
+
+
+def rate_of(examples: int) -> float:
+    """The highest learning rate in a schedule of so many: by few of them what the drafter knew would be lost."""
+    return min(max(LOWEST, HIGHEST * examples / MANY), HIGHEST)
 
 
 def train_drafter(
