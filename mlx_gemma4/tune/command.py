@@ -268,8 +268,6 @@ def take_kept(training: Run) -> None:
 
 
 def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
-    from mlx.optimizers import Muon
-
     from mlx_gemma4.tune import drafter as room
 
     model, choice, folder = checkpoint.model, checkpoint.drafter, training.folder / "drafter"
@@ -279,7 +277,7 @@ def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
     examples = processes.share(range(len(measured.data.passages))[:MEASURED])
     before = room.acceptance(model, drafter, measured.of(examples), processes)
     quantized = room.unfreeze_matrices(drafter)
-    optimizer = Muon(room.rate_of(training.schedule.needed), weight_decay=0.0)
+    optimizer = room.optimizer_for(training.schedule.needed)
     room.train_drafter(model, drafter, optimizer, training.schedule, training.train.of, processes)
     after = room.acceptance(model, drafter, measured.of(examples), processes)
     if processes.rank:

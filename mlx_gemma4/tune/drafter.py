@@ -130,9 +130,9 @@ def slopes(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, Any]:
     return mx.stack([loss, mx.array(max(1.0, size)), mx.array(float(row.tokens))]), found
 
 
-def rate_of(examples: int) -> float:
-    """The highest learning rate in a schedule of so many: by few of them what the drafter knew would be lost."""
-    return min(max(LOWEST, HIGHEST * examples / MANY), HIGHEST)
+def optimizer_for(examples: int) -> optim.Muon:
+    """Of a schedule of so many: at a high rate, by few of them, what the drafter knew would be lost."""
+    return optim.Muon(min(max(LOWEST, HIGHEST * examples / MANY), HIGHEST), weight_decay=0.0)
 
 
 def train_drafter(
