@@ -133,7 +133,7 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{shown(str(path))} names a user who is not known here; expected a path") from None
 
 
-def bytes_of(path: str | Path, what: str) -> bytes:
+def read_given(path: str | Path, what: str) -> bytes:
     """What is in a file that a user names; ValueError that begins with `what` if it cannot be read."""
     file = expanded(path)
     try:

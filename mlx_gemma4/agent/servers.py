@@ -25,7 +25,7 @@ from mcp.types import METHOD_NOT_FOUND, CallToolResult, ContentBlock, TextResour
 from mcp.types import Tool as Listed
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
-from mlx_gemma4.config import bytes_of
+from mlx_gemma4.config import read_given
 from mlx_gemma4.errors import a, one_line, with_name
 
 if sys.version_info < (3, 11):
@@ -58,7 +58,7 @@ def read_configs(source: str | Path | Mapping[str, Any]) -> list[Config]:
     where, found = "mcp", source
     if isinstance(source, (str, Path)):
         where = f"mcp {str(source)!r}"
-        data = bytes_of(source, where)
+        data = read_given(source, where)
         try:
             found = json.loads(data)
         except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mlx_gemma4.agent.tools import Part, Tool, ToolError, text_part
-from mlx_gemma4.config import bytes_of, expanded
+from mlx_gemma4.config import expanded, read_given
 from mlx_gemma4.errors import one_line, shown
 
 FILE = "SKILL.md"
@@ -50,7 +50,7 @@ def read_skill(file: Path) -> Skill:
 
 def split(file: Path) -> tuple[str, str]:
     """The front matter and the rest."""
-    data = bytes_of(file, repr(str(file)))
+    data = read_given(file, repr(str(file)))
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

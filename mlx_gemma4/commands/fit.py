@@ -14,7 +14,7 @@ import mlx.core as mx
 import typer
 
 from mlx_gemma4 import __version__, flags
-from mlx_gemma4.config import FULL, bytes_of, computing_type, expanded, with_kv_bits
+from mlx_gemma4.config import FULL, computing_type, expanded, read_given, with_kv_bits
 from mlx_gemma4.convert.recipes import BITS, nbytes_at
 from mlx_gemma4.errors import shown
 from mlx_gemma4.flags import above_0, option, switch
@@ -201,7 +201,7 @@ def fit_machines(headers: Headers, rooms: Sequence[int], tokens: int) -> int:
 
 def read_hosts(file: Path) -> list[str]:
     """The machines of a hostfile of mlx.launch, as ssh knows them."""
-    data = bytes_of(file, str(file))
+    data = read_given(file, str(file))
     try:
         found = json.loads(data)
         names = [str(host["ssh"]) for host in (found["hosts"] if isinstance(found, dict) else found)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlx_gemma4 import flags
-from mlx_gemma4.config import bytes_of, computing_type, expanded
+from mlx_gemma4.config import computing_type, expanded, read_given
 from mlx_gemma4.decoding.controller import check_draft_length
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.engine.generation import Reading, follow, generation_events
@@ -132,7 +132,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def read_schema(path: Path) -> Any:
-    data = bytes_of(path, f"the schema {str(path)!r}")
+    data = read_given(path, f"the schema {str(path)!r}")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ from typing import Annotated
 import uvicorn
 
 from mlx_gemma4 import flags
-from mlx_gemma4.config import bytes_of, expanded
+from mlx_gemma4.config import expanded, read_given
 from mlx_gemma4.entry import leave
 from mlx_gemma4.errors import one_line, shown
 from mlx_gemma4.flags import above_0, adapters_of, number, option, switch, whole
@@ -95,7 +95,7 @@ def share_heaps() -> None:
 
 
 def read_keys(path: Path) -> list[str]:
-    data = bytes_of(path, f"the keys {str(path)!r}")
+    data = read_given(path, f"the keys {str(path)!r}")
     try:
         lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
