@@ -4,12 +4,13 @@ import sys
 from importlib.metadata import entry_points
 
 import mlx_gemma4
+from mlx_gemma4.entry import closed_pipe
 
-if __name__ == "__main__":
-    given = sys.argv[1:]
+
+def main(given: list[str]) -> int:
     if given == ["--version"]:
-        print(f"mlx_gemma4 {mlx_gemma4.__version__}")
-        sys.exit()
+        print(f"mlx_gemma4 {mlx_gemma4.__version__}", flush=True)
+        return 0
     print("Commands; each says more with --help:")
     for name in sorted(
         script.name
@@ -17,5 +18,15 @@ if __name__ == "__main__":
         if script.dist is not None and script.dist.name == "mlx_gemma4"
     ):
         print(f"  {name}")
-    if given not in ([], ["--help"]):
-        sys.exit(f"error: {given[0][:80]!r} is none of these; expected python -m mlx_gemma4.COMMAND")
+    sys.stdout.flush()
+    if given in ([], ["--help"]):
+        return 0
+    print(f"error: {given[0][:80]!r} is none of these; expected python -m mlx_gemma4.COMMAND", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:
+        sys.exit(closed_pipe())

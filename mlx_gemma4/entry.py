@@ -13,6 +13,7 @@ from functools import partial
 from importlib import import_module
 
 STOPPED = 128  # and the signal's number: the exit status
+CLOSED_PIPE = 141
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 
 # What remains to be done if a signal ends the process now: half-written files go, an open line ends.
@@ -46,6 +47,14 @@ def leave(number: int, frame: object) -> None:
             action()
     finally:
         os._exit(STOPPED + number)
+
+
+def closed_pipe() -> int:
+    """The reader had enough, as of `| head -1`: no error, and nobody to tell."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)  # Python writes out what is left when it ends
+    return CLOSED_PIPE
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 from typer.exceptions import TyperException
 
-from mlx_gemma4.entry import if_stopped
+from mlx_gemma4.entry import closed_pipe, if_stopped
 from mlx_gemma4.errors import LONGEST, Kind, clipped, kind, unbroken, with_name
 from mlx_gemma4.weights.load import logger
 from mlx_gemma4.weights.peers import leave_word
@@ -23,7 +23,7 @@ from mlx_gemma4.weights.peers import leave_word
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-WRONG_REQUEST, FAILED, CLOSED_PIPE = 2, 1, 141  # exit statuses
+WRONG_REQUEST, FAILED = 2, 1  # exit statuses
 REMEMBERED = 1000  # lines that are said once
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -71,14 +71,6 @@ def run(command: Callable[..., int | None]) -> int:
     finally:
         logger.setLevel(level)
         logger.removeHandler(news)
-
-
-def closed_pipe() -> int:
-    """The reader had enough, as of `| head -1`: no error, and nobody to tell."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(nowhere, stream)  # Python writes out what is left when it ends
-    return CLOSED_PIPE
 
 
 class Lossy(TextIOWrapper):

@@ -100,6 +100,7 @@ def test_a_thought_in_a_file_has_no_escapes() -> None:
         words("fit", str(DEMO)),
         words("convert", "--help"),
         words("evaluate", "--help"),
+        [sys.executable, "-m", "mlx_gemma4"],
     ],
 )
 def test_a_reader_that_had_enough_is_no_error(rest: list[str]) -> None:
@@ -129,7 +130,7 @@ def test_the_package_knows_its_version_and_no_words() -> None:
     assert (done.returncode, done.stdout) == (0, f"mlx_gemma4 {mlx_gemma4.__version__}\n")
     done = subprocess.run([*rest, "chat"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (
-        1,
+        2,
         "error: 'chat' is none of these; expected python -m mlx_gemma4.COMMAND\n",
     )
 
