@@ -97,7 +97,7 @@ def main(
     kv_bits: Annotated[int | None, typer.Option(help="Ask with caches of so many bits too.")] = None,
     before: Annotated[int, typer.Option(min=0, help="Tokens of other text before each item, about.")] = 0,
 ) -> None:
-    """Parts right by group and task; acceptance at three drafts; stories with and without drafts."""
+    """Parts right by group and task, and of three drafts accepted by group; stories with and without drafts."""
     loaded, processor = load(model, adapter=adapter)
     other = load(model, adapter=adapter, kv_bits=kv_bits)[0] if kv_bits is not None else None
     start: list[dict[str, Any]] = []
@@ -108,32 +108,30 @@ def main(
         stores = PromptStore(), PromptStore()
     held_out = load_material(material, held_out=True)
     results: list[dict[str, Any]] = []
-    drafted = accepted = 0
     lessons = [Group(f"lesson: {name}", 0.90, partial(lesson_item, name)) for name in lesson or ()]
     for group in (*lessons, *GROUPS):
         rng = random.Random(f"{seed} {group.name}")
         asked = [one_question(rng, group.make(rng, held_out)) for _ in range(items)]
         tasks: dict[str, list[bool]] = {}
         same: list[bool] = []
+        replies: list[Reply] = []
         for item in track(asked, group.name, console=Console(stderr=True), transient=True):
             question = item.questions[0]
             reply = ask(loaded, processor, item, 3, start, stores[0])
+            replies.append(reply)
             if other is not None:
                 same.append(ask(other, processor, item, 3, start, stores[1]).token_ids == reply.token_ids)
             right = is_right(question, reply)
             tasks.setdefault(question.task, []).append(right)
-            if group.name in ("text", "story"):
-                drafted += reply.stats.drafted_tokens
-                accepted += reply.stats.accepted_tokens
             if not right and sum(not r for rs in tasks.values() for r in rs) <= wrong:
                 print(f"{group.name}: {question.text!r} -> {reply.text or reply.tool_calls!r}; "
                       f"right: {question.call or question.answer!r}", file=sys.stderr)  # fmt: skip
-        results.append(summary(group.name, group.goal, tasks, same))
+        results.append(summary(group.name, group.goal, tasks, same, replies))
     unknown = [Item("unknown", (Question("unknown", text, DONT_KNOW),)) for text in HELD_OUT_QUESTIONS]
-    answers = [is_right(item.questions[0], ask(loaded, processor, item, 3, start, stores[0])) for item in unknown]
-    results.append(summary("unknown", 0.80, {"unknown": answers}, []))
+    replies = [ask(loaded, processor, item, 3, start, stores[0]) for item in unknown]
+    answers = [is_right(item.questions[0], reply) for item, reply in zip(unknown, replies, strict=True)]
+    results.append(summary("unknown", 0.80, {"unknown": answers}, [], replies))
     speed = story_speeds(loaded, processor, seed) if loaded.drafter is not None else {}
-    speed["acceptance"] = round(accepted / drafted, 3) if drafted else None
     report(model, items, results, speed)
 
 
@@ -166,12 +164,16 @@ def is_right(question: Question, reply: Reply) -> bool:
     return reply.text == question.answer
 
 
-def summary(group: str, goal: float, tasks: dict[str, list[bool]], same: list[bool]) -> dict[str, Any]:
+def summary(
+    group: str, goal: float, tasks: dict[str, list[bool]], same: list[bool], replies: list[Reply]
+) -> dict[str, Any]:
     """same: of replies with quantized caches, whether they are those without; may be empty."""
     answers = [right for rights in tasks.values() for right in rights]
     by_task = {task: round(sum(rights) / len(rights), 3) for task, rights in sorted(tasks.items())}
     right = round(sum(answers) / len(answers), 4)
-    found = {"group": group, "items": len(answers), "right": right, "goal": goal, "tasks": by_task}
+    found: dict[str, Any] = {"group": group, "items": len(answers), "right": right, "goal": goal, "tasks": by_task}
+    if drafted := sum(reply.stats.drafted_tokens for reply in replies):
+        found["acceptance"] = round(sum(reply.stats.accepted_tokens for reply in replies) / drafted, 3)
     return found | {"same": round(sum(same) / len(same), 4)} if same else found
 
 
@@ -191,15 +193,17 @@ def story_speeds(model: Model, processor: Processor, seed: int) -> dict[str, Any
 
 def report(model: str, items: int, results: list[dict[str, Any]], speed: dict[str, Any]) -> None:
     table = Table(title=f"{model}: greedy replies to held-out items")
-    for heading in ("group", "items", "right", "goal", "by task"):
+    for heading in ("group", "items", "right", "goal", "accepted", "by task"):
         table.add_column(heading, justify="left" if heading in ("group", "by task") else "right")
     for row in results:
         by_task = ", ".join(f"{task} {100 * part:.0f}" for task, part in row["tasks"].items())
+        accepted = f"{row['acceptance']:.2f}" if "acceptance" in row else ""
         if "same" in row:
             by_task += f"; {100 * row['same']:.1f} % the same reply with quantized caches"
         table.add_row(
-            row["group"], str(row["items"]), f"{100 * row['right']:.1f} %", f"{100 * row['goal']:.0f} %", by_task
-        )
+            row["group"], str(row["items"]), f"{100 * row['right']:.1f} %", f"{100 * row['goal']:.0f} %", accepted,
+            by_task,
+        )  # fmt: skip
     found = machine()
     print(machine_line(found))
     Console(width=140).print(table)
