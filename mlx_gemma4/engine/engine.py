@@ -52,7 +52,6 @@ class Work(Asked):
     asked: bytes = b""  # for the other machines that share the model
     arrived: int = 0  # tokens that the engine had read before it came
     found: int = 0  # of its own, that the store had then
-    ids: list[int] = field(default_factory=list)  # of its prompt, and of its reply when it was parked
     parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
     stack: ExitStack = field(default_factory=ExitStack)
     reading: Opened | None = None
@@ -61,24 +60,20 @@ class Work(Asked):
 
     def __post_init__(self, model: Model, processor: Processor) -> None:
         super().__post_init__(model, processor)
-        self.units, self.ids = units(self.prompt), self.prompt.token_ids
-        self.came = time.perf_counter()
+        self.units, self.came = units(self.prompt), time.perf_counter()
+        # the prompt, with the reply of a row that was parked, and what of it is read before the row goes on
+        self.grown = self.known = self.prompt
 
-    @property
-    def grown(self) -> Prompt:
-        """The prompt, with the reply of a row that was parked."""
-        return self.prompt if self.parked is None else replace(self.prompt, token_ids=self.ids)
-
-    @property
-    def known(self) -> Prompt:
-        """What is to be read before it goes on: of a reply the newest token has no entries."""
-        return self.prompt if self.parked is None else replace(self.prompt, token_ids=self.ids[:-1])
+    def park(self, ids: list[int], state: State) -> None:
+        """Leave the batch. ids: of the prompt and of all that came of the reply, whose newest token has no entries."""
+        assert self.seat is not None
+        self.parked, self.seat = (self.seat, state), None
+        self.grown, self.known = (replace(self.prompt, token_ids=own) for own in (ids, ids[:-1]))
 
     @property
     def left(self) -> int:
         """Tokens that are still to be read."""
-        whole = len(self.prompt) if self.parked is None else len(self.ids) - 1
-        return whole - (self.found if self.reading is None else self.reading.caches.length)
+        return len(self.known) - (self.found if self.reading is None else self.reading.caches.length)
 
     @property
     def is_scored(self) -> bool:
@@ -338,7 +333,7 @@ class Engine:
         if work.seat is not None:
             arrays, state = self.batch.part(work.seat)
             reading.caches.take(arrays)
-            work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
+            work.park(reading.ids, state)
         if reading.held is None:
             space = space_of(self.model, work.options.scope, work.adapter)
             reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
@@ -471,7 +466,7 @@ class Engine:
             before = reading.caches.length
             hidden = next(self.model.read(work.known, reading.caches, chunk, work.adapter))
             reading.keep()
-            if work.is_scored and (foretold := work.ids[before + 1 : reading.caches.length + 1]):
+            if work.is_scored and (foretold := work.known.token_ids[before + 1 : reading.caches.length + 1]):
                 row.score(before + 1, prompt_told(self.model, hidden, foretold, work.adapter))
             with self.news:
                 self.read += reading.caches.length - before
