@@ -21,7 +21,7 @@ from mlx_gemma4.decoding.round import (
     optional,
 )
 from mlx_gemma4.decoding.sampling import Stages
-from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, caches_of, capacity
+from mlx_gemma4.model.cache import ROUND, Caches, FullCache, caches_of, capacity
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.peers import same
 
@@ -123,31 +123,31 @@ class Batch:
         self.state = {name: put_row(array, state[name], place) for name, array in self.state.items()}
         self.seats[place] = seat
 
-    def remove(self, seat: Seat, *, keep: bool = True) -> list[Arrays]:
-        """Let a row go; what the caches hold of it, [1, …] each, or nothing if that is not to be kept."""
+    def remove(self, seat: Seat, into: Caches | None = None) -> None:
+        """Let a row go, and what there is of it into the caches that it came with, if that is to be kept."""
         self.clock.interrupted()
         place, caches = self.seats.index(seat), cast(Caches, self.caches)
-        found = caches.arrays
-        if len(self.seats) > 1:
-            found, slots = [], capacity(seat.positions, caches.context)  # of its own: others' may be many more
-            for layer in caches.layers:
-                own = slice(slots if isinstance(layer, FullCache) else None)
-                arrays = tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
-                found.append(arrays if keep else ())
-                mx.eval(found[-1])
+        if into is not None and len(self.seats) == 1:
+            into.take(caches.arrays)
+        elif into is not None:
+            slots = capacity(seat.positions, caches.context)  # of its own: others' may be many more
+            for layer, own in zip(caches.layers, into.layers, strict=True):
+                kept = slice(slots if isinstance(layer, FullCache) else None)
+                own.arrays = tuple(mx.contiguous(array[place : place + 1, :, kept]) for array in layer.arrays)
+                mx.eval(own.arrays)
         self.seats[place] = None
         if self.rows:
             self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
         else:
             self.seats, self.caches, self.state, self.waiting = [], None, {}, None
-        return found
 
-    def part(self, seat: Seat) -> tuple[list[Arrays], State]:
-        """Let a row go that is to go on later: what the caches hold of it, and its state; no round may be waiting."""
+    def part(self, seat: Seat, into: Caches) -> State:
+        """Let a row go that is to go on later, as `remove`: its state; no round may be waiting."""
         place = self.seats.index(seat)
         state = {name: array[place : place + 1] for name, array in self.state.items()}
         mx.eval(state)
-        return self.remove(seat), state
+        self.remove(seat, into)
+        return state
 
     def flush(self) -> list[Given]:
         """The tokens of the round that is waiting, and hand over no other."""

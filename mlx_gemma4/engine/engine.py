@@ -307,7 +307,7 @@ class Engine:
             self.batch = Batch(self.model)
             for work in [*self.works]:
                 if work.seat is not None:
-                    self.end(work, error)
+                    self.fail(work, error)
             return
         self.hand_out(given)
         self.debt = max(0.0, self.debt - (time.perf_counter() - started))
@@ -331,9 +331,7 @@ class Engine:
         reading = work.reading
         assert reading is not None
         if work.seat is not None:
-            arrays, state = self.batch.part(work.seat)
-            reading.caches.take(arrays)
-            work.park(reading.ids, state)
+            work.park(reading.ids, self.batch.part(work.seat, reading.caches))
         if reading.held is None:
             space = space_of(self.model, work.options.scope, work.adapter)
             reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
@@ -350,8 +348,7 @@ class Engine:
             work.reading.ids += given.tokens
             last = None if work.row.finish_reason is None else work.row.finish()
         except Exception as error:  # an error of one request must not reach the others
-            work.reading.forget()  # what came of it is not sure
-            self.end(work, error)
+            self.fail(work, error)
             return
         if last is None:
             work.pieces.put(piece)
@@ -363,17 +360,20 @@ class Engine:
 
     def leave(self, work: Work) -> None:
         """Free a row's place, and give the store what it has read and written."""
-        if self.store is None and work.reading is not None:
-            work.reading.forget()  # it was parked once: nobody else is to find it
-        if work.seat is not None and work.reading is not None:
-            if work.seat in self.batch.seats:
-                work.reading.caches.take(self.batch.remove(work.seat, keep=work.reading.held is not None))
-            else:
-                work.reading.forget()
+        reading = work.reading
+        if reading is not None and self.store is None:
+            reading.forget()  # it was parked once: nobody else is to find it
+        if reading is not None and work.seat in self.batch.rows:
+            self.batch.remove(work.seat, None if reading.held is None else reading.caches)
         work.seat = None
         work.stack.close()
+        if reading is not None:
+            reading.caches.clear()  # who keeps a stream keeps no entries
+
+    def fail(self, work: Work, error: Exception) -> None:
         if work.reading is not None:
-            work.reading.caches.clear()  # who keeps a stream keeps no entries
+            work.reading.forget()  # what came of it is not sure
+        self.end(work, error)
 
     def end(self, work: Work, error: BaseException | None = None) -> None:
         self.leave(work)
@@ -395,9 +395,7 @@ class Engine:
             self.read_on(work)
         except Exception as error:  # an error of one request must not reach the others
             settle(self.model.group, error)
-            if work.reading is not None:
-                work.reading.forget()  # what came of it is not sure
-            self.end(work, error)
+            self.fail(work, error)
         self.debt = self.debt + time.perf_counter() - started if delays else 0.0  # it is owed to rows that are there
 
     def next_to_read(self) -> Work | None:

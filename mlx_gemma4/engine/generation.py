@@ -304,7 +304,7 @@ def run(model: Model, processor: Processor, asked: Asked, store: PromptStore | N
                         reading.ids += given.tokens
                         yield piece
             finally:
-                caches.take(batch.remove(seat))
+                batch.remove(seat, caches)
     yield row.finish()
 
 

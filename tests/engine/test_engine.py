@@ -14,6 +14,7 @@ from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate,
 from mlx_gemma4.decoding.batch import Batch, Seat
 from mlx_gemma4.engine import engine
 from mlx_gemma4.engine.engine import Stream, Work
+from mlx_gemma4.model.cache import Caches
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
@@ -77,9 +78,9 @@ def test_of_a_row_whose_reply_fails_nothing_is_copied(endless: Loaded, monkeypat
     kept: list[bool] = []
     remove = Batch.remove
 
-    def removing(self: Batch, seat: Seat, *, keep: bool = True) -> Any:
-        kept.append(keep)
-        return remove(self, seat, keep=keep)
+    def removing(self: Batch, seat: Seat, into: Caches | None = None) -> None:
+        kept.append(into is not None)
+        remove(self, seat, into)
 
     def failing(*given: Any) -> None:
         raise RuntimeError("it failed")
