@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -28,10 +28,10 @@ class Opened:
     """The caches of a request, and what is known of their positions."""
 
     caches: Caches
-    ids: list[int] = field(default_factory=list)  # of the prompt and of what has come of the reply
-    total: int = 0  # tokens of the prompt
-    chunk: int = CHUNK
-    held: Held | None = None  # what a store is to have back
+    ids: list[int]  # of the prompt and of what has come of the reply
+    total: int  # tokens of the prompt
+    chunk: int
+    held: Held | None  # what a store is to have back
 
     @property
     def known(self) -> list[int]:
@@ -80,23 +80,20 @@ def opened(
     needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
     is not found, nor what was read with another adapter.
     """
-    slots = len(prompt) + min(limit, AHEAD) + ROUND
-    if store is None:
-        yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
-        return
-    text = model.config.text
-    store.leave(memory_limit() - needed)
-    space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
-    held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
-    if not is_everywhere(model.group, held.caches.length):
-        store.drop(held)
-        yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
-        return
-    if held.parted is not None:
-        log_parting(processor, prompt, held.cached, *held.parted)
+    slots, text, held = len(prompt) + min(limit, AHEAD) + ROUND, model.config.text, None
+    if store is not None:
+        store.leave(memory_limit() - needed)
+        space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
+        held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
+        if held.parted is not None:
+            log_parting(processor, prompt, held.cached, *held.parted)
+        if not is_everywhere(model.group, held.cached):
+            store.drop(held)
+            held = None
     # no more at once than a window, or the ring would have lost what is to be kept
-    chunk = min(CHUNK, window_of(text) or CHUNK)
-    reading = Opened(held.caches, list(prompt.token_ids), len(prompt), chunk, held)
+    chunk = CHUNK if held is None else min(CHUNK, window_of(text) or CHUNK)
+    caches = model.caches(slots) if held is None else held.caches
+    reading = Opened(caches, list(prompt.token_ids), len(prompt), chunk, held)
     try:
         yield reading
     except GeneratorExit:
