@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Any
@@ -43,26 +43,24 @@ AHEAD = 2  # so many requests are prepared for each row, where many are asked
 FORESEEN = 1024  # tokens of a reply that must fit for its row to be taken in beside others
 
 
-@dataclass(eq=False)
 class Work(Asked):
     """A request on its way: it waits, is read, is a row of the batch, and ends."""
 
-    pieces: "SimpleQueue[Piece | BaseException | None]" = field(default_factory=SimpleQueue)  # None: no more
-    cancelled: bool = False
-    asked: bytes = b""  # for the other machines that share the model
-    arrived: int = 0  # tokens that the engine had read before it came
-    found: int = 0  # of its own, that the store had then
-    parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
-    stack: ExitStack = field(default_factory=ExitStack)
-    reading: Opened | None = None
-    row: Row | None = None
-    seat: Seat | None = None
-
-    def __post_init__(self, model: Model, processor: Processor) -> None:
-        super().__post_init__(model, processor)
-        self.units, self.came = units(self.prompt), time.perf_counter()
+    def __init__(self, model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float):
+        super().__init__(model, processor, prompt, options, prepared)
+        self.units, self.came = units(prompt), time.perf_counter()
+        self.pieces: SimpleQueue[Piece | BaseException | None] = SimpleQueue()  # None: no more
+        self.cancelled = False
+        self.asked = b""  # for the other machines that share the model
+        self.arrived = 0  # tokens that the engine had read before it came
+        self.stored = 0  # of its own, that the store had then
         # the prompt, with the reply of a row that was parked, and what of it is read before the row goes on
-        self.grown = self.known = self.prompt
+        self.grown = self.known = prompt
+        self.parked: tuple[Seat, State] | None = None  # a row that goes on with what the store holds of it
+        self.stack = ExitStack()
+        self.reading: Opened | None = None
+        self.row: Row | None = None
+        self.seat: Seat | None = None
 
     def park(self, ids: list[int], state: State) -> None:
         """Leave the batch. ids: of the prompt and of all that came of the reply, whose newest token has no entries."""
@@ -73,7 +71,7 @@ class Work(Asked):
     @property
     def left(self) -> int:
         """Tokens that are still to be read."""
-        return len(self.known) - (self.found if self.reading is None else self.reading.caches.length)
+        return len(self.known) - (self.stored if self.reading is None else self.reading.caches.length)
 
     @property
     def is_scored(self) -> bool:
@@ -90,7 +88,7 @@ class Word:
     """What a step goes by."""
 
     asked: list[bytes]  # requests that are new
-    found: list[int]  # tokens of each that the first machine's store has
+    stored: list[int]  # tokens of each that the first machine's store has
     cancelled: list[int]  # which of the works, these among them, nobody waits for
     reads: bool  # it is the turn of a prompt
     known: list[int]  # positions of the works before it: all machines must have come as far
@@ -266,10 +264,10 @@ class Engine:
                 release(self.model.group)
                 return None
         gone = [place for place, work in enumerate(self.works) if work.cancelled]
-        requests, found = [work.asked for work in asked], [self.found(work) for work in asked]
-        return same(self.model.group, Word(requests, found, gone, self.debt <= PAUSE, known))
+        requests, stored = [work.asked for work in asked], [self.stored(work) for work in asked]
+        return same(self.model.group, Word(requests, stored, gone, self.debt <= PAUSE, known))
 
-    def found(self, work: Work) -> int:
+    def stored(self, work: Work) -> int:
         if self.store is None or not self.store.lines or work.is_scored:
             return 0
         return self.store.best(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)[1]
@@ -287,8 +285,8 @@ class Engine:
                     f"error: machine {self.rank} has come to another place than machine 0; expected the same on all"
                 )
             self.take([Work(self.model, self.processor, *pickle.loads(asked)) for asked in word.asked])
-        for work, found in zip(reversed(self.works), reversed(word.found), strict=False):
-            work.found = found
+        for work, stored in zip(reversed(self.works), reversed(word.stored), strict=False):
+            work.stored = stored
         for work in [self.works[place] for place in word.cancelled]:
             self.end(work)
         if word.reads or not self.batch.rows:

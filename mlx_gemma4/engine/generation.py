@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from threading import Lock, get_ident
 from typing import Any
 
@@ -186,23 +186,18 @@ def of_one_thread(events: Events) -> Events:
                 )
 
 
-@dataclass(eq=False)
 class Asked:
     """A request to a model, which it does not hold. ValueError if the model cannot do what is asked."""
 
-    model: InitVar[Model]
-    processor: InitVar[Processor]
-    prompt: Prompt
-    options: Options
-    prepared: float  # seconds that making the prompt took
-
-    def __post_init__(self, model: Model, processor: Processor) -> None:
-        check_length(self.prompt, model.config)
+    def __init__(self, model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float):
+        """prepared: seconds that making the prompt took."""
+        check_length(prompt, model.config)
+        self.prompt, self.options, self.prepared = prompt, options, prepared
         self.stops = model.config.generation.eos_token_ids
-        self.limit = min(self.options.max_tokens, model.config.text.max_position_embeddings - len(self.prompt))
-        self.adapter = adapter_of(model, self.options.adapter)
-        self.constraint = self.options.constraint(processor, self.prompt, self.stops)
-        self.drafts = drafts_of(model, self.options)
+        self.limit = min(options.max_tokens, model.config.text.max_position_embeddings - len(prompt))
+        self.adapter = adapter_of(model, options.adapter)
+        self.constraint = options.constraint(processor, prompt, self.stops)
+        self.drafts = drafts_of(model, options)
 
     def new_row(self, processor: Processor) -> Row:
         return Row(processor, self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint)
