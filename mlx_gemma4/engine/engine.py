@@ -29,11 +29,11 @@ from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, check_process
-from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
+from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, is_whole
 from mlx_gemma4.reply.reply import Piece, Reply, collect
-from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.weights.load import footprint_of
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
 
 # Tokens read at once while rows are decoding: one chunk is what such a row waits for longest.
@@ -133,7 +133,7 @@ class Engine:
         check_max_batch(max_batch)
         self.model, self.processor, self.max_batch, self.store = model, processor, int(max_batch), store
         self.shelf = PromptStore() if store is None else store  # for rows that are parked
-        self.footprint = footprint(model.config, parameters(model))
+        self.footprint = footprint_of(model)
         if model.group is not None:
             lead()
         self.machines = everyones(model.group, (self.footprint, memory_limit()))  # what each holds, and may hold

@@ -205,10 +205,16 @@ class Asked:
     def begin(self, model: Model, processor: Processor, hidden: mx.array) -> tuple[State, Given]:
         """The state of its row, whose prompt has been read, and the first token. hidden: [1, 1, D], of the last
         position."""
-        sampler, seed = sampler_of(model, processor, self.options), self.options.sampling.seed
+        options, config = self.options, model.config
+        bias = {int(token): float(value) for token, value in (options.logit_bias or {}).items()}
+        call = processor.tokenizer.token_to_id(TOOL_CALL_OPEN)
+        if options.tool_choice == "none" and call is not None:
+            bias[call] = -math.inf
+        tells = options.logprobs is not None
+        sampler = Sampler(options.sampling, config.generation, config.text.vocab_size, bias, tells)
         stages = replace(sampler.stages, pauses=self.constraint is not None, adapts=self.adapter > 0)
         seat = Seat(stages, len(self.prompt), self.limit, self.drafts, self.constraint)
-        return first_token(model, sampler, self.prompt, hidden, seed, seat, self.adapter)
+        return first_token(model, sampler, self.prompt, hidden, options.sampling.seed, seat, self.adapter)
 
 
 def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -> Events:
@@ -301,16 +307,6 @@ def run(model: Model, processor: Processor, asked: Asked, store: PromptStore | N
             finally:
                 batch.remove(seat, caches)
     yield row.finish()
-
-
-def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
-    bias = {int(token): float(value) for token, value in (options.logit_bias or {}).items()}
-    call = processor.tokenizer.token_to_id(TOOL_CALL_OPEN)
-    if options.tool_choice == "none" and call is not None:
-        bias[call] = -math.inf
-    config = model.config
-    tells = options.logprobs is not None
-    return Sampler(options.sampling, config.generation, config.text.vocab_size, bias, tells)
 
 
 def first_token(
