@@ -82,7 +82,7 @@ class Batch:
     def __init__(self, model: Model):
         self.model = model
         self.seats: list[Seat | None] = []  # None: no row is there
-        self.caches: Caches | None = None
+        self.caches = Caches([], ())  # of no layers where no row is there
         self.state: State = {}
         self.waiting: Launched | None = None
         self.clock = RoundClock()
@@ -97,7 +97,7 @@ class Batch:
         copy = caches_of(caches.arrays, self.model.config.text)
         caches.clear()
         state = state | {"limit": mx.array([limit_of(seat)])}
-        if self.caches is None:
+        if not self.seats:
             self.seats, self.caches, self.state = [seat], copy, state
             return
         size, slots = size_of(len(self.rows) + 1), slots_of([seat], copy)
@@ -126,7 +126,7 @@ class Batch:
     def remove(self, seat: Seat, into: Caches | None = None) -> None:
         """Let a row go, and what there is of it into the caches that it came with, if that is to be kept."""
         self.clock.interrupted()
-        place, caches = self.seats.index(seat), cast(Caches, self.caches)
+        place, caches = self.seats.index(seat), self.caches
         if into is not None and len(self.seats) == 1:
             into.take(caches.arrays)
         elif into is not None:
@@ -139,7 +139,7 @@ class Batch:
         if self.rows:
             self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
         else:
-            self.seats, self.caches, self.state, self.waiting = [], None, {}, None
+            self.seats, self.caches, self.state, self.waiting = [], Caches([], ()), {}, None
 
     def part(self, seat: Seat, into: Caches) -> State:
         """Let a row go that is to go on later, as `remove`: its state; no round may be waiting."""
@@ -158,21 +158,19 @@ class Batch:
         """Go on with fewer places, if half as many do for so many rows, and with fewer slots likewise."""
         if not self.rows:
             return
-        caches, size = cast(Caches, self.caches), size_of(rows)
-        slots = slots_of(self.rows, caches)
-        if size < len(self.seats) or 2 * slots <= caches.slots:
+        size, slots = size_of(rows), slots_of(self.rows, self.caches)
+        if size < len(self.seats) or 2 * slots <= self.caches.slots:
             self.clock.interrupted()
             self.resize(min(size, len(self.seats)), slots)
 
     def resize(self, size: int, slots: int | None = None) -> None:
         """slots: of full layers, if they are to have fewer: rows then keep their places, which are those of all
         machines, of which some have no full layers."""
-        caches = cast(Caches, self.caches)
         is_other = size != len(self.seats)
         places = [place for place, seat in enumerate(self.seats) if seat is not None or not is_other]
         self.seats = [self.seats[place] for place in places] + [None] * (size - len(places))
         rows = mx.array(places)
-        for layer in caches.layers:
+        for layer in self.caches.layers:
             kept = slice(slots if isinstance(layer, FullCache) else None)
             layer.arrays = tuple(chosen_rows(array[:, :, kept], rows, size) for array in layer.arrays)
             mx.eval(layer.arrays)
@@ -204,7 +202,7 @@ class Batch:
     def held_round(self) -> list[Given]:
         """A round in two halves: drafts, then, on the host, what may come at each place, and what comes of it."""
         started = time.perf_counter()
-        caches, size, vocabulary = cast(Caches, self.caches), len(self.seats), self.model.config.text.vocab_size
+        caches, size, vocabulary = self.caches, len(self.seats), self.model.config.text.vocab_size
         wanted = self.choose(is_held=True)
         forced = [self.forced(seat, wanted) for seat in self.seats]
         limits = [len(own) or limit for own, limit in zip(forced, map(limit_of, self.seats), strict=True)]
@@ -261,7 +259,7 @@ class Batch:
 
     def launch(self, pending: set[Seat], most: int) -> Launched:
         """pending: the rows that a round of at most so many tokens is not read of yet."""
-        caches, size = cast(Caches, self.caches), len(self.seats)
+        caches, size = self.caches, len(self.seats)
         drafts = self.choose()
         caches.reserve(max(seat.positions + most * (seat in pending) for seat in self.rows) + ROUND)
         stages = self.stages()
