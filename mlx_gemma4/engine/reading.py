@@ -85,11 +85,11 @@ def opened(
         store.leave(memory_limit() - needed)
         space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
         held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
-        if held.parted is not None:
-            log_parting(processor, prompt, held.cached, *held.parted)
         if not is_everywhere(model.group, held.cached):
             store.drop(held)
             held = None
+        elif held.parted is not None:
+            log_parting(processor, prompt, held.cached, *held.parted)
     # no more at once than a window, or the ring would have lost what is to be kept
     chunk = CHUNK if held is None else min(CHUNK, window_of(text) or CHUNK)
     caches = model.caches(slots) if held is None else held.caches
@@ -97,17 +97,16 @@ def opened(
     try:
         yield reading
     except GeneratorExit:
-        reading.give()
         raise
     except KeyboardInterrupt:
         # where in a round it came is not known: of the prompt all is sure that was read
         reading.ids = reading.ids[: reading.caches.length]
-        reading.give()
         raise
     except BaseException:
         reading.forget()
         raise
-    reading.give()
+    finally:
+        reading.give()
 
 
 def fingerprint_of(model: Model, adapter: int = 0) -> bytes:
