@@ -22,9 +22,9 @@ from mlx_gemma4.decoding.disk import PAGE, common
 from mlx_gemma4.decoding.round import NOT_FINITE, State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
-from mlx_gemma4.engine.generation import Asked, bounded_memory, check_given, prompt_told
+from mlx_gemma4.engine.generation import begin, bounded_memory, check_given, prompt_told
 from mlx_gemma4.engine.reading import Opened, opened, space_of
-from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.request import Asked, Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.cache import ROUND
@@ -441,7 +441,7 @@ class Engine:
         is_new = work.row is None
         if work.row is None:
             work.prepared += time.perf_counter() - work.came  # the client has waited for it too
-            work.row = work.new_row(self.processor)
+            work.row = Row(self.processor, work)
         prompt, limit = work.grown, min(work.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
@@ -473,7 +473,7 @@ class Engine:
             work.parked = None
             self.batch.put(work.seat, reading.caches, state)
             return
-        state, given = work.begin(self.model, self.processor, hidden[:, -1:])
+        state, given = begin(self.model, self.processor, work, hidden[:, -1:])
         if self.store is not None and NOT_FINITE not in given.tokens:
             reading.share()
         work.seat = given.seat

@@ -3,44 +3,31 @@
 import time
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.decoding.batch import Given
 from mlx_gemma4.decoding.round import NOT_FINITE
-from mlx_gemma4.engine.request import Options
+from mlx_gemma4.engine.request import Asked
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.prompt.tools import argument_schemas
 from mlx_gemma4.reply.opening import CallPart
 from mlx_gemma4.reply.repetition import Repetition, parse_repetition_detection
 from mlx_gemma4.reply.reply import Controls, Piece, ReplyParser, Stats
 from mlx_gemma4.reply.stop import check_stop
 
-if TYPE_CHECKING:
-    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
-
 
 class Row:
     """Takes the tokens of a request as they come."""
 
-    def __init__(
-        self,
-        processor: Processor,
-        prompt: Prompt,
-        stops: Collection[int],
-        limit: int,
-        options: Options,
-        prepared: float,
-        constraint: "Constraint | None" = None,
-    ):
-        """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
-        which count for the time to first token. constraint: what the reply is held to; it follows the same tokens.
-        Where a text of `stop` ends the answer, the ids are those up to the token that completes it."""
-        self.constraint = constraint
-        self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
+    def __init__(self, processor: Processor, asked: Asked):
+        """The constraint of what is asked follows the same tokens. Where a text of `stop` ends the answer, the ids are
+        those up to the token that completes it."""
+        prompt, options, constraint = asked.prompt, asked.options, asked.constraint
+        self.prompt, self.constraint, self.prepared = prompt, constraint, asked.prepared
+        self.stops, self.limit = asked.stops, asked.limit
         controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
         self.logprobs, stop = options.logprobs, check_stop(options.stop)
         calls_end_thoughts = constraint is not None and constraint.form.call is not None
