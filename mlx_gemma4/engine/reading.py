@@ -84,7 +84,7 @@ def opened(
     if store is not None:
         store.leave(memory_limit() - needed)
         space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
-        held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
+        held = store.take(space, prompt, text, slots, turn, model.caches(slots))
         if not is_everywhere(model.group, held.cached):
             store.drop(held)
             held = None
