@@ -18,7 +18,7 @@ from threading import RLock
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import TextConfig, expanded
+from mlx_gemma4.config import expanded
 from mlx_gemma4.decoding.disk import FULL, PAGE, SLIDING, Disk, Page, chained, common
 from mlx_gemma4.errors import shown
 from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, SlidingCache, along, place
@@ -188,20 +188,18 @@ class PromptStore:
 
     # --- a request's way -----------------------------------------------------------------------
 
-    def take(
-        self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None, caches: Caches
-    ) -> Held:
+    def take(self, space: bytes, prompt: Prompt, slots: int, turn: int | None, caches: Caches) -> Held:
         """The line with the longest beginning of a prompt, or a new one, and the caches, which hold nothing yet, to go
         on from there. At least the prompt's last token is left to read."""
         own = units(prompt)
         with self.lock:
             parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
-            on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, window_of(text), cut)
+            on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, caches.window, cut)
             if on_disk is not None:
                 line, cut = on_disk, len(on_disk)
             if line is None:
-                taken = Line(space, own[:0], [], {}, window_of(text), used=next(self.clock))
+                taken = Line(space, own[:0], [], {}, caches.window, used=next(self.clock))
             else:
                 line.uses += 1
                 line.used = next(self.clock)
@@ -213,10 +211,10 @@ class PromptStore:
             self.held.append(held)
             return held
 
-    def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:
+    def adopt(self, space: bytes, prompt: Prompt, caches: Caches) -> Held:
         """A request's hold on what it has read without this store."""
         own = units(prompt)
-        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own)
+        held = Held(self, Line(space, own[:0], [], {}, caches.window, used=next(self.clock)), caches, 0, own)
         with self.lock:
             self.held.append(held)
         return held
@@ -442,11 +440,6 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
         if not all(disk.write(kind, before, own, page, now) for kind, page in pages):
             return
         before = chained(before, own)
-
-
-def window_of(text: TextConfig) -> int:
-    """Of the sliding layers; 0 if there are none."""
-    return max((own.window or 0 for own in (text.attention[kind] for kind in text.layer_types)), default=0)
 
 
 def usable(spans: list[tuple[int, int]], window: int, same: int, prompt: Prompt) -> int:

@@ -332,7 +332,7 @@ class Engine:
             work.park(reading.ids, self.batch.part(work.seat, reading.caches))
         if reading.held is None:
             space = space_of(self.model, work.options.scope, work.adapter)
-            reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
+            reading.held = self.shelf.adopt(space, work.grown, reading.caches)
         work.reading = None
         self.leave_room()  # first, or what is given would have to fit beside it
         reading.give()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_gemma4.decoding.round import learnt_of
-from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
+from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint
 from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
 from mlx_gemma4.model.model import CHUNK, Model
 from mlx_gemma4.planner import memory_limit
@@ -80,19 +80,19 @@ def opened(
     needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
     is not found, nor what was read with another adapter.
     """
-    slots, text, held = len(prompt) + min(limit, AHEAD) + ROUND, model.config.text, None
+    slots, held = len(prompt) + min(limit, AHEAD) + ROUND, None
+    caches = model.caches(slots)
     if store is not None:
         store.leave(memory_limit() - needed)
         space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
-        held = store.take(space, prompt, text, slots, turn, model.caches(slots))
+        held = store.take(space, prompt, slots, turn, caches)
         if not is_everywhere(model.group, held.cached):
             store.drop(held)
-            held = None
+            held, caches = None, model.caches(slots)
         elif held.parted is not None:
             log_parting(processor, prompt, held.cached, *held.parted)
     # no more at once than a window, or the ring would have lost what is to be kept
-    chunk = CHUNK if held is None else min(CHUNK, window_of(text) or CHUNK)
-    caches = model.caches(slots) if held is None else held.caches
+    chunk = CHUNK if held is None else min(CHUNK, caches.window or CHUNK)
     reading = Opened(caches, list(prompt.token_ids), len(prompt), chunk, held)
     try:
         yield reading
