@@ -24,8 +24,8 @@ from mlx_gemma4.commands.typed import Medium, read_argument, read_typed
 from mlx_gemma4.config import computing_type, expanded
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading, adapter_of, follow
-from mlx_gemma4.engine.request import Options
+from mlx_gemma4.engine.generation import Reading, follow
+from mlx_gemma4.engine.request import Options, adapter_of
 from mlx_gemma4.engine.session import Session, is_session, read_saved, session_store
 from mlx_gemma4.entry import if_stopped, leave
 from mlx_gemma4.errors import FetchError, MediaError, TooLongError, one_line, shown, unbroken, with_name

@@ -21,7 +21,7 @@ from mlx_gemma4.decoding.round import (
     optional,
 )
 from mlx_gemma4.decoding.sampling import Stages
-from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, caches_of, capacity
+from mlx_gemma4.model.cache import ROUND, Caches, FullCache, caches_of, capacity
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.peers import same
 
@@ -82,7 +82,7 @@ class Batch:
     def __init__(self, model: Model):
         self.model = model
         self.seats: list[Seat | None] = []  # None: no row is there
-        self.caches: Caches | None = None
+        self.caches = Caches([], ())  # of no layers where no row is there
         self.state: State = {}
         self.waiting: Launched | None = None
         self.clock = RoundClock()
@@ -97,7 +97,7 @@ class Batch:
         copy = caches_of(caches.arrays, self.model.config.text)
         caches.clear()
         state = state | {"limit": mx.array([limit_of(seat)])}
-        if self.caches is None:
+        if not self.seats:
             self.seats, self.caches, self.state = [seat], copy, state
             return
         size, slots = size_of(len(self.rows) + 1), slots_of([seat], copy)
@@ -123,31 +123,31 @@ class Batch:
         self.state = {name: put_row(array, state[name], place) for name, array in self.state.items()}
         self.seats[place] = seat
 
-    def remove(self, seat: Seat, *, keep: bool = True) -> list[Arrays]:
-        """Let a row go; what the caches hold of it, [1, …] each, or nothing if that is not to be kept."""
+    def remove(self, seat: Seat, into: Caches | None = None) -> None:
+        """Let a row go, and what there is of it into the caches that it came with, if that is to be kept."""
         self.clock.interrupted()
-        place, caches = self.seats.index(seat), cast(Caches, self.caches)
-        found = caches.arrays
-        if len(self.seats) > 1:
-            found, slots = [], capacity(seat.positions, caches.context)  # of its own: others' may be many more
-            for layer in caches.layers:
-                own = slice(slots if isinstance(layer, FullCache) else None)
-                arrays = tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
-                found.append(arrays if keep else ())
-                mx.eval(found[-1])
+        place, caches = self.seats.index(seat), self.caches
+        if into is not None and len(self.seats) == 1:
+            into.take(caches.arrays)
+        elif into is not None:
+            slots = capacity(seat.positions, caches.context)  # of its own: others' may be many more
+            for layer, own in zip(caches.layers, into.layers, strict=True):
+                kept = slice(slots if isinstance(layer, FullCache) else None)
+                own.arrays = tuple(mx.contiguous(array[place : place + 1, :, kept]) for array in layer.arrays)
+                mx.eval(own.arrays)
         self.seats[place] = None
         if self.rows:
             self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
         else:
-            self.seats, self.caches, self.state, self.waiting = [], None, {}, None
-        return found
+            self.seats, self.caches, self.state, self.waiting = [], Caches([], ()), {}, None
 
-    def part(self, seat: Seat) -> tuple[list[Arrays], State]:
-        """Let a row go that is to go on later: what the caches hold of it, and its state; no round may be waiting."""
+    def part(self, seat: Seat, into: Caches) -> State:
+        """Let a row go that is to go on later, as `remove`: its state; no round may be waiting."""
         place = self.seats.index(seat)
         state = {name: array[place : place + 1] for name, array in self.state.items()}
         mx.eval(state)
-        return self.remove(seat), state
+        self.remove(seat, into)
+        return state
 
     def flush(self) -> list[Given]:
         """The tokens of the round that is waiting, and hand over no other."""
@@ -158,21 +158,19 @@ class Batch:
         """Go on with fewer places, if half as many do for so many rows, and with fewer slots likewise."""
         if not self.rows:
             return
-        caches, size = cast(Caches, self.caches), size_of(rows)
-        slots = slots_of(self.rows, caches)
-        if size < len(self.seats) or 2 * slots <= caches.slots:
+        size, slots = size_of(rows), slots_of(self.rows, self.caches)
+        if size < len(self.seats) or 2 * slots <= self.caches.slots:
             self.clock.interrupted()
             self.resize(min(size, len(self.seats)), slots)
 
     def resize(self, size: int, slots: int | None = None) -> None:
         """slots: of full layers, if they are to have fewer: rows then keep their places, which are those of all
         machines, of which some have no full layers."""
-        caches = cast(Caches, self.caches)
         is_other = size != len(self.seats)
         places = [place for place, seat in enumerate(self.seats) if seat is not None or not is_other]
         self.seats = [self.seats[place] for place in places] + [None] * (size - len(places))
         rows = mx.array(places)
-        for layer in caches.layers:
+        for layer in self.caches.layers:
             kept = slice(slots if isinstance(layer, FullCache) else None)
             layer.arrays = tuple(chosen_rows(array[:, :, kept], rows, size) for array in layer.arrays)
             mx.eval(layer.arrays)
@@ -204,7 +202,7 @@ class Batch:
     def held_round(self) -> list[Given]:
         """A round in two halves: drafts, then, on the host, what may come at each place, and what comes of it."""
         started = time.perf_counter()
-        caches, size, vocabulary = cast(Caches, self.caches), len(self.seats), self.model.config.text.vocab_size
+        caches, size, vocabulary = self.caches, len(self.seats), self.model.config.text.vocab_size
         wanted = self.choose(is_held=True)
         forced = [self.forced(seat, wanted) for seat in self.seats]
         limits = [len(own) or limit for own, limit in zip(forced, map(limit_of, self.seats), strict=True)]
@@ -261,7 +259,7 @@ class Batch:
 
     def launch(self, pending: set[Seat], most: int) -> Launched:
         """pending: the rows that a round of at most so many tokens is not read of yet."""
-        caches, size = cast(Caches, self.caches), len(self.seats)
+        caches, size = self.caches, len(self.seats)
         drafts = self.choose()
         caches.reserve(max(seat.positions + most * (seat in pending) for seat in self.rows) + ROUND)
         stages = self.stages()

@@ -32,24 +32,19 @@ def check_draft_length(value: int | str) -> None:
 class Acceptance:
     """How often drafts are accepted, by their position in a round; older rounds count less."""
 
-    trials: list[float] = field(default_factory=list)  # drafts that got so far
-    hits: list[float] = field(default_factory=list)  # of these, accepted
+    trials: dict[int, float] = field(default_factory=dict)  # drafts that got so far
+    hits: dict[int, float] = field(default_factory=dict)  # of these, accepted
 
     def record(self, length: int, accepted: Sequence[int]) -> None:
         """Learn from a round of `length` drafts: what each row accepted."""
         for position in range(min(length, max(accepted) + 1)):
-            if position == len(self.trials):
-                self.trials.append(0.0)
-                self.hits.append(0.0)
             tried, hit = (sum(own >= least for own in accepted) for least in (position, position + 1))
-            self.trials[position] = MEMORY * self.trials[position] + tried
-            self.hits[position] = MEMORY * self.hits[position] + hit
+            self.trials[position] = MEMORY * self.trials.get(position, 0.0) + tried
+            self.hits[position] = MEMORY * self.hits.get(position, 0.0) + hit
 
     def rate(self, position: int, guess: float, weight: float) -> float:
         """Of a position, where a guess counts for so many trials."""
-        if position >= len(self.trials):
-            return guess
-        return (self.hits[position] + weight * guess) / (self.trials[position] + weight)
+        return (self.hits.get(position, 0.0) + weight * guess) / (self.trials.get(position, 0.0) + weight)
 
 
 @dataclass

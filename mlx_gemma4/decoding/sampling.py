@@ -109,25 +109,23 @@ class Sampler:
     ):
         """bias: added to the logits of these tokens. tells: the rounds say how likely tokens were."""
         chosen = settled(sampling, defaults)
-        greedy = chosen.temperature == 0
-        self.temperature = 0.0 if greedy else max(chosen.temperature, COLDEST)
-        self.penalty = chosen.repetition_penalty
-        self.frequency, self.presence = sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0
+        greedy, filters = chosen.temperature == 0, chosen.top_k or chosen.top_p < 1
+        top_k = min(chosen.top_k or vocab_size, vocab_size) if filters else 0
+        penalties = chosen.repetition_penalty, sampling.frequency_penalty or 0.0, sampling.presence_penalty or 0.0
+        temperature = 0.0 if greedy else max(chosen.temperature, COLDEST)
+        self.numbers = dict(zip(NUMBERS, (temperature, top_k, chosen.top_p, chosen.min_p, *penalties), strict=True))
         self.bias = bias or {}
-        self.top_p, self.min_p = chosen.top_p, chosen.min_p
-        filters = chosen.top_k or self.top_p < 1
-        self.top_k = min(chosen.top_k or vocab_size, vocab_size) if filters else 0
         bound = FEWEST
-        while bound < self.top_k:
+        while bound < top_k:
             bound *= 4
         self.stages = Stages(
             suppressed=chosen.suppress_tokens,
             takes_best=greedy,
             draws=not greedy,
             largest=min(bound, vocab_size) if filters and not greedy else 0,
-            top_p=self.top_p < 1 and not greedy,
-            min_p=self.min_p > 0 and not greedy,
-            penalty=(self.penalty, self.frequency, self.presence) != (1, 0, 0),
+            top_p=chosen.top_p < 1 and not greedy,
+            min_p=chosen.min_p > 0 and not greedy,
+            penalty=penalties != (1, 0, 0),
             bias=bool(self.bias),
             tells=tells,
         )
@@ -136,7 +134,7 @@ class Sampler:
 
     def law(self) -> Law:
         """Of one row."""
-        law = {name: mx.array([vars(self)[name]]) for name in NUMBERS}
+        law = {name: mx.array([number]) for name, number in self.numbers.items()}
         if self.bias:
             law["bias"] = mx.zeros((1, self.vocab_size))
             law["bias"][:, mx.array([*self.bias])] = mx.array([*self.bias.values()])

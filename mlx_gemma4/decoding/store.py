@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
@@ -18,21 +18,10 @@ from threading import RLock
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.config import TextConfig, expanded
+from mlx_gemma4.config import expanded
 from mlx_gemma4.decoding.disk import FULL, PAGE, SLIDING, Disk, Page, chained, common
 from mlx_gemma4.errors import shown
-from mlx_gemma4.model.cache import (
-    ROUND,
-    Arrays,
-    Caches,
-    FullCache,
-    SlidingCache,
-    along,
-    caches_of,
-    empty_cache,
-    place,
-    sliding_slots,
-)
+from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, SlidingCache, along, place
 from mlx_gemma4.prompt.prompt import Prompt, SoftTokens, is_whole
 
 VERSION = 1  # of what is kept, and of how keys are made
@@ -199,35 +188,33 @@ class PromptStore:
 
     # --- a request's way -----------------------------------------------------------------------
 
-    def take(
-        self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None, empty: Callable[[], Caches]
-    ) -> Held:
-        """The line with the longest beginning of a prompt and caches that go on from there, or a new one and `empty`
-        caches. At least the prompt's last token is left to read."""
+    def take(self, space: bytes, prompt: Prompt, slots: int, turn: int | None, caches: Caches) -> Held:
+        """The line with the longest beginning of a prompt, or a new one, and the caches, which hold nothing yet, to go
+        on from there. At least the prompt's last token is left to read."""
         own = units(prompt)
         with self.lock:
             parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
-            on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, window_of(text), cut)
+            on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, caches.window, cut)
             if on_disk is not None:
                 line, cut = on_disk, len(on_disk)
             if line is None:
-                taken, caches = Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), empty()
+                taken = Line(space, own[:0], [], {}, caches.window, used=next(self.clock))
             else:
                 line.uses += 1
                 line.used = next(self.clock)
                 taken = self.taken(line, cut)
                 trim(taken, cut)
-                caches = resumed(taken, text, slots)
+                resume(taken, caches, slots)
             taken.marks = forks(prompt, turn)
             held = Held(self, taken, caches, cut, own, parted)
             self.held.append(held)
             return held
 
-    def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:
+    def adopt(self, space: bytes, prompt: Prompt, caches: Caches) -> Held:
         """A request's hold on what it has read without this store."""
         own = units(prompt)
-        held = Held(self, Line(space, own[:0], [], {}, window_of(text), used=next(self.clock)), caches, 0, own)
+        held = Held(self, Line(space, own[:0], [], {}, caches.window, used=next(self.clock)), caches, 0, own)
         with self.lock:
             self.held.append(held)
         return held
@@ -455,11 +442,6 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
         before = chained(before, own)
 
 
-def window_of(text: TextConfig) -> int:
-    """Of the sliding layers; 0 if there are none."""
-    return max((own.window or 0 for own in (text.attention[kind] for kind in text.layer_types)), default=0)
-
-
 def usable(spans: list[tuple[int, int]], window: int, same: int, prompt: Prompt) -> int:
     """The last place up to `same` where a prompt can go on from these, outside of images."""
     cut = last_cut(spans, window, same)
@@ -481,30 +463,23 @@ def trim(line: Line, cut: int) -> None:
     mx.eval([page.arrays for page in line.pages.values() if page.last == cut])
 
 
-def resumed(line: Line, text: TextConfig, slots: int) -> Caches:
-    """Caches that hold the positions of a line, whose full layers they take over."""
+def resume(line: Line, caches: Caches, slots: int) -> None:
+    """Let caches hold the positions of a line, whose full layers they take over."""
     end = len(line)
     first = max(0, end - line.window)
     pages = [line.pages[number] for number in span(first, end)]
     full, sliding = iter(line.full), zip(*(page.arrays for page in pages), strict=True)
     line.full = []
-    arrays: list[Arrays] = []
-    for kind in text.layer_types:
-        own = text.attention[kind]
-        if own.window is None:
-            arrays.append(next(full))
+    for cache in caches.layers:
+        if isinstance(cache, FullCache):
+            cache.arrays = next(full)
             continue
-        rows = along(next(sliding))
         start = pages[0].first
-        cache = empty_cache(own, rows[0].dtype, sliding_slots(own.window))
-        kept = tuple(array[:, :, first - start : end - start] for array in rows)
+        kept = tuple(array[:, :, first - start : end - start] for array in along(next(sliding)))
         cache.arrays = place(cache.arrays, kept, (mx.arange(first, end) % cache.slots)[None])
         mx.eval(cache.arrays)
-        arrays.append(cache.arrays)
-    caches = caches_of(arrays, text)
     caches.length = end
     caches.reserve(slots)
-    return caches
 
 
 def span(first: int, last: int) -> range:

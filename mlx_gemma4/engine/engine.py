@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Condition, Thread
 from typing import Any
@@ -22,18 +22,18 @@ from mlx_gemma4.decoding.disk import PAGE, common
 from mlx_gemma4.decoding.round import NOT_FINITE, State, forget_thread
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore, units
-from mlx_gemma4.engine.generation import Asked, bounded_memory, check_given, prompt_told
+from mlx_gemma4.engine.generation import begin, bounded_memory, check_given, prompt_told
 from mlx_gemma4.engine.reading import Opened, opened, space_of
-from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.request import Asked, Options, Request
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.errors import a, shown
 from mlx_gemma4.model.cache import ROUND
 from mlx_gemma4.model.model import Model, check_process
-from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
+from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, is_whole
 from mlx_gemma4.reply.reply import Piece, Reply, collect
-from mlx_gemma4.weights.load import parameters
+from mlx_gemma4.weights.load import footprint_of
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
 
 # Tokens read at once while rows are decoding: one chunk is what such a row waits for longest.
@@ -43,42 +43,35 @@ AHEAD = 2  # so many requests are prepared for each row, where many are asked
 FORESEEN = 1024  # tokens of a reply that must fit for its row to be taken in beside others
 
 
-@dataclass(eq=False)
 class Work(Asked):
     """A request on its way: it waits, is read, is a row of the batch, and ends."""
 
-    pieces: "SimpleQueue[Piece | BaseException | None]" = field(default_factory=SimpleQueue)  # None: no more
-    cancelled: bool = False
-    asked: bytes = b""  # for the other machines that share the model
-    arrived: int = 0  # tokens that the engine had read before it came
-    found: int = 0  # of its own, that the store had then
-    ids: list[int] = field(default_factory=list)  # of its prompt, and of its reply when it was parked
-    parked: tuple[Seat, State] | None = None  # a row that was put aside, to go on with what the store holds of it
-    stack: ExitStack = field(default_factory=ExitStack)
-    reading: Opened | None = None
-    row: Row | None = None
-    seat: Seat | None = None
+    def __init__(self, model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float):
+        super().__init__(model, processor, prompt, options, prepared)
+        self.units, self.came = units(prompt), time.perf_counter()
+        self.pieces: SimpleQueue[Piece | BaseException | None] = SimpleQueue()  # None: no more
+        self.cancelled = False
+        self.asked = b""  # for the other machines that share the model
+        self.arrived = 0  # tokens that the engine had read before it came
+        self.stored = 0  # of its own, that the store had then
+        # the prompt, with the reply of a row that was parked, and what of it is read before the row goes on
+        self.grown = self.known = prompt
+        self.parked: tuple[Seat, State] | None = None  # a row that goes on with what the store holds of it
+        self.stack = ExitStack()
+        self.reading: Opened | None = None
+        self.row: Row | None = None
+        self.seat: Seat | None = None
 
-    def __post_init__(self, model: Model, processor: Processor) -> None:
-        super().__post_init__(model, processor)
-        self.units, self.ids = units(self.prompt), self.prompt.token_ids
-        self.came = time.perf_counter()
-
-    @property
-    def grown(self) -> Prompt:
-        """The prompt, with the reply of a row that was parked."""
-        return self.prompt if self.parked is None else replace(self.prompt, token_ids=self.ids)
-
-    @property
-    def known(self) -> Prompt:
-        """What is to be read before it goes on: of a reply the newest token has no entries."""
-        return self.prompt if self.parked is None else replace(self.prompt, token_ids=self.ids[:-1])
+    def park(self, ids: list[int], state: State) -> None:
+        """Leave the batch. ids: of the prompt and of all that came of the reply, whose newest token has no entries."""
+        assert self.seat is not None
+        self.parked, self.seat = (self.seat, state), None
+        self.grown, self.known = (replace(self.prompt, token_ids=own) for own in (ids, ids[:-1]))
 
     @property
     def left(self) -> int:
         """Tokens that are still to be read."""
-        whole = len(self.prompt) if self.parked is None else len(self.ids) - 1
-        return whole - (self.found if self.reading is None else self.reading.caches.length)
+        return len(self.known) - (self.stored if self.reading is None else self.reading.caches.length)
 
     @property
     def is_scored(self) -> bool:
@@ -95,7 +88,7 @@ class Word:
     """What a step goes by."""
 
     asked: list[bytes]  # requests that are new
-    found: list[int]  # tokens of each that the first machine's store has
+    stored: list[int]  # tokens of each that the first machine's store has
     cancelled: list[int]  # which of the works, these among them, nobody waits for
     reads: bool  # it is the turn of a prompt
     known: list[int]  # positions of the works before it: all machines must have come as far
@@ -140,7 +133,7 @@ class Engine:
         check_max_batch(max_batch)
         self.model, self.processor, self.max_batch, self.store = model, processor, int(max_batch), store
         self.shelf = PromptStore() if store is None else store  # for rows that are parked
-        self.footprint = footprint(model.config, parameters(model))
+        self.footprint = footprint_of(model)
         if model.group is not None:
             lead()
         self.machines = everyones(model.group, (self.footprint, memory_limit()))  # what each holds, and may hold
@@ -271,10 +264,10 @@ class Engine:
                 release(self.model.group)
                 return None
         gone = [place for place, work in enumerate(self.works) if work.cancelled]
-        requests, found = [work.asked for work in asked], [self.found(work) for work in asked]
-        return same(self.model.group, Word(requests, found, gone, self.debt <= PAUSE, known))
+        requests, stored = [work.asked for work in asked], [self.stored(work) for work in asked]
+        return same(self.model.group, Word(requests, stored, gone, self.debt <= PAUSE, known))
 
-    def found(self, work: Work) -> int:
+    def stored(self, work: Work) -> int:
         if self.store is None or not self.store.lines or work.is_scored:
             return 0
         return self.store.best(space_of(self.model, work.options.scope, work.adapter), work.units, work.prompt)[1]
@@ -292,8 +285,8 @@ class Engine:
                     f"error: machine {self.rank} has come to another place than machine 0; expected the same on all"
                 )
             self.take([Work(self.model, self.processor, *pickle.loads(asked)) for asked in word.asked])
-        for work, found in zip(reversed(self.works), reversed(word.found), strict=False):
-            work.found = found
+        for work, stored in zip(reversed(self.works), reversed(word.stored), strict=False):
+            work.stored = stored
         for work in [self.works[place] for place in word.cancelled]:
             self.end(work)
         if word.reads or not self.batch.rows:
@@ -312,7 +305,7 @@ class Engine:
             self.batch = Batch(self.model)
             for work in [*self.works]:
                 if work.seat is not None:
-                    self.end(work, error)
+                    self.fail(work, error)
             return
         self.hand_out(given)
         self.debt = max(0.0, self.debt - (time.perf_counter() - started))
@@ -336,12 +329,10 @@ class Engine:
         reading = work.reading
         assert reading is not None
         if work.seat is not None:
-            arrays, state = self.batch.part(work.seat)
-            reading.caches.take(arrays)
-            work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
+            work.park(reading.ids, self.batch.part(work.seat, reading.caches))
         if reading.held is None:
             space = space_of(self.model, work.options.scope, work.adapter)
-            reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
+            reading.held = self.shelf.adopt(space, work.grown, reading.caches)
         work.reading = None
         self.leave_room()  # first, or what is given would have to fit beside it
         reading.give()
@@ -355,8 +346,7 @@ class Engine:
             work.reading.ids += given.tokens
             last = None if work.row.finish_reason is None else work.row.finish()
         except Exception as error:  # an error of one request must not reach the others
-            work.reading.forget()  # what came of it is not sure
-            self.end(work, error)
+            self.fail(work, error)
             return
         if last is None:
             work.pieces.put(piece)
@@ -368,17 +358,20 @@ class Engine:
 
     def leave(self, work: Work) -> None:
         """Free a row's place, and give the store what it has read and written."""
-        if self.store is None and work.reading is not None:
-            work.reading.forget()  # it was parked once: nobody else is to find it
-        if work.seat is not None and work.reading is not None:
-            if work.seat in self.batch.seats:
-                work.reading.caches.take(self.batch.remove(work.seat, keep=work.reading.held is not None))
-            else:
-                work.reading.forget()
+        reading = work.reading
+        if reading is not None and self.store is None:
+            reading.forget()  # it was parked once: nobody else is to find it
+        if reading is not None and work.seat in self.batch.rows:
+            self.batch.remove(work.seat, None if reading.held is None else reading.caches)
         work.seat = None
         work.stack.close()
+        if reading is not None:
+            reading.caches.clear()  # who keeps a stream keeps no entries
+
+    def fail(self, work: Work, error: Exception) -> None:
         if work.reading is not None:
-            work.reading.caches.clear()  # who keeps a stream keeps no entries
+            work.reading.forget()  # what came of it is not sure
+        self.end(work, error)
 
     def end(self, work: Work, error: BaseException | None = None) -> None:
         self.leave(work)
@@ -400,9 +393,7 @@ class Engine:
             self.read_on(work)
         except Exception as error:  # an error of one request must not reach the others
             settle(self.model.group, error)
-            if work.reading is not None:
-                work.reading.forget()  # what came of it is not sure
-            self.end(work, error)
+            self.fail(work, error)
         self.debt = self.debt + time.perf_counter() - started if delays else 0.0  # it is owed to rows that are there
 
     def next_to_read(self) -> Work | None:
@@ -450,7 +441,7 @@ class Engine:
         is_new = work.row is None
         if work.row is None:
             work.prepared += time.perf_counter() - work.came  # the client has waited for it too
-            work.row = work.new_row(self.processor)
+            work.row = Row(self.processor, work)
         prompt, limit = work.grown, min(work.limit - work.row.count, FORESEEN)
         needed = predict(self.footprint, len(prompt), limit)
         work.stack.enter_context(bounded_memory.request(needed))
@@ -471,7 +462,7 @@ class Engine:
             before = reading.caches.length
             hidden = next(self.model.read(work.known, reading.caches, chunk, work.adapter))
             reading.keep()
-            if work.is_scored and (foretold := work.ids[before + 1 : reading.caches.length + 1]):
+            if work.is_scored and (foretold := work.known.token_ids[before + 1 : reading.caches.length + 1]):
                 row.score(before + 1, prompt_told(self.model, hidden, foretold, work.adapter))
             with self.news:
                 self.read += reading.caches.length - before
@@ -482,7 +473,7 @@ class Engine:
             work.parked = None
             self.batch.put(work.seat, reading.caches, state)
             return
-        state, given = work.begin(self.model, self.processor, hidden[:, -1:])
+        state, given = begin(self.model, self.processor, work, hidden[:, -1:])
         if self.store is not None and NOT_FINITE not in given.tokens:
             reading.share()
         work.seat = given.seat

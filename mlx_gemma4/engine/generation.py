@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import dataclass, replace
 from threading import Lock, get_ident
 from typing import Any
 
@@ -13,21 +13,19 @@ import numpy as np
 
 from mlx_gemma4.decoding.batch import Batch, Given, Seat, tokens_of
 from mlx_gemma4.decoding.round import NOT_FINITE, State, first_state
-from mlx_gemma4.decoding.sampling import Sampler, Sampling, settled, told
+from mlx_gemma4.decoding.sampling import Sampler, Sampling, told
 from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.reading import opened
-from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.request import Asked, Options, Request
 from mlx_gemma4.engine.row import Row
-from mlx_gemma4.errors import a, shown
+from mlx_gemma4.errors import a
 from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import Prediction, check_memory, predict
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt, check_length
+from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.reply.reply import TOOL_CALL_OPEN, Piece, Reply, collect
 from mlx_gemma4.weights.load import footprint_of
 from mlx_gemma4.weights.peers import hear, leads, settle, tell
-
-SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
 
 # Freed buffers that MLX may keep for reuse; unbounded, they crowd the weights out of a 16 GB machine.
 BUFFER_CACHE_BYTES = 512 * 2**20
@@ -186,36 +184,6 @@ def of_one_thread(events: Events) -> Events:
                 )
 
 
-@dataclass(eq=False)
-class Asked:
-    """A request to a model, which it does not hold. ValueError if the model cannot do what is asked."""
-
-    model: InitVar[Model]
-    processor: InitVar[Processor]
-    prompt: Prompt
-    options: Options
-    prepared: float  # seconds that making the prompt took
-
-    def __post_init__(self, model: Model, processor: Processor) -> None:
-        check_length(self.prompt, model.config)
-        self.stops = model.config.generation.eos_token_ids
-        self.limit = min(self.options.max_tokens, model.config.text.max_position_embeddings - len(self.prompt))
-        self.adapter = adapter_of(model, self.options.adapter)
-        self.constraint = self.options.constraint(processor, self.prompt, self.stops)
-        self.drafts = drafts_of(model, self.options)
-
-    def new_row(self, processor: Processor) -> Row:
-        return Row(processor, self.prompt, self.stops, self.limit, self.options, self.prepared, self.constraint)
-
-    def begin(self, model: Model, processor: Processor, hidden: mx.array) -> tuple[State, Given]:
-        """The state of its row, whose prompt has been read, and the first token. hidden: [1, 1, D], of the last
-        position."""
-        sampler, seed = sampler_of(model, processor, self.options), self.options.sampling.seed
-        stages = replace(sampler.stages, pauses=self.constraint is not None, adapts=self.adapter > 0)
-        seat = Seat(stages, len(self.prompt), self.limit, self.drafts, self.constraint)
-        return first_token(model, sampler, self.prompt, hidden, seed, seat, self.adapter)
-
-
 def led_events(model: Model, prompt: Prompt, options: Options, events: Events) -> Events:
     """For each of them the machines that follow, if any do, take a step too; they leave when these are left."""
     if not leads(model.group):  # which is known once the weights are there
@@ -250,34 +218,9 @@ def follow(model: Model, processor: Processor, store: PromptStore | None) -> Non
                     settle(model.group, error)
 
 
-def adapter_of(model: Model, name: str | None) -> int:
-    """Which of the model's adapters it is, from 1 on; 0: none. ValueError for a name that none of them has."""
-    names = model.config.adapters
-    if name is None:
-        return 0
-    if not isinstance(name, str) or name not in names:
-        there = f"None, or one of {', '.join(names)}" if names else "None: no adapter was loaded by name"
-        raise ValueError(f"adapter is {shown(name)}; expected {there}")
-    return names.index(name) + 1
-
-
-def drafts_of(model: Model, options: Options) -> int | None:
-    """Drafts of every round; None: as many as pay. With a seed "auto" is one length: which random number decides on
-    which token must not hang on measured times."""
-    length, sampling = options.draft_length, options.sampling
-    if model.drafter is None and length not in ("auto", 0):
-        raise ValueError(f"draft_length is {length} and the model has no drafter; expected 0, or load one")
-    if length != "auto":
-        return int(length)
-    if model.drafter is None:
-        return 0
-    is_greedy = settled(sampling, model.config.generation).temperature == 0
-    return None if sampling.seed is None or is_greedy else SEEDED_LENGTH
-
-
 def run(model: Model, processor: Processor, asked: Asked, store: PromptStore | None) -> Events:
     prompt, scope, adapter = asked.prompt, asked.options.scope, asked.adapter
-    row, length = asked.new_row(processor), len(prompt)
+    row, length = Row(processor, asked), len(prompt)
     needed = predict(footprint_of(model), length, asked.limit)
     mx.reset_peak_memory()
     with (
@@ -290,7 +233,7 @@ def run(model: Model, processor: Processor, asked: Asked, store: PromptStore | N
         for hidden in model.read(prompt, caches, reading.chunk, adapter):  # noqa: B007
             reading.keep()
             yield Reading(caches.length, length)
-        state, given = asked.begin(model, processor, hidden[:, -1:])
+        state, given = begin(model, processor, asked, hidden[:, -1:])
         piece = row.take(given)
         reading.ids += given.tokens
         yield piece
@@ -304,18 +247,22 @@ def run(model: Model, processor: Processor, asked: Asked, store: PromptStore | N
                         reading.ids += given.tokens
                         yield piece
             finally:
-                caches.take(batch.remove(seat))
+                batch.remove(seat, caches)
     yield row.finish()
 
 
-def sampler_of(model: Model, processor: Processor, options: Options) -> Sampler:
+def begin(model: Model, processor: Processor, asked: Asked, hidden: mx.array) -> tuple[State, Given]:
+    """The state of a row whose prompt has been read, and its first token. hidden: [1, 1, D], of the last position."""
+    options, config, constraint = asked.options, model.config, asked.constraint
     bias = {int(token): float(value) for token, value in (options.logit_bias or {}).items()}
     call = processor.tokenizer.token_to_id(TOOL_CALL_OPEN)
     if options.tool_choice == "none" and call is not None:
         bias[call] = -math.inf
-    config = model.config
     tells = options.logprobs is not None
-    return Sampler(options.sampling, config.generation, config.text.vocab_size, bias, tells)
+    sampler = Sampler(options.sampling, config.generation, config.text.vocab_size, bias, tells)
+    stages = replace(sampler.stages, pauses=constraint is not None, adapts=asked.adapter > 0)
+    seat = Seat(stages, len(asked.prompt), asked.limit, asked.drafts, constraint)
+    return first_token(model, sampler, asked.prompt, hidden, options.sampling.seed, seat, asked.adapter)
 
 
 def first_token(

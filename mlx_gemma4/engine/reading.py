@@ -4,12 +4,12 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_gemma4.decoding.round import learnt_of
-from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint, window_of
+from mlx_gemma4.decoding.store import VERSION, Held, PromptStore, fingerprint
 from mlx_gemma4.model.cache import AHEAD, ROUND, Caches
 from mlx_gemma4.model.model import CHUNK, Model
 from mlx_gemma4.planner import memory_limit
@@ -28,10 +28,10 @@ class Opened:
     """The caches of a request, and what is known of their positions."""
 
     caches: Caches
-    ids: list[int] = field(default_factory=list)  # of the prompt and of what has come of the reply
-    total: int = 0  # tokens of the prompt
-    chunk: int = CHUNK
-    held: Held | None = None  # what a store is to have back
+    ids: list[int]  # of the prompt and of what has come of the reply
+    total: int  # tokens of the prompt
+    chunk: int
+    held: Held | None  # what a store is to have back
 
     @property
     def known(self) -> list[int]:
@@ -80,37 +80,33 @@ def opened(
     needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
     is not found, nor what was read with another adapter.
     """
-    slots = len(prompt) + min(limit, AHEAD) + ROUND
-    if store is None:
-        yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
-        return
-    text = model.config.text
-    store.leave(memory_limit() - needed)
-    space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
-    held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
-    if not is_everywhere(model.group, held.caches.length):
-        store.drop(held)
-        yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
-        return
-    if held.parted is not None:
-        log_parting(processor, prompt, held.cached, *held.parted)
+    slots, held = len(prompt) + min(limit, AHEAD) + ROUND, None
+    caches = model.caches(slots)
+    if store is not None:
+        store.leave(memory_limit() - needed)
+        space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
+        held = store.take(space, prompt, slots, turn, caches)
+        if not is_everywhere(model.group, held.cached):
+            store.drop(held)
+            held, caches = None, model.caches(slots)
+        elif held.parted is not None:
+            log_parting(processor, prompt, held.cached, *held.parted)
     # no more at once than a window, or the ring would have lost what is to be kept
-    chunk = min(CHUNK, window_of(text) or CHUNK)
-    reading = Opened(held.caches, list(prompt.token_ids), len(prompt), chunk, held)
+    chunk = CHUNK if held is None else min(CHUNK, caches.window or CHUNK)
+    reading = Opened(caches, list(prompt.token_ids), len(prompt), chunk, held)
     try:
         yield reading
     except GeneratorExit:
-        reading.give()
         raise
     except KeyboardInterrupt:
         # where in a round it came is not known: of the prompt all is sure that was read
         reading.ids = reading.ids[: reading.caches.length]
-        reading.give()
         raise
     except BaseException:
         reading.forget()
         raise
-    reading.give()
+    finally:
+        reading.give()
 
 
 def fingerprint_of(model: Model, adapter: int = 0) -> bytes:

@@ -1,4 +1,4 @@
-"""What a caller asks for, as one value: checked, and free of the model."""
+"""What a caller asks for, as one value, checked: free of a model, then of one, which it does not hold."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -7,11 +7,12 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from mlx_gemma4.decoding.controller import check_draft_length
-from mlx_gemma4.decoding.sampling import TOP, Sampling
+from mlx_gemma4.decoding.sampling import TOP, Sampling, settled
 from mlx_gemma4.errors import a, check_flag, shown
+from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import request_messages
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt, is_whole
+from mlx_gemma4.prompt.prompt import Prompt, check_length, is_whole
 from mlx_gemma4.reply.repetition import parse_repetition_detection
 from mlx_gemma4.reply.reply import Controls
 from mlx_gemma4.reply.stop import check_stop
@@ -20,6 +21,7 @@ from mlx_gemma4.weights.load import BASE
 if TYPE_CHECKING:
     from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
 
+SEEDED_LENGTH = 3  # drafts a round for "auto" when a reply is to be the same again
 MOST_BIAS = 100  # as OpenAI has it: with logits within 30, such a token is certain or never said
 
 
@@ -173,3 +175,43 @@ class Request:
             preserve_thinking=self.preserve_thinking,
             continue_final_message=self.continue_final_message,
         )
+
+
+class Asked:
+    """A prompt and options for a model. ValueError if the model cannot do what is asked."""
+
+    def __init__(self, model: Model, processor: Processor, prompt: Prompt, options: Options, prepared: float):
+        """prepared: seconds that making the prompt took, which count for the time to first token."""
+        check_length(prompt, model.config)
+        self.prompt, self.options, self.prepared = prompt, options, prepared
+        self.stops = model.config.generation.eos_token_ids  # the tokens that end the reply
+        # tokens of the reply at most
+        self.limit = min(options.max_tokens, model.config.text.max_position_embeddings - len(prompt))
+        self.adapter = adapter_of(model, options.adapter)
+        self.constraint = options.constraint(processor, prompt, self.stops)
+        self.drafts = drafts_of(model, options)
+
+
+def adapter_of(model: Model, name: str | None) -> int:
+    """Which of the model's adapters it is, from 1 on; 0: none. ValueError for a name that none of them has."""
+    names = model.config.adapters
+    if name is None:
+        return 0
+    if not isinstance(name, str) or name not in names:
+        there = f"None, or one of {', '.join(names)}" if names else "None: no adapter was loaded by name"
+        raise ValueError(f"adapter is {shown(name)}; expected {there}")
+    return names.index(name) + 1
+
+
+def drafts_of(model: Model, options: Options) -> int | None:
+    """Drafts of every round; None: as many as pay. With a seed "auto" is one length: which random number decides on
+    which token must not hang on measured times."""
+    length, sampling = options.draft_length, options.sampling
+    if model.drafter is None and length not in ("auto", 0):
+        raise ValueError(f"draft_length is {length} and the model has no drafter; expected 0, or load one")
+    if length != "auto":
+        return int(length)
+    if model.drafter is None:
+        return 0
+    is_greedy = settled(sampling, model.config.generation).temperature == 0
+    return None if sampling.seed is None or is_greedy else SEEDED_LENGTH

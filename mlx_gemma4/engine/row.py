@@ -1,64 +1,33 @@
 """One request in work: what its tokens so far come to, and why and where they end."""
 
 import time
+from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_gemma4.decoding.batch import Given
 from mlx_gemma4.decoding.round import NOT_FINITE
-from mlx_gemma4.engine.request import Options
+from mlx_gemma4.engine.request import Asked
 from mlx_gemma4.prompt.processor import Processor
-from mlx_gemma4.prompt.prompt import Prompt
 from mlx_gemma4.prompt.tools import argument_schemas
 from mlx_gemma4.reply.opening import CallPart
 from mlx_gemma4.reply.repetition import Repetition, parse_repetition_detection
 from mlx_gemma4.reply.reply import Controls, Piece, ReplyParser, Stats
 from mlx_gemma4.reply.stop import check_stop
 
-if TYPE_CHECKING:
-    from mlx_gemma4.decoding.constraint import Constraint  # which loads llguidance
-
-
-@dataclass
-class Tally:
-    """What the rounds did, whole ones, by draft position."""
-
-    rounds: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-
-    def add(self, drafted: int, accepted: int) -> None:
-        self.rounds += 1
-        missing = drafted - len(self.drafted)
-        self.drafted += [0] * missing
-        self.accepted += [0] * missing
-        for position in range(drafted):
-            self.drafted[position] += 1
-            self.accepted[position] += position < accepted
-
 
 class Row:
     """Takes the tokens of a request as they come."""
 
-    def __init__(
-        self,
-        processor: Processor,
-        prompt: Prompt,
-        stops: Collection[int],
-        limit: int,
-        options: Options,
-        prepared: float,
-        constraint: "Constraint | None" = None,
-    ):
-        """stops: tokens that end the reply. limit: tokens of it at most. prepared: seconds that making the prompt took,
-        which count for the time to first token. constraint: what the reply is held to; it follows the same tokens.
-        Where a text of `stop` ends the answer, the ids are those up to the token that completes it."""
-        self.constraint = constraint
-        self.prompt, self.stops, self.limit, self.prepared = prompt, stops, limit, prepared
+    def __init__(self, processor: Processor, asked: Asked):
+        """The constraint of what is asked follows the same tokens. Where a text of `stop` ends the answer, the ids are
+        those up to the token that completes it."""
+        prompt, options, constraint = asked.prompt, asked.options, asked.constraint
+        self.prompt, self.constraint, self.prepared = prompt, constraint, asked.prepared
+        self.stops, self.limit = asked.stops, asked.limit
         controls, schemas = Controls.from_tokenizer(processor.tokenizer), argument_schemas(prompt.tools)
         self.logprobs, stop = options.logprobs, check_stop(options.stop)
         calls_end_thoughts = constraint is not None and constraint.form.call is not None
@@ -74,7 +43,8 @@ class Row:
         self.scores: list[dict[str, Any]] = [{"token_id": prompt.token_ids[0], "logprob": None, "top": {}}]
         self.finish_reason: str | None = None
         self.end: dict[str, Any] | None = None  # how likely the stop token was, if that is asked for
-        self.tally = Tally()
+        # of whole rounds; drafts by their place in them
+        self.rounds, self.drafted, self.accepted = 0, Counter[int](), Counter[int]()
         self.started = self.first_at = self.last_at = time.perf_counter()
 
     def take(self, given: Given) -> Piece:
@@ -88,7 +58,9 @@ class Row:
                 "or a wider computing type"
             )
         if given.drafted is not None:
-            self.tally.add(given.drafted, len(tokens) - 1)
+            self.rounds += 1
+            self.drafted.update(range(given.drafted))
+            self.accepted.update(range(min(given.drafted, len(tokens) - 1)))
         ids, self.finish_reason = until_stop(tokens, self.stops, self.limit - self.count)
         if len(ids) == len(tokens) and self.constraint is not None and self.constraint.is_finished:
             self.finish_reason = "stop"  # nothing may follow
@@ -153,7 +125,7 @@ class Row:
         )  # fmt: skip
 
     def stats(self) -> Stats:
-        length, tally = len(self.prompt), self.tally
+        length, accepted = len(self.prompt), self.accepted.total()
         return Stats(
             prompt_tokens=length,
             cached_tokens=self.cached,
@@ -162,11 +134,11 @@ class Row:
             generation_tps=max(self.count - 1, 0) / max(self.last_at - self.first_at, 1e-9),
             time_to_first_token=self.prepared + self.first_at - self.started,
             peak_memory=mx.get_peak_memory(),
-            rounds=tally.rounds,
-            drafted_tokens=sum(tally.drafted),
-            accepted_tokens=sum(tally.accepted),
-            acceptance_by_position=[hits / tries for hits, tries in zip(tally.accepted, tally.drafted, strict=True)],
-            tokens_per_round=1 + sum(tally.accepted) / max(tally.rounds, 1),
+            rounds=self.rounds,
+            drafted_tokens=self.drafted.total(),
+            accepted_tokens=accepted,
+            acceptance_by_position=[self.accepted[place] / tries for place, tries in self.drafted.items()],
+            tokens_per_round=1 + accepted / max(self.rounds, 1),
             thinking_tokens=self.parser.thinking_tokens,
         )
 

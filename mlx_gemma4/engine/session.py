@@ -11,9 +11,9 @@ from typing import Any
 from mlx_gemma4.config import expanded
 from mlx_gemma4.decoding.sampling import Sampling
 from mlx_gemma4.decoding.store import PromptStore
-from mlx_gemma4.engine.generation import Reading, adapter_of, check_given, generation_events
+from mlx_gemma4.engine.generation import Reading, check_given, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of, space_of
-from mlx_gemma4.engine.request import Options, Request
+from mlx_gemma4.engine.request import Options, Request, adapter_of
 from mlx_gemma4.errors import a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model

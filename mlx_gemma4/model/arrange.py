@@ -20,10 +20,10 @@ from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.split import LayerShare, Share
 
 
-def arrange(model: Model, share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None) -> None:
-    """Make a model whose weights are loaded ready to run. share, group: of one of several machines."""
+def arrange(model: Model, share: Share | LayerShare | None = None) -> None:
+    """Make a model whose weights are loaded ready to run. share: of one of several machines."""
     if model.language_model.dtype == mx.float16:
-        make_float16_safe(model, share, group)
+        make_float16_safe(model, share)
     still: mx.array | None = None
     for layer in model.language_model.layers:
         own = arrange_layer(layer)

@@ -144,14 +144,12 @@ class SlidingCache:
         if not isinstance(offset, int):
             self.arrays = place(self.arrays, entries, steps(offset, length) % self.slots)
             return self.arrays
-        seen = entries
-        if offset:
-            seen = along([self.arrays, entries])
+        seen, before = entries, self.arrays
+        if offset:  # joined before they are written to, or writing would copy them
+            seen = along([before, entries])
+            before = tuple(cast(list[mx.array], mx.depends(list(before), list(seen))))
         kept = min(length, self.slots)
         slots = (mx.arange(offset + length - kept, offset + length) % self.slots)[None]
-        before = self.arrays
-        if offset:  # joined before they are written to, or writing would copy them
-            before = tuple(cast(list[mx.array], mx.depends(list(before), list(seen))))
         self.arrays = place(before, tuple(rows[:, :, length - kept :] for rows in entries), slots)
         # written before they are attended to: the chunk's own entries would live until its last layer
         return tuple(cast(list[mx.array], mx.depends(list(seen), list(self.arrays))))
@@ -246,6 +244,11 @@ class Caches:
     def slots(self) -> int:
         """Of full layers: what a round is compiled for; 0 if there are none."""
         return next((layer.slots for layer in self.layers if isinstance(layer, FullCache)), 0)
+
+    @property
+    def window(self) -> int:
+        """Of sliding layers; 0 if there are none."""
+        return next((layer.slots - ROUND for layer in self.layers if isinstance(layer, SlidingCache)), 0)
 
     def reserve(self, positions: int) -> None:
         """Make room for so many in full layers."""

@@ -30,16 +30,14 @@ CODES, SUMMED = {"mxfp4": 6.0, "nvfp4": 6.0, "mxfp8": 448.0}, 32  # the largest;
 SMALLEST_SHARE = 2.0**-6  # of what an MLP's row is divided by, its usual size: eps is then right to 1 / 4096
 
 
-def float16_is_safe(
-    model: Model, share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
-) -> str | None:
+def float16_is_safe(model: Model, share: Share | LayerShare | None = None) -> str | None:
     """Why a model, loaded and not yet arranged, cannot compute in float16, in one line; None: it can.
 
-    share, group: of one of several machines, which are asked at once.
+    share: of one of several machines, which are asked at once.
     """
     own_layers, drafter_layers = model.language_model.layers, model.drafter.layers if model.drafter is not None else []
-    outputs = [*output_bounds(own_layers, share, group), *output_bounds(drafter_layers)]
-    keys = key_weights(model)
+    outputs = [*output_bounds(own_layers, share), *output_bounds(drafter_layers)]
+    keys = {layer.kind: cast(SelfAttention, layer.self_attn).k_norm.weight for layer in own_layers}
     for layer, output in zip([*own_layers, *drafter_layers], outputs, strict=True):
         own = layer.self_attn
         weights = own.k_norm.weight if isinstance(own, SelfAttention) else keys.get(layer.kind)
@@ -56,10 +54,8 @@ def float16_is_safe(
     return None
 
 
-def make_float16_safe(
-    model: Model, share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
-) -> None:
-    """Before `arrange`. share, group: of one of several machines."""
+def make_float16_safe(model: Model, share: Share | LayerShare | None = None) -> None:
+    """Before `arrange`. share: of one of several machines."""
     for module in model.modules():
         if isinstance(module, Adapted):
             settle_adapted(module)
@@ -72,7 +68,7 @@ def make_float16_safe(
     for part in ("embed_vision", "embed_audio"):
         if part in model and is_first:
             start = max(start, output_bound(model[part].embedding_projection))
-    target.unit = settle_layers(target.layers, start, share, group)
+    target.unit = settle_layers(target.layers, start, share)
     if not is_last:  # what this norm gives is times 0 there, which an infinity would survive
         settle_last(target.norm, min(power(largest(target.norm.weight) * width**0.5), 1.0), target.unit)
         return
@@ -85,7 +81,7 @@ def make_float16_safe(
     if drafter is not None:
         own = wide(drafter.norm.weight)
         root = own.shape[0] ** 0.5
-        hidden = norm_of(row_norms(drafter.post_projection, own)) * root
+        hidden = largest_row(drafter.post_projection, own) * root
         joined = math.hypot(embedding, max(bounds[0], hidden))
         first = largest_row(drafter.pre_projection) * joined
         sums = [largest_sum(matrix, own) * root for matrix in (drafter.embed_tokens, drafter.post_projection)]
@@ -113,28 +109,23 @@ def settle_adapted(module: Adapted) -> None:
         module.lora_a, module.lora_b = scaled(module.lora_a, factor), scaled(module.lora_b, 1 / factor)
 
 
-def settle_layers(
-    layers: list[Layer], start: float, share: Share | LayerShare | None = None,
-    group: mx.distributed.Group | None = None,
-) -> float:  # fmt: skip
+def settle_layers(layers: list[Layer], start: float, share: Share | LayerShare | None = None) -> float:
     """Make the layers safe for a residual stream that begins below `start`; the unit that it is to have."""
-    unit = power(largest_residual(layers, start, share, group))
-    for layer, output in zip(layers, output_bounds(layers, share, group), strict=True):
+    unit = power(largest_residual(layers, start, share))
+    for layer, output in zip(layers, output_bounds(layers, share), strict=True):
         settle_attention(layer, unit, output)
         settle_mlp(layer, unit, isinstance(share, Share))
         mx.eval(layer.parameters())
     return unit
 
 
-def largest_residual(
-    layers: list[Layer], start: float, share: Share | LayerShare | None, group: mx.distributed.Group | None
-) -> float:
+def largest_residual(layers: list[Layer], start: float, share: Share | LayerShare | None) -> float:
     """A bound on the residual stream: what each layer's two norms may add to it, and what it is then times."""
     steps = [(largest_step(layer), largest(layer.layer_scalar)) for layer in layers]
     if isinstance(share, LayerShare):
         every = np.zeros((1 + share.count, 2), np.float32)
         every[0, 0], every[1 + share.layers[0] : 1 + share.layers[1]] = start, steps
-        told = cast(list[list[float]], mx.distributed.all_max(mx.array(every), group=group).tolist())
+        told = cast(list[list[float]], mx.distributed.all_max(mx.array(every), group=share.group).tolist())
         start, steps = told[0][0], [(step, factor) for step, factor in told[1:]]
     size = peak = start
     for step, factor in steps:
@@ -183,7 +174,7 @@ def settle_mlp(layer: Layer, unit: float, is_shared: bool) -> None:
     root, inner = len(weight) ** 0.5, total_columns(mlp.down_proj)
     gate, up = row_norms(mlp.gate_proj, weight), row_norms(mlp.up_proj, weight)
     codes = max(map(largest_codes, (mlp.gate_proj, mlp.up_proj))) * largest(weight)
-    shrink = power(max(largest(weight), norm_of(gate), norm_of(up), codes) * root)
+    shrink = power(max(largest(weight), largest(gate), largest(up), codes) * root)
     layer.pre_feedforward_layernorm.weight = scaled(weight, shrink)
     layer.pre_feedforward_layernorm.eps *= unit**2
 
@@ -211,17 +202,12 @@ def settle_mlp(layer: Layer, unit: float, is_shared: bool) -> None:
 # --- bounds ------------------------------------------------------------------------------------
 
 
-def key_weights(model: Model) -> dict[str, mx.array]:
-    """Of the layers whose keys the drafter reads, by kind."""
-    return {layer.kind: cast(SelfAttention, layer.self_attn).k_norm.weight for layer in model.language_model.layers}
-
-
-def output_bounds(
-    layers: list[Layer], share: Share | LayerShare | None = None, group: mx.distributed.Group | None = None
-) -> list[float]:
+def output_bounds(layers: list[Layer], share: Share | LayerShare | None = None) -> list[float]:
     """Of each layer's o_proj, to which attention gives means of normed values; of machines that sum, together."""
     own = mx.array([output_bound(layer.self_attn.o_proj) for layer in layers])
-    return cast(list[float], (mx.distributed.all_sum(own, group=group) if isinstance(share, Share) else own).tolist())
+    if isinstance(share, Share):
+        own = mx.distributed.all_sum(own, group=share.group)
+    return cast(list[float], own.tolist())
 
 
 def output_bound(matrix: nn.Module) -> float:
@@ -252,10 +238,6 @@ def largest(array: mx.array) -> float:
     return cast(float, mx.abs(wide(array)).max().item())
 
 
-def norm_of(norms: mx.array) -> float:
-    return cast(float, norms.max().item())
-
-
 def usual(norms: mx.array) -> float:
     return cast(float, mx.sqrt(mx.square(norms).mean()).item())
 
@@ -265,7 +247,7 @@ def median(norms: mx.array) -> float:
 
 
 def largest_row(module: nn.Module, columns: mx.array | None = None) -> float:
-    return norm_of(row_norms(module, columns))
+    return largest(row_norms(module, columns))
 
 
 def largest_sum(module: nn.Module, columns: mx.array | None = None) -> float:

@@ -41,6 +41,7 @@ class Share:
 
     heads: tuple[int, int]  # of the sliding layers' key/value heads, from … to
     columns: tuple[int, int]  # of the MLP's
+    group: mx.distributed.Group | None = None  # of these machines, where they are there
 
     def queries(self, text: TextConfig) -> tuple[int, int]:
         """Heads of queries, from … to; text: the whole decoder's."""
@@ -180,6 +181,7 @@ class LayerShare:
 
     layers: tuple[int, int]  # from … to
     count: int  # of all machines' layers
+    group: mx.distributed.Group | None = None  # of these machines, where they are there
 
     @property
     def is_first(self) -> bool:
@@ -315,9 +317,10 @@ class Sent(nn.Module):
 # --- when all is loaded ------------------------------------------------------------------------
 
 
-def join_machines(model: Model, share: Share | LayerShare, group: mx.distributed.Group) -> None:
+def join_machines(model: Model, share: Share | LayerShare) -> None:
     """Let a model, loaded and arranged, find the rest of itself on the other machines."""
-    decoder = model.language_model
+    decoder, group = model.language_model, share.group
+    assert group is not None
     model.split = SPLITS[isinstance(share, LayerShare)]
     if isinstance(share, LayerShare):
         model.group = group

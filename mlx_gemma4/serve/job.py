@@ -78,7 +78,8 @@ class Job:
             return ""
         for work in [stream.work for stream in self.streams]:
             reading, row = work.reading, work.row
-            if reading is not None and row is not None and work.seat is None:
+            # of a row that was parked its reply is read too
+            if reading is not None and row is not None and row.count == 0:
                 return say(len(work.prompt), row.cached, len(work.prompt) - work.left)
         return ""
 

@@ -155,7 +155,6 @@ class Checkpoint:
     drafter: DrafterChoice | None
     footprint: Footprint  # once it is loaded
     share: Share | LayerShare | None = None  # of several machines
-    group: mx.distributed.Group | None = None  # of these, if they are there
 
     @property
     def nbytes(self) -> int:
@@ -238,8 +237,8 @@ def look_through(
     check_alike(group, repr((__version__, split, headers.config, headers.drafter_config, described)))
     room = mx.distributed.all_gather(mx.array([memory_limit() // 2**20]), group=group)
     found = shared_checkpoints(headers, cast(list[int], room.tolist()), group.rank(), split)
-    own = choose(headers.config, found, group) if len(found) > 1 else next(iter(found))
-    return replace(found[own], group=group)
+    own = found[choose(headers.config, found, group) if len(found) > 1 else next(iter(found))]
+    return replace(own, share=replace(cast(Share | LayerShare, own.share), group=group))
 
 
 def read_headers(
@@ -357,18 +356,18 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
     """Read the tensors, as `read_values`, and make the model ready to run."""
     yield from read_values(checkpoint)
     settle_gains(checkpoint.model)
-    model, share, group = checkpoint.model, checkpoint.share, checkpoint.group
+    model, share = checkpoint.model, checkpoint.share
     if checkpoint.config.dtype == mx.float16:
-        check_float16(model, share, group)
-    arrange(model, share, group)
-    if share is not None and group is not None:
-        join_machines(model, share, group)
+        check_float16(model, share)
+    arrange(model, share)
+    if share is not None:
+        join_machines(model, share)
 
 
-def check_float16(model: Model, share: Share | LayerShare | None, group: mx.distributed.Group | None) -> None:
+def check_float16(model: Model, share: Share | LayerShare | None) -> None:
     """CheckpointError, on all machines, if one of them has weights for which float16 has no room."""
-    reason = float16_is_safe(model, share, group)
-    if anywhere(group, reason is not None):
+    reason = float16_is_safe(model, share)
+    if anywhere(None if share is None else share.group, reason is not None):
         raise CheckpointError(f"{reason or 'another machine has no room'}; expected bfloat16 or float32, for dtype")
 
 

@@ -73,7 +73,7 @@ def check_state(rounds: Rounds) -> None:
     assert state["token"].tolist() == ids[-1:]
     expected = hidden_states(model, Prompt(ids[:-1], rounds.prompt.media))[-1]
     assert np.array(state["hidden"])[0, 0] == pytest.approx(expected, abs=1e-4)
-    if rounds.sampler.penalty != 1:
+    if rounds.sampler.numbers["penalty"] != 1:
         assert set(np.flatnonzero(np.array(state["seen"]))) == set(ids)
     else:
         assert "seen" not in state

@@ -1,8 +1,10 @@
 """Many requests at once: each gets what it gets alone."""
 
+import asyncio
 import gc
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +16,11 @@ from mlx_gemma4 import Engine, Prompt, PromptStore, Sampling, collect, generate,
 from mlx_gemma4.decoding.batch import Batch, Seat
 from mlx_gemma4.engine import engine
 from mlx_gemma4.engine.engine import Stream, Work
+from mlx_gemma4.model.cache import Caches
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.planner import memory_limit
 from mlx_gemma4.prompt.processor import Processor
+from mlx_gemma4.serve.job import Job
 
 Loaded = tuple[Model, Processor]
 
@@ -77,9 +81,9 @@ def test_of_a_row_whose_reply_fails_nothing_is_copied(endless: Loaded, monkeypat
     kept: list[bool] = []
     remove = Batch.remove
 
-    def removing(self: Batch, seat: Seat, *, keep: bool = True) -> Any:
-        kept.append(keep)
-        return remove(self, seat, keep=keep)
+    def removing(self: Batch, seat: Seat, into: Caches | None = None) -> None:
+        kept.append(into is not None)
+        remove(self, seat, into)
 
     def failing(*given: Any) -> None:
         raise RuntimeError("it failed")
@@ -256,6 +260,41 @@ def test_a_reading_that_was_parked_goes_on_and_finds_no_more_than_others_read(
         assert collect(reader).stats.cached_tokens == int(stored)  # the first token is the same
         row.close()
         assert watched.read <= 21 + 3001
+
+
+def test_of_a_row_that_was_parked_nothing_is_said_of_how_far_its_prompt_is_read(
+    endless: Loaded, room: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply has begun; with a store that keeps nothing all of both is read again."""
+    monkeypatch.setattr(engine, "FORESEEN", 8)
+    room[0] = 2 * 460
+    said: list[tuple[int, str]] = []
+
+    class Telling(Watched):
+        def read_on(self, work: Work) -> None:
+            assert work.row is not None
+            count = work.row.count
+            super().read_on(work)
+            if work.seat is None:
+                said.append((count, asyncio.run(progress_of(work))))
+
+    with Telling(*endless, max_batch=2) as telling:
+        telling.shelf.max_bytes = 1
+        for stream in [telling.submit(random_prompt(seed, 400), max_tokens=90, draft_length=0) for seed in (0, 1)]:
+            collect(stream)
+        assert telling.parked > 0
+    assert any(count for count, _ in said) and {told == "" for count, told in said if count} == {True}
+    assert {told for count, told in said if not count} <= {str((401, 0, read)) for read in range(1, 401)}
+
+
+async def progress_of(work: Work) -> str:
+    """As a server asks for it."""
+    ask: Any = SimpleNamespace(n=1, prompts=(), progress=lambda *numbers: str(numbers))
+    nobody: Any = None
+    job = Job(nobody, nobody, ask, "")
+    streams: list[Any] = [SimpleNamespace(work=work)]
+    job.streams = streams
+    return job.progress
 
 
 def test_where_one_row_alone_fits_they_take_turns(endless: Loaded, room: list[int]) -> None:

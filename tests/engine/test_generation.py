@@ -27,7 +27,7 @@ from mlx_gemma4.decoding.controller import MAX_DRAFTS, Controller, RoundClock
 from mlx_gemma4.decoding.round import learnt_of
 from mlx_gemma4.decoding.sampling import Sampler
 from mlx_gemma4.engine import generation, reading
-from mlx_gemma4.engine.request import Options
+from mlx_gemma4.engine.request import Asked, Options
 from mlx_gemma4.engine.row import Row
 from mlx_gemma4.model import cache as cache_module
 from mlx_gemma4.model.model import Model
@@ -96,9 +96,9 @@ def test_a_stop_token_is_told_of_only_where_it_ended_the_reply(
     tiny: Loaded, stop: tuple[str, ...], is_cut: bool
 ) -> None:
     """Not behind a text that ended it, though one round gave both."""
-    _, processor = tiny
+    processor = tiny[1]
     ids = processor.tokenizer.encode("ab", add_special_tokens=False).ids
-    row = Row(processor, Prompt(IDS), (1,), 10, Options(stop=stop, logprobs=0), 0.0)
+    row = Row(processor, Asked(*tiny, Prompt(IDS), Options(max_tokens=10, stop=stop, logprobs=0), 0.0))
     told = np.array([[-0.5 - place] for place in range(len(ids) + 1)])
     row.take(Given(cast(Any, None), None, [*ids, 1], told))
     end = row.finish().end
