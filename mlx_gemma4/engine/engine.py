@@ -32,7 +32,7 @@ from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, footprint, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, is_whole
-from mlx_gemma4.reply.reply import Piece, Reply, collect
+from mlx_gemma4.reply.reply import Piece, Reply, Stats, collect
 from mlx_gemma4.weights.load import parameters
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
 
@@ -109,7 +109,9 @@ class Stream(Iterator[Piece]):
         self.ended = False
 
     def __next__(self) -> Piece:
-        found = None if self.ended else self.work.pieces.get()
+        if self.ended or self.work.cancelled:
+            raise StopIteration
+        found = self.work.pieces.get()
         if isinstance(found, Piece):
             return found
         self.ended = True
@@ -119,7 +121,14 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """Take no more of it; a thread that waits for a piece gets none."""
-        self.ended = self.work.cancelled = True
+        self.work.cancelled = True
+
+    def stats(self) -> Stats | None:
+        """Of a reply that has ended or is closed, once its row is free: as far as it came; None if it has no token."""
+        while not self.ended:
+            self.ended = not isinstance(self.work.pieces.get(), Piece)
+        row = self.work.row
+        return row.stats() if row is not None and row.count else None
 
     def __del__(self) -> None:
         self.close()
