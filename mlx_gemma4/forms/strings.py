@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
@@ -78,3 +78,12 @@ def matches(pattern: str, text: str) -> bool:
     """Whether a regular expression of llguidance, which Python's engine may not read, matches a whole text."""
     matcher = LLMatcher(letters(), LLMatcher.grammar_from_regex(pattern), log_level=0)
     return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+
+@lru_cache(maxsize=1024)
+def is_empty(terminal: str) -> bool:
+    """Whether no text matches a terminal of Lark; llguidance says so only where it is to go on, and then goes on with
+    nothing else."""
+    matcher = LLMatcher(letters(), LLMatcher.grammar_from_lark(f"start: T\nT: {terminal}"), log_level=0)
+    matcher.compute_bitmask()
+    return matcher.get_error().startswith("NoExtensionBias")
