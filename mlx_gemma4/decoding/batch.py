@@ -21,7 +21,7 @@ from mlx_gemma4.decoding.round import (
     optional,
 )
 from mlx_gemma4.decoding.sampling import Stages
-from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, caches_of, capacity
+from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, SlidingCache, caches_of, capacity
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.peers import same
 
@@ -129,25 +129,33 @@ class Batch:
         place, caches = self.seats.index(seat), cast(Caches, self.caches)
         found = caches.arrays
         if len(self.seats) > 1:
-            found, slots = [], capacity(seat.positions, caches.context)  # of its own: others' may be many more
+            found = []
             for layer in caches.layers:
-                own = slice(slots if isinstance(layer, FullCache) else None)
-                arrays = tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
-                found.append(arrays if keep else ())
+                found.append(row_of(layer, place, capacity(seat.positions, caches.context)) if keep else ())
                 mx.eval(found[-1])
         self.seats[place] = None
         if self.rows:
             self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
         else:
-            self.seats, self.caches, self.state, self.waiting = [], None, {}, None
+            self.clear()
         return found
 
-    def part(self, seat: Seat) -> tuple[list[Arrays], State]:
-        """Let a row go that is to go on later: what the caches hold of it, and its state; no round may be waiting."""
-        place = self.seats.index(seat)
-        state = {name: array[place : place + 1] for name, array in self.state.items()}
-        mx.eval(state)
-        return self.remove(seat), state
+    def clear(self) -> None:
+        self.seats, self.caches, self.state, self.waiting = [], None, {}, None
+
+    def part(self, seats: Sequence[Seat], rows: int) -> list[tuple[list[Arrays], State]]:
+        """Let rows go that are to go on later, and go on with places for so many: what the caches hold of each, and
+        its state; no round may be waiting."""
+        if not seats:
+            return []
+        self.clock.interrupted()
+        places = [self.seats.index(seat) for seat in seats]
+        states = [{name: array[place : place + 1] for name, array in self.state.items()} for place in places]
+        mx.eval(states)
+        found = self.resize(min(size_of(rows), len(self.seats)), gone=places)
+        if not self.rows:
+            self.clear()
+        return [*zip(found, states, strict=True)]
 
     def flush(self) -> list[Given]:
         """The tokens of the round that is waiting, and hand over no other."""
@@ -164,23 +172,30 @@ class Batch:
             self.clock.interrupted()
             self.resize(min(size, len(self.seats)), slots)
 
-    def resize(self, size: int, slots: int | None = None) -> None:
+    def resize(self, size: int, slots: int | None = None, gone: Sequence[int] = ()) -> list[list[Arrays]]:
         """slots: of full layers, if they are to have fewer: rows then keep their places, which are those of all
-        machines, of which some have no full layers."""
+        machines, of which some have no full layers. gone: places whose rows leave; what the caches hold of each of
+        them, taken layer by layer, since there may be no memory for all of it twice."""
         caches = cast(Caches, self.caches)
+        lengths = [capacity(seat.positions, caches.context) for place in gone if (seat := self.seats[place])]
+        found: list[list[Arrays]] = [[] for _ in gone]
+        self.seats = [None if place in gone else seat for place, seat in enumerate(self.seats)]
         is_other = size != len(self.seats)
         places = [place for place, seat in enumerate(self.seats) if seat is not None or not is_other]
         self.seats = [self.seats[place] for place in places] + [None] * (size - len(places))
-        rows = mx.array(places)
+        rows = mx.array(places, mx.int32)
         for layer in caches.layers:
+            for own, place, length in zip(found, gone, lengths, strict=True):
+                own.append(row_of(layer, place, length))
             kept = slice(slots if isinstance(layer, FullCache) else None)
             layer.arrays = tuple(chosen_rows(array[:, :, kept], rows, size) for array in layer.arrays)
-            mx.eval(layer.arrays)
+            mx.eval(layer.arrays, [own[-1] for own in found])
         self.state = {name: chosen_rows(array, rows, size) for name, array in self.state.items()}
         empty = mx.array([seat is None for seat in self.seats])
         # of an empty place: the drafter's query is one position before the offset
         self.state["limit"] = mx.where(empty, -1, self.state["limit"])
         self.state["offset"] = mx.where(empty, 1, self.state["offset"])
+        return found
 
     def step(self) -> list[Given]:
         """Hand over the next round, if a row needs it, and give the tokens of the one before.
@@ -322,6 +337,12 @@ def slots_of(seats: Sequence[Seat], caches: Caches) -> int:
 
 def size_of(rows: int) -> int:
     return next(size for size in SIZES if size >= rows)
+
+
+def row_of(layer: FullCache | SlidingCache, place: int, slots: int) -> Arrays:
+    """A copy of a place's own, [1, …] each; slots: of full layers, where others may need many more."""
+    own = slice(slots if isinstance(layer, FullCache) else None)
+    return tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
 
 
 def put_row(array: mx.array, row: mx.array, place: int) -> mx.array:

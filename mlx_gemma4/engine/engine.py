@@ -333,28 +333,38 @@ class Engine:
 
     def make_room(self) -> None:
         """Park the youngest as long as those in work do not fit on; the oldest always goes on."""
-        while len(busy := self.busy) > 1 and not self.hold(busy, 2 * ROUND):
+        while not self.go_on(busy := self.busy):
             if self.batch.waiting is not None:
                 self.hand_out(self.batch.flush())
             else:
-                self.park(busy[-1])
-                self.batch.shrink(len(self.busy))
+                staying = next(count for count in reversed(range(len(busy))) if self.go_on(busy[:count]))
+                self.park(busy[staying:])
 
-    def park(self, work: Work) -> None:
-        """Put a row, or what has been read for it, into the store, from which it is taken up again when it fits."""
-        reading = work.reading
-        assert reading is not None
-        if work.seat is not None:
-            arrays, state = self.batch.part(work.seat)
-            reading.caches.take(arrays)
-            work.ids, work.parked, work.seat = reading.ids, (work.seat, state), None
-        if reading.held is None:
-            space = space_of(self.model, work.options.scope, work.adapter)
-            reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, reading.caches)
-        work.reading = None
+    def go_on(self, works: list[Work]) -> bool:
+        return len(works) < 2 or self.hold(works, 2 * ROUND)
+
+    def park(self, works: list[Work]) -> None:
+        """Put rows, or what has been read for them, into the store, from which they are taken up again when they fit.
+        All at once: what those that stay leave is known then, and a batch has half the places or all."""
+        rows = {work.seat: work for work in works if work.seat is not None}
+        staying = len(self.busy) - len(works)
+        for (seat, work), (arrays, state) in zip(rows.items(), self.batch.part([*rows], staying), strict=True):
+            assert work.reading is not None
+            work.reading.caches.take(arrays)
+            work.ids, work.parked, work.seat = work.reading.ids, (seat, state), None
+        given: list[Opened] = []
+        for work in works:
+            assert work.reading is not None
+            if work.reading.held is None:
+                space = space_of(self.model, work.options.scope, work.adapter)
+                work.reading.held = self.shelf.adopt(space, work.grown, self.model.config.text, work.reading.caches)
+            given.append(work.reading)
+            work.reading = None
         self.leave_room()  # first, or what is given would have to fit beside it
-        reading.give()
-        work.stack.close()
+        for reading in given:
+            reading.give()
+        for work in works:
+            work.stack.close()
 
     def hand_on(self, work: Work, given: Given) -> None:
         """Give what a round gave, or the reading of the prompt, to whoever asked."""
