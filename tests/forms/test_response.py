@@ -170,6 +170,7 @@ def test_any_text_needs_no_grammar(response_format: Any) -> None:
         ({"type": "regex"}, "response_format has None for its regex; expected a string"),
         ({"type": "regex", "regex": "a("}, "response_format: unclosed group"),
         ({"type": "regex", "regex": "(?=a)a"}, "response_format: look-around"),
+        ({"type": "string", "pattern": "^(?=a)a"}, "response_format: the pattern ^(?=a)a cannot be held: look"),
         ({"type": "regex", "regex": "\ud800"}, "half a surrogate pair"),
         ({"type": "lark", "grammar": "start: ("}, "response_format: "),
         ({"type": "lark", "grammar": 'a: "b"'}, "no start rule"),
