@@ -21,7 +21,7 @@ from mlx_gemma4.decoding.round import (
     optional,
 )
 from mlx_gemma4.decoding.sampling import Stages
-from mlx_gemma4.model.cache import ROUND, Caches, FullCache, caches_of, capacity
+from mlx_gemma4.model.cache import ROUND, Arrays, Caches, FullCache, SlidingCache, caches_of, capacity
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.peers import same
 
@@ -132,22 +132,30 @@ class Batch:
         elif into is not None:
             slots = capacity(seat.positions, caches.context)  # of its own: others' may be many more
             for layer, own in zip(caches.layers, into.layers, strict=True):
-                kept = slice(slots if isinstance(layer, FullCache) else None)
-                own.arrays = tuple(mx.contiguous(array[place : place + 1, :, kept]) for array in layer.arrays)
+                own.arrays = row_of(layer, place, slots)
                 mx.eval(own.arrays)
         self.seats[place] = None
         if self.rows:
             self.state["limit"] = put_row(self.state["limit"], mx.array([-1]), place)
         else:
-            self.seats, self.caches, self.state, self.waiting = [], Caches([], ()), {}, None
+            self.clear()
 
-    def part(self, seat: Seat, into: Caches) -> State:
-        """Let a row go that is to go on later, as `remove`: its state; no round may be waiting."""
-        place = self.seats.index(seat)
-        state = {name: array[place : place + 1] for name, array in self.state.items()}
-        mx.eval(state)
-        self.remove(seat, into)
-        return state
+    def clear(self) -> None:
+        self.seats, self.caches, self.state, self.waiting = [], Caches([], ()), {}, None
+
+    def part(self, gone: Sequence[tuple[Seat, Caches]], rows: int) -> list[State]:
+        """Let rows go that are to go on later, each into the caches that it came with, and go on with places for so
+        many: their states; no round may be waiting."""
+        if not gone:
+            return []
+        self.clock.interrupted()
+        places = [self.seats.index(seat) for seat, _ in gone]
+        states = [{name: array[place : place + 1] for name, array in self.state.items()} for place in places]
+        mx.eval(states)
+        self.resize(min(size_of(rows), len(self.seats)), gone=gone)
+        if not self.rows:
+            self.clear()
+        return states
 
     def flush(self) -> list[Given]:
         """The tokens of the round that is waiting, and hand over no other."""
@@ -163,17 +171,25 @@ class Batch:
             self.clock.interrupted()
             self.resize(min(size, len(self.seats)), slots)
 
-    def resize(self, size: int, slots: int | None = None) -> None:
+    def resize(self, size: int, slots: int | None = None, gone: Sequence[tuple[Seat, Caches]] = ()) -> None:
         """slots: of full layers, if they are to have fewer: rows then keep their places, which are those of all
-        machines, of which some have no full layers."""
+        machines, of which some have no full layers. gone: rows that leave, and where to: layer by layer, since there
+        may be no memory for all of them twice."""
+        leaving = [
+            (self.seats.index(seat), capacity(seat.positions, self.caches.context), into) for seat, into in gone
+        ]
+        for place, _, _ in leaving:
+            self.seats[place] = None
         is_other = size != len(self.seats)
         places = [place for place, seat in enumerate(self.seats) if seat is not None or not is_other]
         self.seats = [self.seats[place] for place in places] + [None] * (size - len(places))
-        rows = mx.array(places)
-        for layer in self.caches.layers:
+        rows = mx.array(places, mx.int32)
+        for number, layer in enumerate(self.caches.layers):
+            for place, own, into in leaving:
+                into.layers[number].arrays = row_of(layer, place, own)
             kept = slice(slots if isinstance(layer, FullCache) else None)
             layer.arrays = tuple(chosen_rows(array[:, :, kept], rows, size) for array in layer.arrays)
-            mx.eval(layer.arrays)
+            mx.eval(layer.arrays, [into.layers[number].arrays for _, _, into in leaving])
         self.state = {name: chosen_rows(array, rows, size) for name, array in self.state.items()}
         empty = mx.array([seat is None for seat in self.seats])
         # of an empty place: the drafter's query is one position before the offset
@@ -320,6 +336,12 @@ def slots_of(seats: Sequence[Seat], caches: Caches) -> int:
 
 def size_of(rows: int) -> int:
     return next(size for size in SIZES if size >= rows)
+
+
+def row_of(layer: FullCache | SlidingCache, place: int, slots: int) -> Arrays:
+    """A copy of a place's own, [1, …] each; slots: of full layers, where others may need many more."""
+    own = slice(slots if isinstance(layer, FullCache) else None)
+    return tuple(mx.contiguous(array[place : place + 1, :, own]) for array in layer.arrays)
 
 
 def put_row(array: mx.array, row: mx.array, place: int) -> mx.array:

@@ -32,7 +32,7 @@ from mlx_gemma4.model.model import Model, check_process
 from mlx_gemma4.planner import Footprint, batch_bytes, check_memory, memory_limit, predict
 from mlx_gemma4.prompt.processor import Processor
 from mlx_gemma4.prompt.prompt import Prompt, is_whole
-from mlx_gemma4.reply.reply import Piece, Reply, collect
+from mlx_gemma4.reply.reply import Piece, Reply, Stats, collect
 from mlx_gemma4.weights.load import footprint_of
 from mlx_gemma4.weights.peers import everyones, follows, give_up, hear, lead, release, same, settle
 
@@ -102,7 +102,9 @@ class Stream(Iterator[Piece]):
         self.ended = False
 
     def __next__(self) -> Piece:
-        found = None if self.ended else self.work.pieces.get()
+        if self.ended or self.work.cancelled:
+            raise StopIteration
+        found = self.work.pieces.get()
         if isinstance(found, Piece):
             return found
         self.ended = True
@@ -112,7 +114,14 @@ class Stream(Iterator[Piece]):
 
     def close(self) -> None:
         """Take no more of it; a thread that waits for a piece gets none."""
-        self.ended = self.work.cancelled = True
+        self.work.cancelled = True
+
+    def stats(self) -> Stats | None:
+        """Of a reply that has ended or is closed, once its row is free: as far as it came; None if it has no token."""
+        while not self.ended:
+            self.ended = not isinstance(self.work.pieces.get(), Piece)
+        row = self.work.row
+        return row.stats() if row is not None and row.count else None
 
     def __del__(self) -> None:
         self.close()
@@ -317,26 +326,36 @@ class Engine:
 
     def make_room(self) -> None:
         """Park the youngest as long as those in work do not fit on; the oldest always goes on."""
-        while len(busy := self.busy) > 1 and not self.hold(busy, 2 * ROUND):
+        while not self.go_on(busy := self.busy):
             if self.batch.waiting is not None:
                 self.hand_out(self.batch.flush())
             else:
-                self.park(busy[-1])
-                self.batch.shrink(len(self.busy))
+                staying = next(count for count in reversed(range(len(busy))) if self.go_on(busy[:count]))
+                self.park(busy[staying:])
 
-    def park(self, work: Work) -> None:
-        """Put a row, or what has been read for it, into the store, from which it is taken up again when it fits."""
-        reading = work.reading
-        assert reading is not None
-        if work.seat is not None:
-            work.park(reading.ids, self.batch.part(work.seat, reading.caches))
-        if reading.held is None:
-            space = space_of(self.model, work.options.scope, work.adapter)
-            reading.held = self.shelf.adopt(space, work.grown, reading.caches)
-        work.reading = None
+    def go_on(self, works: list[Work]) -> bool:
+        return len(works) < 2 or self.hold(works, 2 * ROUND)
+
+    def park(self, works: list[Work]) -> None:
+        """Put rows, or what has been read for them, into the store, from which they are taken up again when they fit.
+        All at once: what those that stay leave is known then, and a batch has half the places or all."""
+        readings = [reading for work in works if (reading := work.reading) is not None]
+        each = [*zip(works, readings, strict=True)]
+        rows = [(work, reading) for work, reading in each if work.seat is not None]
+        gone = [(work.seat, reading.caches) for work, reading in rows if work.seat is not None]
+        states = self.batch.part(gone, len(self.busy) - len(works))
+        for (work, reading), state in zip(rows, states, strict=True):
+            work.park(reading.ids, state)
+        for work, reading in each:
+            if reading.held is None:
+                space = space_of(self.model, work.options.scope, work.adapter)
+                reading.held = self.shelf.adopt(space, work.grown, reading.caches)
+            work.reading = None
         self.leave_room()  # first, or what is given would have to fit beside it
-        reading.give()
-        work.stack.close()
+        for reading in readings:
+            reading.give()
+        for work in works:
+            work.stack.close()
 
     def hand_on(self, work: Work, given: Given) -> None:
         """Give what a round gave, or the reading of the prompt, to whoever asked."""

@@ -32,7 +32,7 @@ from mlx_gemma4.forms.lark import (
     row,
 )
 from mlx_gemma4.forms.schemas import ANY_NAME, LARGEST, Schema, held_bounds, is_number, modern, values_of, with_null
-from mlx_gemma4.forms.strings import FORMATS, matches, whole_pattern
+from mlx_gemma4.forms.strings import FORMATS, is_empty, matches, whole_pattern
 from mlx_gemma4.prompt.tools import TYPE_OF, pointed, types_of
 from mlx_gemma4.reply.toolcall import QUOTE, needs_quotes
 
@@ -152,7 +152,9 @@ class Compiler:
         self.rules[name] = node
         return Rule(name)
 
-    def terminal(self, pattern: str) -> str:
+    def terminal(self, pattern: str) -> Node:
+        if " & " in pattern and is_empty(pattern):
+            return NOTHING
         return self.terminals.setdefault(pattern, f"{self.prefix.upper()}_T{len(self.terminals)}")
 
     def quoted(self, inner: Node) -> Node:
@@ -404,7 +406,8 @@ class Compiler:
         named = {name: [properties[name]] if name in properties else [] for name in (*properties, *sorted(required))}
         for name, schemas in named.items():
             schemas += [inner for pattern, inner in patterns.items() if matches(pattern, name)]
-        declared = (isinstance(given, dict) or bool(patterns)) and all(named.values())
+        least, most = bounds_of("Properties", schema)
+        declared = (isinstance(given, dict) or bool(patterns)) and all(named.values()) and (bool(named) or not least)
         names = in_order(named)
         pairs = [self.pairs(inner, names, place, pattern) for pattern, inner in patterns.items()]
         if more is not False and not (more is None and declared):  # a call of what is declared, although more may come
@@ -425,7 +428,6 @@ class Compiler:
             if value != NOTHING:
                 members.append((row(self.key(name), Property(name[:80], value, wanted)), wanted))
         if not members:
-            least, most = (0, None) if others == NOTHING else bounds_of("Properties", schema)
             return row('"{"', entries(others, least, most), '"}"')
         if {"minProperties", "maxProperties"} & schema.keys():
             self.note("the number of properties", place)

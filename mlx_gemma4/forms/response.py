@@ -118,6 +118,8 @@ def checked(grammar: str) -> str:
         return grammar
     lines = [line.strip() for line in messages[0].splitlines()]
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    if lines[0] == "regex parse error:":  # of a schema, whose pattern is the next line
+        reason = f"the pattern {clipped(lines[1], 60)} cannot be held: {reason}"
     unheld = re.match(r"Unimplemented keys: \[(.*)\]", reason)
     if unheld:
         reason = f"the keywords {unheld[1].replace(chr(34), '')} cannot be held"

@@ -2,23 +2,26 @@
 
 import re
 from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 
 from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
 MONTHS = r"((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
-DATE = rf"[12][0-9]{{3}}-{MONTHS}"
-TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+LEAP = r"([12][0-9](0[48]|[2468][048]|[13579][26])|(1[26]|2[048])00)"
+DATE = rf"([12][0-9]{{3}}-{MONTHS}|{LEAP}-02-29)"
+TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+HEX = "[0-9A-Fa-f]"
+ATOM = r"[A-Za-z0-9!#$%&'*+\/=?^_`{|}~-]{1,32}"
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 FORMATS = {
     "date": DATE,
     "time": TIME,
     "date-time": f"{DATE}T{TIME}",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "uuid": rf"{HEX}{{8}}(-{HEX}{{4}}){{3}}-{HEX}{{12}}",
     "ipv4": rf"{BYTE}(\.{BYTE}){{3}}",
     "hostname": rf"{LABEL}(\.{LABEL}){{0,8}}",
-    "email": rf"[A-Za-z0-9_+-]{{1,32}}(\.[A-Za-z0-9_+-]{{1,32}}){{0,3}}@{LABEL}(\.{LABEL}){{1,8}}",
+    "email": rf"{ATOM}(\.{ATOM}){{0,3}}@{LABEL}(\.{LABEL}){{0,8}}",
     "uri": r"[a-z][a-z0-9+.-]{0,20}:\/\/[A-Za-z0-9._~:\/?#@!$&'()*+,;=%-]+",
 }
 
@@ -78,3 +81,12 @@ def matches(pattern: str, text: str) -> bool:
     """Whether a regular expression of llguidance, which Python's engine may not read, matches a whole text."""
     matcher = LLMatcher(letters(), LLMatcher.grammar_from_regex(pattern), log_level=0)
     return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+
+@lru_cache(maxsize=1024)
+def is_empty(terminal: str) -> bool:
+    """Whether no text matches a terminal of Lark; llguidance says so only where it is to go on, and then goes on with
+    nothing else."""
+    matcher = LLMatcher(letters(), LLMatcher.grammar_from_lark(f"start: T\nT: {terminal}"), log_level=0)
+    matcher.compute_bitmask()
+    return matcher.get_error().startswith("NoExtensionBias")

@@ -109,6 +109,9 @@ class Job:
         except Exception as error:  # whatever it is, the client must learn that nothing follows
             self.leave()
             self.put(refused(error))
+        for stream in self.streams:  # those that a client left count as far as they were written
+            if (stats := stream.stats()) is not None:
+                self.metrics.count(stats)
         self.put(None)
         self.resident.release(self.admitted)
         mx.clear_streams()
@@ -167,8 +170,6 @@ class Job:
         """begun: what has been taken of it."""
         try:
             for piece in chain(begun, stream):
-                if piece.stats is not None:
-                    self.metrics.count(piece.stats)
                 if self.ask.max_tokens == 0:
                     piece = untold(piece)
                 elif self.ask.echo and piece.end is not None:  # who scores texts counts all tokens, and drops the last

@@ -174,9 +174,9 @@ class Watched(Engine):
         self.parked = self.most = 0
         super().__init__(*args, **options)
 
-    def park(self, work: Work) -> None:
-        self.parked += 1
-        super().park(work)
+    def park(self, works: list[Work]) -> None:
+        self.parked += len(works)
+        super().park(works)
 
     def decode(self) -> None:
         self.most = max(self.most, len(self.batch.rows))
@@ -241,6 +241,26 @@ def test_what_a_parked_row_has_is_not_read_again(
         for stream in streams:
             collect(stream)
         assert watched.parked > 0 and watched.read == 2 * 401
+
+
+def test_of_eight_rows_that_become_four_none_is_read_again(
+    endless: Loaded, room: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round of five has eight places too: the store has no room before four rows have left."""
+    monkeypatch.setattr(engine, "FORESEEN", 8)
+    options: dict[str, Any] = {"max_tokens": 300, "draft_length": 0, "repetition_detection": "off", "sampling": GREEDY}
+    asked = [random_prompt(seed, 200) for seed in range(8)]
+    alone = [generate(*endless, own, **options).token_ids for own in asked]
+    with Watched(*endless, max_batch=8, store=PromptStore()) as watched:
+        streams = [watched.submit(own, **options) for own in asked]
+        found = [[*next(stream).token_ids] for stream in streams]
+        while watched.most < 8:
+            found[0] += next(streams[0]).token_ids
+        room[0] = 8 * max(work.positions for work in watched.works)
+        for own, stream in zip(found, streams, strict=True):
+            own += collect(stream).token_ids
+        assert found == alone
+        assert watched.parked > 3 and watched.read == 8 * 201
 
 
 @pytest.mark.parametrize("stored", [False, True])

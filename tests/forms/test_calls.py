@@ -16,7 +16,7 @@ from walks import Walker
 from mlx_gemma4 import Prompt
 from mlx_gemma4.forms.calls import Compiler, call_grammar, in_order
 from mlx_gemma4.forms.lark import literal
-from mlx_gemma4.forms.strings import letters, whole_pattern
+from mlx_gemma4.forms.strings import FORMATS, letters, matches, whole_pattern
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.prompt.messages import check_tools
 from mlx_gemma4.prompt.processor import Processor
@@ -187,6 +187,10 @@ RECURSIVE = {
         {"properties": {"l": {"prefixItems": [{"type": "null"}], "unevaluatedItems": False}}, "required": ["l"]},
         {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}, "required": ["d"]},
         {"type": "object", "properties": {"A": {"type": "boolean"}, "a": {"type": "null"}, "_": {"type": "array"}}},
+        {"type": "object", "properties": {}, "minProperties": 1},
+        {"properties": {"a": {"const": 1}}, "patternProperties": {"^a$": {}}, "additionalProperties": False},
+        {"patternProperties": {"^x:": {"const": 1}}, "additionalProperties": False, "minProperties": 1},
+        {"properties": {"a": {"anyOf": [{"const": 1}, {"pattern": "^[A-Z]{2}$", "minLength": 3, "type": "string"}]}}},
         {},
     ],
     ids=json.dumps,
@@ -426,6 +430,17 @@ def test_patterns_that_python_does_not_read_are_held(walker: Walker, pattern: st
     allowed = walker.bits(constraint.mask())
     assert allowed[walker.ids("A")].all() and not allowed[walker.ids("1")].any()
     assert allowed[walker.controls.quote] == empty
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("email", "o'brien@example.com"), ("email", "root@localhost"), ("email", "a.b+c@d.co.uk"),
+        ("uuid", "123E4567-E89B-12D3-A456-426614174000"), ("date-time", "2024-02-29T00:00:00.123456789Z"),
+    ],
+)  # fmt: skip
+def test_what_a_user_names_in_a_format_can_be_said(form: str, text: str) -> None:
+    assert matches(FORMATS[form], text)
 
 
 @pytest.mark.parametrize("pattern", ["a^b", "a$b", r"\bword", "(^a)", "x|(y$)z", "(a", "a)"])

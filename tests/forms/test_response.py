@@ -73,6 +73,7 @@ def test_finished_answers_fit_the_schema(walker: Walker, schema: dict[str, Any])
 @pytest.mark.parametrize(
     ("form", "text", "fits"),
     [
+        ("date", "2024-02-29", True), ("date", "2000-02-29", True), ("date", "1900-02-29", False),
         ("date", "2024-02-28", True), ("date", "2021-02-29", False), ("date", "2021-04-31", False),
         ("time", "23:59:59Z", True), ("time", "12:00:60Z", False), ("date-time", "2024-12-31T00:00:00.5+01:00", True),
         ("date-time", "2024-13-01T00:00:00Z", False),
@@ -169,6 +170,7 @@ def test_any_text_needs_no_grammar(response_format: Any) -> None:
         ({"type": "regex"}, "response_format has None for its regex; expected a string"),
         ({"type": "regex", "regex": "a("}, "response_format: unclosed group"),
         ({"type": "regex", "regex": "(?=a)a"}, "response_format: look-around"),
+        ({"type": "string", "pattern": "^(?=a)a"}, "response_format: the pattern ^(?=a)a cannot be held: look"),
         ({"type": "regex", "regex": "\ud800"}, "half a surrogate pair"),
         ({"type": "lark", "grammar": "start: ("}, "response_format: "),
         ({"type": "lark", "grammar": 'a: "b"'}, "no start rule"),

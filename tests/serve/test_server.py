@@ -1,5 +1,6 @@
 """The server on the wire: who may ask, what it does with bodies of every kind, and with clients that leave."""
 
+import asyncio
 import json
 import socket
 import time
@@ -28,9 +29,11 @@ from mlx_gemma4 import Sampling, collect  # noqa: E402
 from mlx_gemma4.flags import adapters_of  # noqa: E402
 from mlx_gemma4.serve import answering  # noqa: E402
 from mlx_gemma4.serve import connection as connection_module  # noqa: E402
-from mlx_gemma4.serve.ask import Refused  # noqa: E402
+from mlx_gemma4.serve.ask import Ask, Refused  # noqa: E402
 from mlx_gemma4.serve.chat import Chat  # noqa: E402
 from mlx_gemma4.serve.guard import Guard  # noqa: E402
+from mlx_gemma4.serve.job import Job  # noqa: E402
+from mlx_gemma4.serve.metrics import Metrics  # noqa: E402
 from mlx_gemma4.serve.resident import Settings  # noqa: E402
 from mlx_gemma4.weights.adapter import write_adapter  # noqa: E402
 
@@ -119,6 +122,27 @@ def test_a_reply_of_one_token_has_no_rate(server: Running) -> None:
     before = rates()
     assert httpx.post(server.url + CHAT, json=SUM | {"max_tokens": 1}, timeout=60).status_code == 200
     assert rates() == before
+
+
+def test_a_reply_that_its_client_leaves_counts_as_far_as_it_was_written(endless: Running) -> None:
+    """Of two, the second has not begun."""
+    metrics = Metrics(endless.resident)
+
+    async def leave() -> int:
+        job = Job(endless.resident, metrics, Ask(messages=SUM["messages"], n=2), "")
+        job.start()
+        while not any(isinstance(event, tuple) for event in await job.given(60)):
+            pass
+        job.leave()
+        while None not in await job.given(60):
+            pass
+        return job.prompt_tokens
+
+    length = asyncio.run(leave())
+    counted = dict(line.split() for line in metrics.text().decode().splitlines() if "{" not in line and "#" not in line)
+    assert counted["mlx_gemma4_prompt_tokens_total"] == f"{length}.0"
+    assert float(counted["mlx_gemma4_reply_tokens_total"]) > 0
+    assert counted["mlx_gemma4_first_token_seconds_count"] == "1.0"
 
 
 # --- who may ask -----------------------------------------------------------------------------------
