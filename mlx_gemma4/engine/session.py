@@ -300,10 +300,11 @@ def read_saved(folder: str | Path) -> Saved:
     """ValueError if there is no session in the folder, or not a whole one."""
     folder = session_path(folder)
     about, messages = (read_part(folder, name) for name in (ABOUT, MESSAGES))
-    found = about.get("settings") if isinstance(about, dict) and about.get("format") == FORMAT else None
+    is_ours = isinstance(about, dict) and about.get("format") == FORMAT and isinstance(about.get("weights"), str)
+    found = about.get("settings") if is_ours else None
     if isinstance(found, dict):
         found = {"adapter": None} | found  # which sessions before there were any do not say
-    if not isinstance(found, dict) or set(found) != set(asdict(Settings())) or not isinstance(about["weights"], str):
+    if not isinstance(found, dict) or set(found) != set(asdict(Settings())):
         raise ValueError(f"{str(folder / ABOUT)!r} is not of this version; expected what Session.save writes")
     if not isinstance(messages, list):
         raise ValueError(f"{str(folder / MESSAGES)!r} holds {a(messages)}; expected a list of messages")

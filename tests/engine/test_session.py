@@ -194,6 +194,7 @@ def test_what_cannot_be_saved_leaves_what_was(tiny: Loaded, tmp_path: Path) -> N
         (MESSAGES, '[{"role": "user", "content": [{"type": "image", "image": "media/../session.json"}]}]'),
         (MESSAGES, '[{"role": "user", "content": [{"type": "image", "image": "media/lost.png"}]}]'),
         (MESSAGES, "[" * 100_000),
+        (ABOUT, '{"format": 1, "settings": {"tools": null, "thinking": false, "image_budget": null, "adapter": null}}'),
     ],
 )  # fmt: skip
 def test_a_torn_session_is_one_line(tiny: Loaded, tmp_path: Path, name: str, content: str | None) -> None:
