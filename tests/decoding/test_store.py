@@ -26,6 +26,7 @@ from toy_checkpoint import tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, load, stream_generate
 from mlx_gemma4.decoding.store import PromptStore, fingerprint, forks
+from mlx_gemma4.model.cache import ROUND
 
 RANDOM = settings(
     deadline=None, max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -220,6 +221,30 @@ def test_a_line_that_is_forked_under_pressure_still_has_its_pages(paged: Loaded)
     logits, _ = stored_logits(paged, store, prompt)
     assert difference(logits, paged[0].logits(prompt)[0, -1]) < 1e-4
     assert store.nbytes <= store.max_bytes
+
+
+TURN = 105
+
+
+def walked(loaded: Loaded, store: PromptStore, ids: list[int], reply: int = 0) -> int:
+    """The way of a request through a store, with nothing computed; how many positions need not be read."""
+    model, prompt = loaded[0], Prompt(ids)
+    slots = len(ids) + reply + ROUND
+    held = store.take(b"", prompt, model.config.text, slots, TURN, lambda: model.caches(slots))
+    while held.caches.length < len(ids):
+        held.caches.length = min(held.caches.length + PAGED.window, len(ids))
+        store.keep(held, held.caches.length)
+    store.give(held, [*ids, *words(len(ids), reply)])
+    return held.cached
+
+
+@pytest.mark.parametrize("reply", [150, 199, 205, 230, 260, 300, 700])
+def test_a_reply_longer_than_a_window_leaves_what_was_read_before_it(paged: Loaded, reply: int) -> None:
+    """Where its last window begins in the page in which the prompt ended, too."""
+    for length in (300, 333, 382, 500):
+        store, ids = PromptStore(), words(0, length)
+        walked(paged, store, ids, reply)
+        assert walked(paged, store, ids[:-4] + words(1, 20)) == length - 4
 
 
 def test_what_failed_is_not_given_back(paged: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
