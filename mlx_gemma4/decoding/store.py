@@ -114,11 +114,29 @@ class Line:
         return [(page.first, page.last) for page in self.pages.values()]
 
     def needed(self) -> set[int]:
-        """The pages behind its marks, or behind the places before them where it can be cut; and those that let its end
-        be cut anywhere within a window."""
-        cuts = {last_cut(self.spans, self.window, min(mark, len(self))) for mark in self.marks}
-        spans = [(cut - self.window, cut) for cut in cuts] + [(len(self) - 2 * self.window, len(self))]
+        """The pages behind its marks, or behind the places before them where it can be cut; those that let its end be
+        cut anywhere within a window; and those behind earlier places, each at most twice as far from the end as the
+        next. Marks alone move with the end, and leave nothing behind them that newer ones could use."""
+        cuts, place = self.cuts(), len(self) - self.window
+        found = {0, *(int(cuts[cuts <= mark].max(initial=0)) for mark in self.marks)}
+        while len(earlier := cuts[cuts < place]):
+            near = earlier[earlier >= 2 * place - len(self)]
+            place = int(near[0] if len(near) else earlier[-1])
+            found.add(place)
+        spans = [(cut - self.window, cut) for cut in found] + [(len(self) - 2 * self.window, len(self))]
         return {number for first, last in spans for number in span(first, last)}
+
+    def newest(self) -> set[int]:
+        """The pages without which its conversation could not go on: those behind its last mark and its end."""
+        cuts = self.cuts()
+        ends = [int(cuts[cuts <= place].max(initial=0)) for place in (*self.marks[-1:], len(self))]
+        return {number for cut in ends for number in span(cut - self.window, cut)}
+
+    def cuts(self) -> np.ndarray:
+        """Where a request can go on, outside of media."""
+        found, media = places(self.spans, self.window, len(self)), self.units[:, 1:]
+        inside = np.append((media[1:] == media[:-1]).all(axis=1) & media[1:].any(axis=1), False)
+        return found[~inside[found - 1]]
 
     @property
     def nbytes(self) -> int:
@@ -126,15 +144,14 @@ class Line:
         return sum(array.nbytes for own in self.full for array in own)
 
 
-def last_cut(spans: Iterable[tuple[int, int]], window: int, most: int) -> int:
-    """The last place up to `most` where a request can go on: all of a window before it is there."""
-    places = np.arange(most)
+def places(spans: Iterable[tuple[int, int]], window: int, most: int) -> np.ndarray:
+    """Where up to `most` a request can go on: all of a window before it is there."""
+    positions = np.arange(most)
     missing = np.ones(most, np.bool_)
     for first, last in spans:
         missing[first:last] = False
-    unbroken = places - np.maximum.accumulate(np.where(missing, places, -1))
-    found = np.flatnonzero(unbroken >= np.minimum(places + 1, window))
-    return int(found[-1]) + 1 if len(found) else 0
+    unbroken = positions - np.maximum.accumulate(np.where(missing, positions, -1))
+    return np.flatnonzero(unbroken >= np.minimum(positions + 1, window)) + 1
 
 
 def forks(prompt: Prompt, turn: int | None) -> tuple[int, ...]:
@@ -240,6 +257,7 @@ class PromptStore:
         if not sliding:
             return
         with self.lock:
+            line.units = held.prompt[:length] if end is None else line.units
             end = len(held.prompt) if end is None else end
             wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
             wanted |= set(span(end - 2 * line.window, max(end, length)))
@@ -370,12 +388,14 @@ class PromptStore:
 
     def evict(self, nbytes: int) -> None:
         """Give up what is worth least until there is room for so many bytes: pages behind marks that newer ones have
-        taken the place of, then whole lines; nothing that a request has in its hands."""
+        taken the place of, those that only other prompts could use, then whole lines that no request has in its
+        hands."""
         now = next(self.clock)
         if self.has_room(nbytes):
             return
-        for line in sorted(self.lines, key=lambda line: line.used):
-            for number in sorted(line.pages.keys() - line.needed()):
+        by_use = sorted([*self.lines, *(held.line for held in self.held)], key=lambda line: line.used)
+        for line, kept in [(line, kept) for kept in (Line.needed, Line.newest) for line in by_use]:
+            for number in sorted(line.pages.keys() - kept(line)):
                 del line.pages[number]
                 if self.has_room(nbytes):
                     return
@@ -464,10 +484,10 @@ def window_of(text: TextConfig) -> int:
 
 def usable(spans: list[tuple[int, int]], window: int, same: int, prompt: Prompt) -> int:
     """The last place up to `same` where a prompt can go on from these, outside of images."""
-    cut = last_cut(spans, window, same)
-    while cut and (place := outside(prompt, cut)) < cut:
-        cut = last_cut(spans, window, place)
-    return cut
+    found = places(spans, window, same)
+    while len(found) and (place := outside(prompt, int(found[-1]))) < found[-1]:
+        found = found[found <= place]
+    return int(found[-1]) if len(found) else 0
 
 
 def covers(line: Line, other: Line) -> bool:

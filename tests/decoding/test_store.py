@@ -25,8 +25,9 @@ from rounds import GREEDY
 from toy_checkpoint import tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, load, stream_generate
-from mlx_gemma4.decoding.store import PromptStore, fingerprint, forks
-from mlx_gemma4.model.cache import ROUND
+from mlx_gemma4.decoding.disk import PAGE
+from mlx_gemma4.decoding.store import PromptStore, fingerprint, forks, units
+from mlx_gemma4.model.cache import ROUND, capacity
 
 RANDOM = settings(
     deadline=None, max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -223,6 +224,7 @@ def test_a_line_that_is_forked_under_pressure_still_has_its_pages(paged: Loaded)
     assert store.nbytes <= store.max_bytes
 
 
+PAGE_BYTES = 5 * 2 * 16 * 4 * PAGE  # of PAGED
 TURN = 105
 
 
@@ -245,6 +247,33 @@ def test_a_reply_longer_than_a_window_leaves_what_was_read_before_it(paged: Load
         store, ids = PromptStore(), words(0, length)
         walked(paged, store, ids, reply)
         assert walked(paged, store, ids[:-4] + words(1, 20)) == length - 4
+
+
+@pytest.mark.parametrize("pages", [30, 20, 10, 4])
+def test_a_line_that_has_no_room_for_all_its_marks_goes_on_from_its_last(paged: Loaded, pages: int) -> None:
+    store, ids = PromptStore(), [2, TURN, *words(0, 300), TURN, *words(1, 6000), TURN, *words(2, 3)]
+    full = 4 * (128 + 32) * capacity(len(ids) + 400)
+    store.max_bytes = full + pages * PAGE_BYTES
+    for turn in range(3):
+        cached = walked(paged, store, ids, 40)
+        assert store.nbytes <= store.max_bytes and (not turn or len(ids) - cached <= 100)
+        ids = [*ids[:-3], *words(turn, 40), TURN, *words(turn + 5, 50), TURN, *words(2, 3)]
+
+
+def test_under_pressure_too_parting_far_from_the_end_reads_at_most_as_much_again(paged: Loaded) -> None:
+    """Turn by turn: marks that move with the end would leave a hole that grows."""
+    store, ids = PromptStore(), [2]
+    for turn in range(40):
+        ids = [*ids, TURN, *words(turn, 260), TURN, *words(2, 3)]
+        walked(paged, store, ids, 40)
+        (line,) = store.lines
+        store.max_bytes = line.nbytes + 44 * PAGE_BYTES
+        store.evict(0)
+        for behind in range(1100, len(ids) - 1, 97):
+            prompt = Prompt([*ids[:-behind], 7])
+            assert len(ids) - behind - store.best(b"", units(prompt), prompt)[1] <= behind
+        ids = [*ids[:-4], *words(turn + 50, 40)]
+    assert len(line) > 80 * PAGE and len(line.pages) <= 44
 
 
 def test_what_failed_is_not_given_back(paged: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
