@@ -217,14 +217,19 @@ class PromptStore:
     # --- a request's way -----------------------------------------------------------------------
 
     def take(
-        self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None, empty: Callable[[], Caches]
-    ) -> Held:
+        self, space: bytes, prompt: Prompt, text: TextConfig, slots: int, turn: int | None, empty: Callable[[], Caches],
+        room: int,
+    ) -> Held:  # fmt: skip
         """The line with the longest beginning of a prompt and caches that go on from there, or a new one and `empty`
-        caches. At least the prompt's last token is left to read."""
+        caches. At least the prompt's last token is left to read. room: as `leave` has it, from when the line is the
+        request's."""
         own = units(prompt)
         with self.lock:
+            self.room = max(0, room)
             parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
+            if line is None:
+                self.evict(0)  # before others are read from disk
             on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, window_of(text), cut)
             if on_disk is not None:
                 line, cut = on_disk, len(on_disk)
@@ -239,6 +244,7 @@ class PromptStore:
             taken.marks = forks(prompt, turn)
             held = Held(self, taken, caches, cut, own, parted)
             self.held.append(held)
+            self.evict(0)
             return held
 
     def adopt(self, space: bytes, prompt: Prompt, text: TextConfig, caches: Caches) -> Held:

@@ -85,9 +85,9 @@ def opened(
         yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
         return
     text = model.config.text
-    store.leave(memory_limit() - needed)
+    room = memory_limit() - needed
     space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
-    held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots))
+    held = store.take(space, prompt, text, slots, turn, lambda: model.caches(slots), room)
     if not is_everywhere(model.group, held.caches.length):
         store.drop(held)
         yield Opened(model.caches(slots), list(prompt.token_ids), len(prompt))
@@ -100,17 +100,18 @@ def opened(
     try:
         yield reading
     except GeneratorExit:
-        reading.give()
         raise
     except KeyboardInterrupt:
         # where in a round it came is not known: of the prompt all is sure that was read
         reading.ids = reading.ids[: reading.caches.length]
-        reading.give()
         raise
     except BaseException:
         reading.forget()
         raise
-    reading.give()
+    finally:
+        if reading.held is not None:
+            store.leave(room + reading.caches.full_bytes)  # which are the store's from now on
+        reading.give()
 
 
 def fingerprint_of(model: Model, adapter: int = 0) -> bytes:

@@ -247,6 +247,11 @@ class Caches:
         """Of full layers: what a round is compiled for; 0 if there are none."""
         return next((layer.slots for layer in self.layers if isinstance(layer, FullCache)), 0)
 
+    @property
+    def full_bytes(self) -> int:
+        """Of full layers' entries."""
+        return sum(array.nbytes for layer in self.layers if isinstance(layer, FullCache) for array in layer.arrays)
+
     def reserve(self, positions: int) -> None:
         """Make room for so many in full layers."""
         if positions > self.slots:

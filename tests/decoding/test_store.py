@@ -232,7 +232,7 @@ def walked(loaded: Loaded, store: PromptStore, ids: list[int], reply: int = 0) -
     """The way of a request through a store, with nothing computed; how many positions need not be read."""
     model, prompt = loaded[0], Prompt(ids)
     slots = len(ids) + reply + ROUND
-    held = store.take(b"", prompt, model.config.text, slots, TURN, lambda: model.caches(slots))
+    held = store.take(b"", prompt, model.config.text, slots, TURN, lambda: model.caches(slots), 10**12)
     while held.caches.length < len(ids):
         held.caches.length = min(held.caches.length + PAGED.window, len(ids))
         store.keep(held, held.caches.length)
@@ -274,6 +274,18 @@ def test_under_pressure_too_parting_far_from_the_end_reads_at_most_as_much_again
             assert len(ids) - behind - store.best(b"", units(prompt), prompt)[1] <= behind
         ids = [*ids[:-4], *words(turn + 50, 40)]
     assert len(line) > 80 * PAGE and len(line.pages) <= 44
+
+
+def test_rows_that_go_to_the_store_are_not_left_to_the_request_too(
+    paged: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = words(0, 3000)
+    monkeypatch.setattr("mlx_gemma4.engine.reading.memory_limit", lambda: 8 * PAGE_BYTES)
+    store, before = PromptStore(), 0
+    for length in (3000, 3100, 3200):
+        assert stored_logits(paged, store, Prompt((ids + words(1, 300))[:length]))[1] == before
+        assert store.lines[0].nbytes > 8 * PAGE_BYTES
+        before = length
 
 
 def test_what_failed_is_not_given_back(paged: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
