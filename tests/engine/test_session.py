@@ -185,6 +185,14 @@ def test_what_cannot_be_saved_leaves_what_was(tiny: Loaded, tmp_path: Path) -> N
     assert Session.load(tmp_path, *tiny).messages == session.messages
 
 
+def test_a_conversation_that_fills_the_context_is_saved(tiny: Loaded, tmp_path: Path) -> None:
+    session = Session(*tiny)
+    say(session, "one")
+    session.messages[-1]["content"] = "word " * 4096
+    session.save(tmp_path)
+    assert Session.load(tmp_path, *tiny).messages == session.messages
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
