@@ -280,8 +280,7 @@ class Chat:
 
     def close(self) -> None:
         if self.folder is not None and self.session.messages:
-            with suppress(TooLongError):  # the messages are there, and what was read of them can be read again
-                self.session.save(self.folder)
+            self.session.save(self.folder)
 
     # --- asking --------------------------------------------------------------------------------
 

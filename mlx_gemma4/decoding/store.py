@@ -103,11 +103,29 @@ class Line:
         return [(page.first, page.last) for page in self.pages.values()]
 
     def needed(self) -> set[int]:
-        """The pages behind its marks, or behind the places before them where it can be cut; and those that let its end
-        be cut anywhere within a window."""
-        cuts = {last_cut(self.spans, self.window, min(mark, len(self))) for mark in self.marks}
-        spans = [(cut - self.window, cut) for cut in cuts] + [(len(self) - 2 * self.window, len(self))]
+        """The pages behind its marks, or behind the places before them where it can be cut; those that let its end be
+        cut anywhere within a window; and those behind earlier places, each at most twice as far from the end as the
+        next. Marks alone move with the end, and leave nothing behind them that newer ones could use."""
+        cuts, place = self.cuts(), len(self) - self.window
+        found = {0, *(int(cuts[cuts <= mark].max(initial=0)) for mark in self.marks)}
+        while len(earlier := cuts[cuts < place]):
+            near = earlier[earlier >= 2 * place - len(self)]
+            place = int(near[0] if len(near) else earlier[-1])
+            found.add(place)
+        spans = [(cut - self.window, cut) for cut in found] + [(len(self) - 2 * self.window, len(self))]
         return {number for first, last in spans for number in span(first, last)}
+
+    def newest(self) -> set[int]:
+        """The pages without which its conversation could not go on: those behind its last mark and its end."""
+        cuts = self.cuts()
+        ends = [int(cuts[cuts <= place].max(initial=0)) for place in (*self.marks[-1:], len(self))]
+        return {number for cut in ends for number in span(cut - self.window, cut)}
+
+    def cuts(self) -> np.ndarray:
+        """Where a request can go on, outside of media."""
+        found, media = places(self.spans, self.window, len(self)), self.units[:, 1:]
+        inside = np.append((media[1:] == media[:-1]).all(axis=1) & media[1:].any(axis=1), False)
+        return found[~inside[found - 1]]
 
     @property
     def nbytes(self) -> int:
@@ -115,15 +133,14 @@ class Line:
         return sum(array.nbytes for own in self.full for array in own)
 
 
-def last_cut(spans: Iterable[tuple[int, int]], window: int, most: int) -> int:
-    """The last place up to `most` where a request can go on: all of a window before it is there."""
-    places = np.arange(most)
+def places(spans: Iterable[tuple[int, int]], window: int, most: int) -> np.ndarray:
+    """Where up to `most` a request can go on: all of a window before it is there."""
+    positions = np.arange(most)
     missing = np.ones(most, np.bool_)
     for first, last in spans:
         missing[first:last] = False
-    unbroken = places - np.maximum.accumulate(np.where(missing, places, -1))
-    found = np.flatnonzero(unbroken >= np.minimum(places + 1, window))
-    return int(found[-1]) + 1 if len(found) else 0
+    unbroken = positions - np.maximum.accumulate(np.where(missing, positions, -1))
+    return np.flatnonzero(unbroken >= np.minimum(positions + 1, window)) + 1
 
 
 def forks(prompt: Prompt, turn: int | None) -> tuple[int, ...]:
@@ -188,13 +205,19 @@ class PromptStore:
 
     # --- a request's way -----------------------------------------------------------------------
 
-    def take(self, space: bytes, prompt: Prompt, slots: int, turn: int | None, caches: Caches) -> Held:
+    def take(
+        self, space: bytes, prompt: Prompt, slots: int, turn: int | None, caches: Caches, room: int
+    ) -> Held:
         """The line with the longest beginning of a prompt, or a new one, and the caches, which hold nothing yet, to go
-        on from there. At least the prompt's last token is left to read."""
+        on from there. At least the prompt's last token is left to read. room: as `leave` has it, from when the line is
+        the request's."""
         own = units(prompt)
         with self.lock:
+            self.room = max(0, room)
             parted = self.parting(space, own)
             line, cut = self.best(space, own, prompt)
+            if line is None:
+                self.evict(0)  # before others are read from disk
             on_disk = None if self.disk is None else read_line(self.disk, space, own, prompt, caches.window, cut)
             if on_disk is not None:
                 line, cut = on_disk, len(on_disk)
@@ -209,6 +232,7 @@ class PromptStore:
             taken.marks = forks(prompt, turn)
             held = Held(self, taken, caches, cut, own, parted)
             self.held.append(held)
+            self.evict(0)
             return held
 
     def adopt(self, space: bytes, prompt: Prompt, caches: Caches) -> Held:
@@ -227,6 +251,7 @@ class PromptStore:
         if not sliding:
             return
         with self.lock:
+            line.units = held.prompt[:length] if end is None else line.units
             end = len(held.prompt) if end is None else end
             wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
             wanted |= set(span(end - 2 * line.window, max(end, length)))
@@ -238,6 +263,8 @@ class PromptStore:
                 stop = min(length, (number + 1) * PAGE)
                 if number not in wanted or start >= stop:
                     continue
+                if before is not None and before.last < start:
+                    continue  # what lies between is lost: others part where the prompt ended, before the reply
                 page = joined(before, ring_page(sliding, start, stop))
                 if not self.fits(page.nbytes):
                     continue
@@ -355,12 +382,14 @@ class PromptStore:
 
     def evict(self, nbytes: int) -> None:
         """Give up what is worth least until there is room for so many bytes: pages behind marks that newer ones have
-        taken the place of, then whole lines; nothing that a request has in its hands."""
+        taken the place of, those that only other prompts could use, then whole lines that no request has in its
+        hands."""
         now = next(self.clock)
         if self.has_room(nbytes):
             return
-        for line in sorted(self.lines, key=lambda line: line.used):
-            for number in sorted(line.pages.keys() - line.needed()):
+        by_use = sorted([*self.lines, *(held.line for held in self.held)], key=lambda line: line.used)
+        for line, kept in [(line, kept) for kept in (Line.needed, Line.newest) for line in by_use]:
+            for number in sorted(line.pages.keys() - kept(line)):
                 del line.pages[number]
                 if self.has_room(nbytes):
                     return
@@ -444,10 +473,10 @@ def save_line(line: Line, disk: Disk, most: int | None = None) -> None:
 
 def usable(spans: list[tuple[int, int]], window: int, same: int, prompt: Prompt) -> int:
     """The last place up to `same` where a prompt can go on from these, outside of images."""
-    cut = last_cut(spans, window, same)
-    while cut and (place := outside(prompt, cut)) < cut:
-        cut = last_cut(spans, window, place)
-    return cut
+    found = places(spans, window, same)
+    while len(found) and (place := outside(prompt, int(found[-1]))) < found[-1]:
+        found = found[found <= place]
+    return int(found[-1]) if len(found) else 0
 
 
 def covers(line: Line, other: Line) -> bool:
@@ -494,7 +523,7 @@ def ring_page(sliding: list[SlidingCache], first: int, last: int) -> Page:
 
 
 def joined(before: Page | None, page: Page) -> Page:
-    """A page with what was there of it before, if nothing is missing between."""
-    if before is None or before.last != page.first:
+    """A page with what was there of it before it."""
+    if before is None:
         return page
     return Page(before.first, page.last, [along(pair) for pair in zip(before.arrays, page.arrays, strict=True)])

@@ -396,6 +396,7 @@ class Engine:
         self.leave(work)
         with self.news:
             self.works.remove(work)
+        self.leave_room()
         work.pieces.put(error)
 
     # --- reading -------------------------------------------------------------------------------

@@ -80,12 +80,11 @@ def opened(
     needed: bytes of model and request, which the store leaves to them. scope: whose prompt it is; what others have read
     is not found, nor what was read with another adapter.
     """
-    slots, held = len(prompt) + min(limit, AHEAD) + ROUND, None
+    slots, held, room = len(prompt) + min(limit, AHEAD) + ROUND, None, memory_limit() - needed
     caches = model.caches(slots)
     if store is not None:
-        store.leave(memory_limit() - needed)
         space, turn = space_of(model, scope, adapter), processor.tokenizer.token_to_id(TURN_OPEN)
-        held = store.take(space, prompt, slots, turn, caches)
+        held = store.take(space, prompt, slots, turn, caches, room)
         if not is_everywhere(model.group, held.cached):
             store.drop(held)
             held, caches = None, model.caches(slots)
@@ -106,6 +105,8 @@ def opened(
         reading.forget()
         raise
     finally:
+        if store is not None and reading.held is not None:
+            store.leave(room + reading.caches.full_bytes)  # which are the store's from now on
         reading.give()
 
 

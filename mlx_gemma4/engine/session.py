@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlx_gemma4.decoding.store import PromptStore
 from mlx_gemma4.engine.generation import Reading, check_given, generation_events
 from mlx_gemma4.engine.reading import fingerprint_of, space_of
 from mlx_gemma4.engine.request import Options, Request, adapter_of
-from mlx_gemma4.errors import a, one_line, shown
+from mlx_gemma4.errors import TooLongError, a, one_line, shown
 from mlx_gemma4.media.source import describe, read_source
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.model.split import SPLITS
@@ -196,7 +197,8 @@ class Session:
         self.save_messages(folder)
         if self.messages:  # of a store that conversations share, no more than this one's
             space = space_of(self.model, adapter=adapter_of(self.model, self.settings.adapter))
-            self.store.save(folder / STORE_FOLDER, (space, self.prompt([])[0]))
+            with suppress(TooLongError):  # a reply that filled the context: what was read can be read again
+                self.store.save(folder / STORE_FOLDER, (space, self.prompt([])[0]))
 
     def save_messages(self, folder: Path) -> None:
         """As `save`, without what was read: that is larger by far, and can be read again."""
@@ -300,10 +302,11 @@ def read_saved(folder: str | Path) -> Saved:
     """ValueError if there is no session in the folder, or not a whole one."""
     folder = session_path(folder)
     about, messages = (read_part(folder, name) for name in (ABOUT, MESSAGES))
-    found = about.get("settings") if isinstance(about, dict) and about.get("format") == FORMAT else None
+    is_ours = isinstance(about, dict) and about.get("format") == FORMAT and isinstance(about.get("weights"), str)
+    found = about.get("settings") if is_ours else None
     if isinstance(found, dict):
         found = {"adapter": None} | found  # which sessions before there were any do not say
-    if not isinstance(found, dict) or set(found) != set(asdict(Settings())) or not isinstance(about["weights"], str):
+    if not isinstance(found, dict) or set(found) != set(asdict(Settings())):
         raise ValueError(f"{str(folder / ABOUT)!r} is not of this version; expected what Session.save writes")
     if not isinstance(messages, list):
         raise ValueError(f"{str(folder / MESSAGES)!r} holds {a(messages)}; expected a list of messages")

@@ -250,6 +250,11 @@ class Caches:
         """Of sliding layers; 0 if there are none."""
         return next((layer.slots - ROUND for layer in self.layers if isinstance(layer, SlidingCache)), 0)
 
+    @property
+    def full_bytes(self) -> int:
+        """Of full layers' entries."""
+        return sum(array.nbytes for layer in self.layers if isinstance(layer, FullCache) for array in layer.arrays)
+
     def reserve(self, positions: int) -> None:
         """Make room for so many in full layers."""
         if positions > self.slots:

@@ -25,7 +25,9 @@ from rounds import GREEDY
 from toy_checkpoint import tensors, write_checkpoint, write_drafter
 
 from mlx_gemma4 import Prompt, load, stream_generate
-from mlx_gemma4.decoding.store import PromptStore, fingerprint, forks
+from mlx_gemma4.decoding.disk import PAGE
+from mlx_gemma4.decoding.store import PromptStore, fingerprint, forks, units
+from mlx_gemma4.model.cache import ROUND, capacity
 
 RANDOM = settings(
     deadline=None, max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -220,6 +222,70 @@ def test_a_line_that_is_forked_under_pressure_still_has_its_pages(paged: Loaded)
     logits, _ = stored_logits(paged, store, prompt)
     assert difference(logits, paged[0].logits(prompt)[0, -1]) < 1e-4
     assert store.nbytes <= store.max_bytes
+
+
+PAGE_BYTES = 5 * 2 * 16 * 4 * PAGE  # of PAGED
+TURN = 105
+
+
+def walked(loaded: Loaded, store: PromptStore, ids: list[int], reply: int = 0) -> int:
+    """The way of a request through a store, with nothing computed; how many positions need not be read."""
+    model, prompt = loaded[0], Prompt(ids)
+    slots = len(ids) + reply + ROUND
+    held = store.take(b"", prompt, model.config.text, slots, TURN, lambda: model.caches(slots), 10**12)
+    while held.caches.length < len(ids):
+        held.caches.length = min(held.caches.length + PAGED.window, len(ids))
+        store.keep(held, held.caches.length)
+    store.give(held, [*ids, *words(len(ids), reply)])
+    return held.cached
+
+
+@pytest.mark.parametrize("reply", [150, 199, 205, 230, 260, 300, 700])
+def test_a_reply_longer_than_a_window_leaves_what_was_read_before_it(paged: Loaded, reply: int) -> None:
+    """Where its last window begins in the page in which the prompt ended, too."""
+    for length in (300, 333, 382, 500):
+        store, ids = PromptStore(), words(0, length)
+        walked(paged, store, ids, reply)
+        assert walked(paged, store, ids[:-4] + words(1, 20)) == length - 4
+
+
+@pytest.mark.parametrize("pages", [30, 20, 10, 4])
+def test_a_line_that_has_no_room_for_all_its_marks_goes_on_from_its_last(paged: Loaded, pages: int) -> None:
+    store, ids = PromptStore(), [2, TURN, *words(0, 300), TURN, *words(1, 6000), TURN, *words(2, 3)]
+    full = 4 * (128 + 32) * capacity(len(ids) + 400)
+    store.max_bytes = full + pages * PAGE_BYTES
+    for turn in range(3):
+        cached = walked(paged, store, ids, 40)
+        assert store.nbytes <= store.max_bytes and (not turn or len(ids) - cached <= 100)
+        ids = [*ids[:-3], *words(turn, 40), TURN, *words(turn + 5, 50), TURN, *words(2, 3)]
+
+
+def test_under_pressure_too_parting_far_from_the_end_reads_at_most_as_much_again(paged: Loaded) -> None:
+    """Turn by turn: marks that move with the end would leave a hole that grows."""
+    store, ids = PromptStore(), [2]
+    for turn in range(40):
+        ids = [*ids, TURN, *words(turn, 260), TURN, *words(2, 3)]
+        walked(paged, store, ids, 40)
+        (line,) = store.lines
+        store.max_bytes = line.nbytes + 44 * PAGE_BYTES
+        store.evict(0)
+        for behind in range(1100, len(ids) - 1, 97):
+            prompt = Prompt([*ids[:-behind], 7])
+            assert len(ids) - behind - store.best(b"", units(prompt), prompt)[1] <= behind
+        ids = [*ids[:-4], *words(turn + 50, 40)]
+    assert len(line) > 80 * PAGE and len(line.pages) <= 44
+
+
+def test_rows_that_go_to_the_store_are_not_left_to_the_request_too(
+    paged: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = words(0, 3000)
+    monkeypatch.setattr("mlx_gemma4.engine.reading.memory_limit", lambda: 8 * PAGE_BYTES)
+    store, before = PromptStore(), 0
+    for length in (3000, 3100, 3200):
+        assert stored_logits(paged, store, Prompt((ids + words(1, 300))[:length]))[1] == before
+        assert store.lines[0].nbytes > 8 * PAGE_BYTES
+        before = length
 
 
 def test_what_failed_is_not_given_back(paged: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,14 @@ def test_what_cannot_be_saved_leaves_what_was(tiny: Loaded, tmp_path: Path) -> N
     assert Session.load(tmp_path, *tiny).messages == session.messages
 
 
+def test_a_conversation_that_fills_the_context_is_saved(tiny: Loaded, tmp_path: Path) -> None:
+    session = Session(*tiny)
+    say(session, "one")
+    session.messages[-1]["content"] = "word " * 4096
+    session.save(tmp_path)
+    assert Session.load(tmp_path, *tiny).messages == session.messages
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -194,6 +202,7 @@ def test_what_cannot_be_saved_leaves_what_was(tiny: Loaded, tmp_path: Path) -> N
         (MESSAGES, '[{"role": "user", "content": [{"type": "image", "image": "media/../session.json"}]}]'),
         (MESSAGES, '[{"role": "user", "content": [{"type": "image", "image": "media/lost.png"}]}]'),
         (MESSAGES, "[" * 100_000),
+        (ABOUT, '{"format": 1, "settings": {"tools": null, "thinking": false, "image_budget": null, "adapter": null}}'),
     ],
 )  # fmt: skip
 def test_a_torn_session_is_one_line(tiny: Loaded, tmp_path: Path, name: str, content: str | None) -> None:
