@@ -446,7 +446,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, da
         (["--resume-adapter-file", "."], ". is no file; expected an adapter's weights, for --resume-adapter-file"),
         (["--model", "nowhere"], "'nowhere' is no folder"),
         (["--data", "nowhere"], "'nowhere' is no folder"),
-        (["--image-budget", "3"], "image_budget is 3"),
+        (["--image-budget", "3"], "error: image_budget is 3"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
@@ -539,6 +539,9 @@ def test_another_runs_weights_are_a_beginning(
     assert "has the shape" in capsys.readouterr().err
     assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file, "--scale", "20")) == 2
     assert capsys.readouterr().err.endswith(f"scale is 20 and that of {file} 10.0; expected the same --scale\n")
+    mx.save_safetensors(file, {name: mx.array(value * np.nan) for name, value in mine.items()})
+    assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file)) == 2
+    assert "is not finite; expected an adapter of sound numbers" in capsys.readouterr().err
     Path(file).rename(tmp_path / "adapter_model.safetensors")
     peft = str(tmp_path / "adapter_model.safetensors")
     assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", peft)) == 2
