@@ -64,7 +64,8 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         texts = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 in a string too
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from None
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {number}, is not UTF-8: {error.reason}") from None
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_gemma4.prompt.messages import LEADING_THOUGHT, as_now, check_message
+from mlx_gemma4.prompt.messages import KIND_OF, as_now, check_message, strip_thinking
 from mlx_gemma4.prompt.processor import Processor, Written
-from mlx_gemma4.reply.reply import CHANNEL_OPEN, THOUGHT_CHANNEL
+from mlx_gemma4.reply.reply import CHANNEL_CLOSE, CHANNEL_OPEN, THOUGHT_CHANNEL
 
 TURN = "<|turn>model\n"  # behind it the template writes what the model says
 OPEN_THOUGHT = f"{CHANNEL_OPEN}{THOUGHT_CHANNEL}\n"
@@ -25,13 +25,27 @@ def asked_and_said(
         raise ValueError("messages begins with an assistant message; expected what it replies to")
     check_message(message, where)  # here: alone, it would be called by another number
     message = as_now(message, where)
-    content = message.get("content")
-    if isinstance(content, str) and LEADING_THOUGHT.match(content):  # a thought that was left in the text
-        own = processor.parse_response(content)
-        message = message | {"content": own["content"], "reasoning": own["reasoning"]}
-    thinks = bool(message.get("reasoning") or message.get("reasoning_content"))
+    thought = message.get("reasoning") or message.get("reasoning_content")
+    left = thought_left(message.get("content"))
+    if left and thought not in (None, "", left):
+        raise ValueError(f"{where} has a thought in content and another reasoning; expected one of them")
+    message = message | {"reasoning": left or thought}  # what is left in the content is not written
+    thinks = bool(message["reasoning"])
     asked = processor.write(before, tools, thinks)
     return asked, said_ids(processor, message, where, asked.text.endswith(OPEN_THOUGHT))
+
+
+def thought_left(content: Any) -> str:
+    """The thought that a checked assistant's content begins with, as other engines leave it there; "" if none."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    texts = [part["text"] for part in parts if KIND_OF[part["type"]] == "text"]
+    written = [text[: len(text) - len(strip_thinking(text))] for text in texts]
+    thoughts = [
+        thought.strip().removesuffix(CHANNEL_CLOSE).removeprefix(f"{THOUGHT_CHANNEL}\n").strip("\n")
+        for one in written
+        for thought in one.split(CHANNEL_OPEN)
+    ]
+    return "\n".join(filter(None, thoughts))
 
 
 def said_ids(processor: Processor, message: dict[str, Any], where: str, in_thought: bool) -> list[int]:

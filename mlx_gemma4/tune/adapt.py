@@ -56,6 +56,8 @@ def begin_with(model: Model, file: Path, scale: float) -> None:
         if found[path].shape != value.shape:
             got, wanted = list(found[path].shape), list(value.shape)
             raise ValueError(f"{file}: {path} has the shape {got}; expected {wanted}: the same --rank and model")
+        if not mx.isfinite(found[path]).all().item():
+            raise ValueError(f"{file}: {path} is not finite; expected an adapter of sound numbers")
     model.load_weights(list(found.items()), strict=False)
 
 

@@ -47,6 +47,7 @@ def read_split(data: str, split: str) -> list[Example] | None:
     that `save_to_disk` wrote, or a hub id. ValueError that names file and line if one is wrong, or if there are none.
     """
     folder = expanded(data)
+    file = folder / f"{split}.jsonl"
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{data!r} is a file; expected a folder with train.jsonl, for --data")
@@ -54,7 +55,6 @@ def read_split(data: str, split: str) -> list[Example] | None:
             raise ValueError(f"{data!r} is no folder; expected one with train.jsonl, or a dataset's hub id, for --data")
         found = hub_rows(data, split, is_saved=False)
     else:
-        file = folder / f"{split}.jsonl"
         tables = sorted(folder.glob("*.parquet")) + sorted(folder.glob("data/*.parquet"))
         has_lines, is_saved = any(folder.glob("*.jsonl")), any((folder / name).is_file() for name in SAVED)
         if tables and has_lines:
@@ -67,7 +67,8 @@ def read_split(data: str, split: str) -> list[Example] | None:
         return None
     examples = [parse(row, where, folder) for where, row in found]
     if not examples:
-        raise ValueError(f"{folder / split} has no examples; expected one in each line, or no such file")
+        name = file if file.is_file() else f"{data}, {split},"
+        raise ValueError(f"{name} has no examples; expected one in each line, or no such file")
     return examples
 
 
@@ -86,8 +87,23 @@ def hub_rows(source: str, split: str, is_saved: bool) -> Iterator[tuple[str, Any
     name = next((name for name in SPLITS[split] if name in found), None)
     if name is None:
         return None
+    features = found[name].features.to_dict()
     rows = found[name].to_iterable_dataset().decode(False)  # media as files, which are read here
-    return ((f"{source}, {name}, row {n}", row) for n, row in enumerate(rows, 1))
+    return ((f"{source}, {name}, row {n}", as_written(row, features)) for n, row in enumerate(rows, 1))
+
+
+def as_written(value: Any, feature: Any) -> Any:
+    """A value of a column as its writer had it: a column's objects have the keys of all rows, None where a row has no
+    such key, and what differs in type from row to row is JSON."""
+    feature = {"_type": "List", "feature": feature[0]} if isinstance(feature, list) else feature  # as it was before
+    match feature.get("_type"), value:
+        case "Json", str():
+            return json.loads(value)
+        case "List" | "LargeList" | "Sequence", list():
+            return [as_written(one, feature["feature"]) for one in value]
+        case None, dict():
+            return {key: as_written(one, feature[key]) for key, one in value.items() if one is not None}
+    return value
 
 
 def parse(row: Any, where: str, folder: Path) -> Example:
@@ -116,7 +132,8 @@ def parse_row(row: Any, where: str, folder: Path) -> Example:
         asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
         if not isinstance(asked, list) or not isinstance(said, list):
-            raise ValueError(f"prompt is {a(asked)} and completion {a(said)}; expected texts or lists of messages")
+            got = f"prompt is {a(row['prompt'])} and completion {a(row['completion'])}"
+            raise ValueError(f"{got}; expected texts or lists of messages")
         given = [message | {"weight": 0} if isinstance(message, dict) else message for message in asked] + said
     elif forms == ["conversations"]:
         given = sharegpt(row["conversations"])
@@ -218,11 +235,11 @@ def with_media(messages: list[Any], row: dict[str, Any]) -> list[Any]:
 
     def is_bare(part: Any) -> bool:
         own = isinstance(part, dict) and part.get("type") in waiting
-        return own and all(value is None for key, value in part.items() if key != "type")
+        return own and all(value is None for key, value in part.items() if key not in ("type", "fps"))
 
     def placed(content: Any) -> Any:
         if isinstance(content, list):
-            return [take(part["type"]) if is_bare(part) else part for part in content]
+            return [part | take(part["type"]) if is_bare(part) else part for part in content]
         pieces: list[Any] = [content]
         for kind in waiting if isinstance(content, str) else ():
             split: list[Any] = []
@@ -255,4 +272,6 @@ def source_of(source: Any, folder: Path) -> Any:
         if isinstance(samples, (list, np.ndarray)):
             return np.asarray(samples, np.float32), source.get("sampling_rate")
         return source.get("bytes") or from_folder(source.get("path"), folder)
+    if isinstance(source, list):  # a film's frames
+        return [source_of(one, folder) for one in source]
     return from_folder(source, folder)

@@ -78,10 +78,11 @@ def branches(
 
     ValueError that names the example if it is wrong, or if nothing of it is learnt; TooLongError if it fits no context.
     """
+    budget = processor.image_budget(image_budget)
     try:
         if example.text is not None:
             return [text_branch(processor, example.text)], ()
-        found, media = replies(processor, example, processor.image_budget(image_budget))
+        found, media = replies(processor, example, budget)
     except FetchError as error:
         raise FetchError(f"{example.where}: {error}") from None
     except TooLongError as error:

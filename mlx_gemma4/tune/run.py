@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -199,6 +200,17 @@ class Run:
             self.resume()
         elif (folder / WEIGHTS).exists() and not self.has_begun():
             raise ValueError(f"{folder} holds the adapter of another run; expected a new folder, for --adapter-path")
+        self.check_alike()
+
+    def check_alike(self) -> None:
+        """ValueError unless all processes are at the same place of the same run: sums of others would mean nothing."""
+        place = crc32(json.dumps([self.about, self.progress.updates]).encode()) % 2**24  # exact in float32
+        own = mx.array([place if rank == self.processes.rank else 0.0 for rank in range(self.processes.size)])
+        if len(set(np.array(self.processes.sum([own])[0]).tolist())) > 1:
+            raise ValueError(
+                "the processes are not at the same place of the same run; expected the same data, and an "
+                "--adapter-path that all see"
+            )
 
     def has_begun(self) -> bool:
         """Whether the adapter in the folder is of this run, which ended before its first state."""

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_gemma4.config import read_checked
-from mlx_gemma4.errors import CheckpointError, a, shown
+from mlx_gemma4.errors import CheckpointError, a, listed, shown
 from mlx_gemma4.model.matrix import adapt, total_columns
 from mlx_gemma4.model.model import Model
 from mlx_gemma4.weights.tensors import (
@@ -213,7 +213,11 @@ def adapter_file(folder: Path) -> Path:
     if len(files) > 1:
         raise CheckpointError(f"{folder} has {WEIGHTS} and {PEFT_WEIGHTS}; expected one of them")
     if not files:
-        raise CheckpointError(f"{folder} has no {WEIGHTS}, nor PEFT's {PEFT_WEIGHTS}; expected an adapter's folder")
+        inner = sorted({file.parent.name for name in (WEIGHTS, PEFT_WEIGHTS) for file in folder.glob(f"*/{name}")})
+        which = f", as its subfolders are: {listed(inner)}" if inner else ""
+        raise CheckpointError(
+            f"{folder} has no {WEIGHTS}, nor PEFT's {PEFT_WEIGHTS}; expected an adapter's folder{which}"
+        )
     return files[0]
 
 

@@ -211,9 +211,21 @@ def test_every_form_of_data_is_the_same_chat(tiny: tuple[Model, Processor], fold
         ]
     }
     assert same(processor, bare | {"images": ["a.png"]}, shown, folder)
+    film = [{"type": "video", "video": ["a.png", "b.png"], "fps": 2}]
+    bare = {"messages": [{"role": "user", "content": [{"type": "video", "fps": 2}]}, shown["messages"][1]]}
+    frames = [{"bytes": (folder / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": "b.png"}]
+    wanted = {"messages": [{"role": "user", "content": film}, shown["messages"][1]]}
+    assert same(processor, bare | {"videos": [frames]}, wanted, folder)
     thought = [user("a"), {"role": "assistant", "content": "<|channel>thought\nhm\n<channel|>b"}]
     kept = [user("a"), {"role": "assistant", "reasoning": "hm", "content": "b"}]
     assert same(processor, {"messages": thought}, {"messages": kept}, folder)
+    parts = [{"type": "text", "text": "<|channel>thought\nhm\n<channel|>"}, {"type": "text", "text": "b"}]
+    assert same(processor, {"messages": [user("a"), thought[1] | {"content": parts}]}, {"messages": kept}, folder)
+    mention = "b<turn|> ends a turn, <|tool_call>call:f{}<tool_call|> calls"
+    typed = [user("a"), {"role": "assistant", "content": f"<|channel>thought\nhm\n<channel|>{mention}"}]
+    assert same(processor, {"messages": typed}, {"messages": [user("a"), kept[1] | {"content": mention}]}, folder)
+    empty = thought[1] | {"content": "<|channel>thought\n<channel|>b", "reasoning": "hm"}
+    assert same(processor, {"messages": [user("a"), empty]}, {"messages": kept}, folder)
     [text], _ = branches(processor, parse({"text": "abc"}, "", folder))
     assert processor.tokenizer.decode(text.ids, skip_special_tokens=False) == "<bos>abc<eos>"
     assert text.start == 1
@@ -298,13 +310,17 @@ def test_older_spellings_are_the_same_chat(tiny: tuple[Model, Processor], folder
         ('{"text": "<|image|>"}', "text has a place for image"),
         (r'{"text": "a\ud800"}', "half of a surrogate pair"),
         ('{"prompt": 1, "completion": 2}', "prompt is an int"),
+        ('{"prompt": "a", "completion": NaN}', "prompt is a str and completion a float"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "reasoning": "c", "content": '
+         '"<|channel>thought\\nd\\n<channel|>b"}]}', "messages[1] has a thought in content and another reasoning"),
+        ("\udcff", "line 3, is not UTF-8: invalid start byte"),
     ],
 )  # fmt: skip
 def test_a_wrong_line_is_told_with_file_and_number(
     tiny: tuple[Model, Processor], tmp_path: Path, line: str, says: str
 ) -> None:
     good = '{"prompt": "a", "completion": "b"}'
-    (tmp_path / "train.jsonl").write_text(f"{good}\n\n{line}\n")
+    (tmp_path / "train.jsonl").write_text(f"{good}\n\n{line}\n", errors="surrogateescape")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 3") as caught:
         for one in read_split(str(tmp_path), "train") or []:
             branches(tiny[1], one, BUDGET)
@@ -336,6 +352,24 @@ def test_media_in_parquet_files_stay_files(tiny: tuple[Model, Processor], tmp_pa
     (example,) = read_split(str(tmp_path), "train") or []
     _, media = branches(tiny[1], example)
     assert [part[part["type"]] for part in media] == [picture.getvalue(), sound.getvalue()]
+
+
+def test_tools_and_calls_of_a_dataset_are_those_of_their_row(tiny: tuple[Model, Processor], tmp_path: Path) -> None:
+    """A column's objects have the keys of all rows, and None where a row has none; JSON of no one type is text."""
+    datasets = pytest.importorskip("datasets")
+    rows = []
+    for name, arguments in (("look", {"at": "x"}), ("go", {"far": 3})):
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        schema = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        tool = {"type": "function", "function": {"name": name, "description": "d", "parameters": schema}}
+        rows.append({"messages": [{"role": "user", "content": "a"}, call], "tools": [tool]})
+    wanted = [branches(tiny[1], parse(own, "", tmp_path)) for own in rows]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "one" / "train.parquet")
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"far": [3, "m"], "at": None}
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        assert [branches(tiny[1], own) for own in read_split(str(tmp_path / name), "train") or []] == wanted
+        wanted[1] = branches(tiny[1], parse(rows[1], "", tmp_path))
 
 
 def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
@@ -370,7 +404,7 @@ def test_parquet_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_folders_without_examples_are_refused(tmp_path: Path) -> None:
     assert read_split(str(tmp_path), "valid") is None
     (tmp_path / "valid.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="has no examples"):
+    with pytest.raises(ValueError, match=r"valid\.jsonl has no examples"):
         read_split(str(tmp_path), "valid")
     (tmp_path / "train.parquet").write_text("")
     with pytest.raises(ValueError, match="one of both formats"):

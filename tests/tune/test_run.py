@@ -32,7 +32,7 @@ from mlx_gemma4.tune.loss import BLOCK, learnt, surprises
 from mlx_gemma4.tune.network import hidden_states, learnt_states, turns_of
 from mlx_gemma4.tune.plan import TuningPlan, of_plan
 from mlx_gemma4.tune.rows import Branch, Row, passage, row
-from mlx_gemma4.tune.state import flat, trees_of
+from mlx_gemma4.tune.state import flat, save, trees_of
 from mlx_gemma4.weights.load import find_drafter, open_checkpoint, read_values
 from mlx_gemma4.weights.tensors import conversion_name
 
@@ -364,21 +364,12 @@ def test_two_processes_are_one_with_twice_the_batch(planted_folder: Path, data: 
     """The drafter's as well."""
     more = "--iters", "6", "--steps-per-eval", "2", "--val-batches", "1", "--train-drafter"
     assert run(options(planted_folder, data, tmp_path / "one", *more, "--batch-size", "4")) == 0
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
     with open(data / "train.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "a" * 600, "completion": "b"}) + "\n")
     argv = options(planted_folder, data, tmp_path / "two", *more, "--batch-size", "2")
     argv += ["--drop-long", "--max-seq-length", "512"]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    first, second = (process.communicate(timeout=120)[1] for process in both)
-    assert [process.returncode for process in both] == [0, 0]
+    (status, first), (other_status, second) = launched([argv, argv], tmp_path)
+    assert (status, other_status) == (0, 0)
     assert "1 of 24 examples" in first and "6 of 6: loss" in first and second == ""  # one tells of all
     mine, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(np.allclose(mine[name], theirs[name], atol=2e-6) for name in mine | theirs)
@@ -386,6 +377,33 @@ def test_two_processes_are_one_with_twice_the_batch(planted_folder: Path, data: 
     assert mine.keys() == theirs.keys() and all(np.allclose(mine[name], theirs[name], atol=1e-4) for name in mine)
     ones, twos = validations(tmp_path / "one"), validations(tmp_path / "two")
     assert len(ones) == 4 and np.allclose(ones, twos, rtol=1e-4)
+
+
+def launched(each: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+    """Exit status and standard error of processes that work together."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in each]))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mlx_gemma4.tune", *argv[1:]], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+            env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+        )
+        for rank, argv in enumerate(each)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, told, strict=True)]
+
+
+def test_processes_at_other_places_are_refused(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Their sums would be of other things, and the loss whatever came of them."""
+    assert run(options(tiny_folder, data, tmp_path / "one", "--iters", "2")) == 0
+    trees, about = trees_of(tmp_path / "one" / "state.safetensors")
+    settings = json.loads(about["settings"])
+    about["settings"] = json.dumps(settings | {"processes": 2})  # as of two that were stopped
+    save(tmp_path / "one" / "state.safetensors", trees, about)
+    each = [options(tiny_folder, data, tmp_path / name, "--iters", "2") for name in ("one", "two")]
+    for status, text in launched(each, tmp_path):
+        assert status == 2 and "error: the processes are not at the same place of the same run" in text
 
 
 def validations(folder: Path) -> list[float]:
@@ -428,7 +446,7 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(tiny_folder: Path, da
         (["--resume-adapter-file", "."], ". is no file; expected an adapter's weights, for --resume-adapter-file"),
         (["--model", "nowhere"], "'nowhere' is no folder"),
         (["--data", "nowhere"], "'nowhere' is no folder"),
-        (["--image-budget", "3"], "image_budget is 3"),
+        (["--image-budget", "3"], "error: image_budget is 3"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line_before_anything_is_written(
@@ -521,6 +539,9 @@ def test_another_runs_weights_are_a_beginning(
     assert "has the shape" in capsys.readouterr().err
     assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file, "--scale", "20")) == 2
     assert capsys.readouterr().err.endswith(f"scale is 20 and that of {file} 10.0; expected the same --scale\n")
+    mx.save_safetensors(file, {name: mx.array(value * np.nan) for name, value in mine.items()})
+    assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", file)) == 2
+    assert "is not finite; expected an adapter of sound numbers" in capsys.readouterr().err
     Path(file).rename(tmp_path / "adapter_model.safetensors")
     peft = str(tmp_path / "adapter_model.safetensors")
     assert run(options(tiny_folder, data, tmp_path / "three", "--resume-adapter-file", peft)) == 2

@@ -368,6 +368,8 @@ def test_a_folder_without_an_adapter_or_with_two_is_one_line(source: Path, tmp_p
     write_adapter(tmp_path / "one", adapter, "lora", 3, 2.0, -1)
     refused(source, tmp_path / "one" / WEIGHTS, "is no folder")
     write_peft(tmp_path / "one", adapter, "lora", 3, 2.0, None)
+    write_peft(tmp_path / "checkpoint-5", adapter, "lora", 3, 2.0, None)
+    refused(source, tmp_path, "expected an adapter's folder, as its subfolders are: checkpoint-5, one")
     refused(source, tmp_path / "one", "expected one of them")
     write_adapter(tmp_path / "two", adapter, "lora", 3, 2.0, -1)
     (tmp_path / "two" / CONFIG).unlink()
