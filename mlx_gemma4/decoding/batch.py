@@ -175,9 +175,7 @@ class Batch:
         """slots: of full layers, if they are to have fewer: rows then keep their places, which are those of all
         machines, of which some have no full layers. gone: rows that leave, and where to: layer by layer, since there
         may be no memory for all of them twice."""
-        leaving = [
-            (self.seats.index(seat), capacity(seat.positions, self.caches.context), into) for seat, into in gone
-        ]
+        leaving = [(self.seats.index(seat), capacity(seat.positions, self.caches.context), into) for seat, into in gone]
         for place, _, _ in leaving:
             self.seats[place] = None
         is_other = size != len(self.seats)

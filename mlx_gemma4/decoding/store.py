@@ -205,9 +205,7 @@ class PromptStore:
 
     # --- a request's way -----------------------------------------------------------------------
 
-    def take(
-        self, space: bytes, prompt: Prompt, slots: int, turn: int | None, caches: Caches, room: int
-    ) -> Held:
+    def take(self, space: bytes, prompt: Prompt, slots: int, turn: int | None, caches: Caches, room: int) -> Held:
         """The line with the longest beginning of a prompt, or a new one, and the caches, which hold nothing yet, to go
         on from there. At least the prompt's last token is left to read. room: as `leave` has it, from when the line is
         the request's."""
