@@ -232,7 +232,7 @@ def walked(loaded: Loaded, store: PromptStore, ids: list[int], reply: int = 0) -
     """The way of a request through a store, with nothing computed; how many positions need not be read."""
     model, prompt = loaded[0], Prompt(ids)
     slots = len(ids) + reply + ROUND
-    held = store.take(b"", prompt, model.config.text, slots, TURN, lambda: model.caches(slots), 10**12)
+    held = store.take(b"", prompt, slots, TURN, model.caches(slots), 10**12)
     while held.caches.length < len(ids):
         held.caches.length = min(held.caches.length + PAGED.window, len(ids))
         store.keep(held, held.caches.length)
