@@ -261,8 +261,6 @@ class PromptStore:
                 stop = min(length, (number + 1) * PAGE)
                 if number not in wanted or start >= stop:
                     continue
-                if before is not None and before.last < start:
-                    continue  # what lies between is lost: others part where the prompt ended, before the reply
                 page = joined(before, ring_page(sliding, start, stop))
                 if not self.fits(page.nbytes):
                     continue
@@ -521,7 +519,7 @@ def ring_page(sliding: list[SlidingCache], first: int, last: int) -> Page:
 
 
 def joined(before: Page | None, page: Page) -> Page:
-    """A page with what was there of it before it."""
-    if before is None:
+    """A page with what was there of it before, if nothing is missing between."""
+    if before is None or before.last != page.first:
         return page
     return Page(before.first, page.last, [along(pair) for pair in zip(before.arrays, page.arrays, strict=True)])

@@ -240,15 +240,6 @@ def walked(loaded: Loaded, store: PromptStore, ids: list[int], reply: int = 0) -
     return held.cached
 
 
-@pytest.mark.parametrize("reply", [150, 199, 205, 230, 260, 300, 700])
-def test_a_reply_longer_than_a_window_leaves_what_was_read_before_it(paged: Loaded, reply: int) -> None:
-    """Where its last window begins in the page in which the prompt ended, too."""
-    for length in (300, 333, 382, 500):
-        store, ids = PromptStore(), words(0, length)
-        walked(paged, store, ids, reply)
-        assert walked(paged, store, ids[:-4] + words(1, 20)) == length - 4
-
-
 @pytest.mark.parametrize("pages", [30, 20, 10, 4])
 def test_a_line_that_has_no_room_for_all_its_marks_goes_on_from_its_last(paged: Loaded, pages: int) -> None:
     store, ids = PromptStore(), [2, TURN, *words(0, 300), TURN, *words(1, 6000), TURN, *words(2, 3)]
