@@ -123,15 +123,16 @@ class Tuning:
         return self.weights + self.adapter + self.kept + self.workspace
 
 
-def predict_tuning(model: Footprint, trained: int, tokens: int, checkpoint: bool) -> Tuning:
+def predict_tuning(model: Footprint, trained: int, tokens: int, checkpoint: bool, layers: int) -> Tuning:
     """The memory for training so many numbers on rows of at most so many tokens, one row after the other.
 
-    checkpoint: of each layer its input alone is kept, and it is computed twice.
+    checkpoint: of each layer its input alone is kept, and it is computed twice. layers: the last ones, through which
+    the way back leads.
     """
     text, item = model.text, model.item_bytes
     sizes = [
         (text.num_attention_heads + 2 * own.num_key_value_heads) * own.head_dim
-        for own in (text.attention[kind] for kind in text.layer_types)
+        for own in (text.attention[kind] for kind in text.layer_types[len(text.layer_types) - layers :])
     ]
     kept = float(len(sizes) * text.hidden_size)
     if not checkpoint:

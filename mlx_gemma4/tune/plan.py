@@ -36,7 +36,8 @@ def of_plan(checkpoint: Checkpoint, plan: TuningPlan) -> Tuning:
         for path, shape in matrices_of(checkpoint.model).items()
         if path.startswith(projections) or ((layer := layer_of(path)) is not None and layer >= first)
     )
-    return predict_tuning(checkpoint.footprint, trained, plan.tokens, plan.grad_checkpoint)
+    passed = layers if projections else layers - first  # on the way back
+    return predict_tuning(checkpoint.footprint, trained, plan.tokens, plan.grad_checkpoint, passed)
 
 
 def longest_row(checkpoint: Checkpoint, plan: TuningPlan, room: int) -> int:
