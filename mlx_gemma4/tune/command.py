@@ -277,7 +277,7 @@ def teach_drafter(training: Run, checkpoint: Checkpoint) -> None:
     examples = processes.share(range(len(measured.data.passages))[:MEASURED])
     before = room.acceptance(model, drafter, measured.of(examples), processes)
     quantized = room.unfreeze_matrices(drafter)
-    optimizer = room.optimizer_for(training.schedule.needed)
+    optimizer = room.optimizer_for(len(training.schedule))
     room.train_drafter(model, drafter, optimizer, training.schedule, training.train.of, processes)
     after = room.acceptance(model, drafter, measured.of(examples), processes)
     if processes.rank:

@@ -26,7 +26,7 @@ from mlx_gemma4.weights.load import DRAFTER_BITS, DRAFTER_GROUP_SIZE, parameters
 from mlx_gemma4.weights.writing import write_arrays, write_text
 
 PROPOSALS = 3  # learnt in a row: each further one starts from what the drafter itself has made
-LOWEST, HIGHEST, MANY = 1e-3, 1e-2, 12_800  # of Muon, whose steps do not hang on a matrix's size; examples
+LOWEST, HIGHEST, MANY = 1e-3, 1e-2, 700  # of Muon, whose steps do not hang on a matrix's size; updates
 BITS, GROUP = 8, 64  # of matrices that were quantized: a 4-bit step is larger than what they learnt
 
 
@@ -130,9 +130,9 @@ def slopes(model: Model, drafter: Drafter, row: Row) -> tuple[mx.array, Any]:
     return mx.stack([loss, mx.array(max(1.0, size)), mx.array(float(row.tokens))]), found
 
 
-def optimizer_for(examples: int) -> optim.Muon:
-    """Of a schedule of so many: at a high rate, by few of them, what the drafter knew would be lost."""
-    return optim.Muon(min(max(LOWEST, HIGHEST * examples / MANY), HIGHEST), weight_decay=0.0)
+def optimizer_for(updates: int) -> optim.Muon:
+    """Of so many: at a high rate what the drafter knew is lost at first, and few of them do not bring it back."""
+    return optim.Muon(min(max(LOWEST, HIGHEST * (updates / MANY) ** 2), HIGHEST), weight_decay=0.0)
 
 
 def train_drafter(
