@@ -21,6 +21,7 @@ from mlx_gemma4.tune.loss import learnt, surprises
 from mlx_gemma4.tune.network import learnt_states
 from mlx_gemma4.tune.rows import Row
 from mlx_gemma4.tune.state import flat
+from mlx_gemma4.weights.peers import differing
 
 LARGEST_NORM = 1.0  # of an update's gradient
 PATIENCE = 900  # seconds that another process may take longer than this one
@@ -46,6 +47,11 @@ class Processes:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Those that are this process's."""
         return items[self.rank :: self.size]
+
+    def are_alike(self, described: str) -> bool:
+        """Whether the same is said of all of them. The process ends as in `sum`."""
+        with given_up_after(PATIENCE):
+            return not differing(self.group, described)
 
     def sum(self, arrays: list[mx.array]) -> list[mx.array]:
         """Of all processes, float32. Apart from what computes them: sums inside of a step may wait for each other for

@@ -69,13 +69,18 @@ at_loss: list[Callable[[], object]] = []  # what is done when a machine is gone,
 
 def check_alike(group: mx.distributed.Group, described: str) -> None:
     """CheckpointError, on all machines, if one has another version, other weights or other options."""
-    own = np.frombuffer(hashlib.blake2b(described.encode(), digest_size=16).digest(), np.int32)
-    found = np.asarray(mx.distributed.all_gather(mx.array(own)[None], group=group))
-    if others := [rank for rank, digest in enumerate(found) if (digest != found[0]).any()]:
+    if others := differing(group, described):
         raise CheckpointError(
             f"machine {others[0]} has another version, model or options than machine 0; expected the same on all "
             f"{group.size()}"
         )
+
+
+def differing(group: mx.distributed.Group, described: str) -> list[int]:
+    """The machines of which another thing is said than of the first."""
+    own = np.frombuffer(hashlib.blake2b(described.encode(), digest_size=16).digest(), np.int32)
+    found = np.asarray(mx.distributed.all_gather(mx.array(own)[None], group=group))
+    return [rank for rank, digest in enumerate(found) if (digest != found[0]).any()]
 
 
 # --- whether they are there --------------------------------------------------------------------
