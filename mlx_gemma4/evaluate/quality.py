@@ -119,8 +119,7 @@ def read_exchanges(
     """Take all exchanges through the model, which loses its layers on the way; `step` hears (layers done, of all)."""
     model = checkpoint.model
     decoder = model.language_model
-    kinds, share = model.config.text.layer_types, checkpoint.share
-    group = None if share is None else share.group
+    kinds, share, group = model.config.text.layer_types, checkpoint.share, checkpoint.group
     last = {kind: place for place, kind in enumerate(kinds)}
     layers, decoder.layers = decoder.layers[::-1], []  # what is left of the model has no layers
     drafter, model.drafter = model.drafter, None

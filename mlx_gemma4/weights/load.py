@@ -157,6 +157,11 @@ class Checkpoint:
     share: Share | LayerShare | None = None  # of several machines
 
     @property
+    def group(self) -> mx.distributed.Group | None:
+        """Of the machines that share the model, where they are there."""
+        return None if self.share is None else self.share.group
+
+    @property
     def nbytes(self) -> int:
         """To read."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -358,16 +363,16 @@ def load_values(checkpoint: Checkpoint) -> Iterator[int]:
     settle_gains(checkpoint.model)
     model, share = checkpoint.model, checkpoint.share
     if checkpoint.config.dtype == mx.float16:
-        check_float16(model, share)
+        check_float16(checkpoint)
     arrange(model, share)
     if share is not None:
         join_machines(model, share)
 
 
-def check_float16(model: Model, share: Share | LayerShare | None) -> None:
+def check_float16(checkpoint: Checkpoint) -> None:
     """CheckpointError, on all machines, if one of them has weights for which float16 has no room."""
-    reason = float16_is_safe(model, share)
-    if anywhere(None if share is None else share.group, reason is not None):
+    reason = float16_is_safe(checkpoint.model, checkpoint.share)
+    if anywhere(checkpoint.group, reason is not None):
         raise CheckpointError(f"{reason or 'another machine has no room'}; expected bfloat16 or float32, for dtype")
 
 
