@@ -249,8 +249,8 @@ class PromptStore:
         if not sliding:
             return
         with self.lock:
-            line.units = held.prompt[:length] if end is None else line.units
-            end = len(held.prompt) if end is None else end
+            if end is None:
+                line.units, end = held.prompt[:length], len(held.prompt)
             wanted = {number for mark in (*line.marks, end) for number in span(mark - line.window, mark)}
             wanted |= set(span(end - 2 * line.window, max(end, length)))
             # the caches have sliding entries of a window before where they began, as far as their slots go

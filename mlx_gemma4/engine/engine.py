@@ -339,22 +339,20 @@ class Engine:
     def park(self, works: list[Work]) -> None:
         """Put rows, or what has been read for them, into the store, from which they are taken up again when they fit.
         All at once: what those that stay leave is known then, and a batch has half the places or all."""
-        readings = [reading for work in works if (reading := work.reading) is not None]
-        each = [*zip(works, readings, strict=True)]
-        rows = [(work, reading) for work, reading in each if work.seat is not None]
-        gone = [(work.seat, reading.caches) for work, reading in rows if work.seat is not None]
+        going = [(work, reading) for work in works if (reading := work.reading) is not None]
+        rows = [(work, seat, reading) for work, reading in going if (seat := work.seat) is not None]
+        gone = [(seat, reading.caches) for _, seat, reading in rows]
         states = self.batch.part(gone, len(self.busy) - len(works))
-        for (work, reading), state in zip(rows, states, strict=True):
+        for (work, _, reading), state in zip(rows, states, strict=True):
             work.park(reading.ids, state)
-        for work, reading in each:
+        for work, reading in going:
             if reading.held is None:
                 space = space_of(self.model, work.options.scope, work.adapter)
                 reading.held = self.shelf.adopt(space, work.grown, reading.caches)
             work.reading = None
         self.leave_room()  # first, or what is given would have to fit beside it
-        for reading in readings:
+        for work, reading in going:
             reading.give()
-        for work in works:
             work.stack.close()
 
     def hand_on(self, work: Work, given: Given) -> None:
